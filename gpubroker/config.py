@@ -1,0 +1,208 @@
+"""Settings: defaults, then config.toml, then GPUBROKER_… variables.
+
+Read with tomllib and checked here rather than by pydantic-settings, whose import alone costs more than
+a whole quote may (docs/decisions/0002).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any
+
+from gpubroker.errors import ConfigError
+
+# Variables that have a meaning of their own and are not settings.
+_NOT_SETTINGS = re.compile(r"GPUBROKER_(CONFIG|DB_URL|\w+_URL|TEST_\w+)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalGpu:
+    """A GPU of the user's own that nvidia-smi cannot see, declared in the config."""
+
+    gpu: str
+    count: int = 1
+    watts: int | None = None  # None = the card's TDP
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Everything a user can set. Durations in seconds, money in USD."""
+
+    db_url: str
+    cache_dir: Path
+    max_age_s: int = 1800
+    disabled_providers: frozenset[str] = frozenset()
+    aws_regions: tuple[str, ...] = ()  # () = every region that sells GPUs
+    local_usd_per_kwh: Decimal | None = None  # None = the fee table's assumption
+    local_gpus: tuple[LocalGpu, ...] = ()
+    cpu_cores_per_gpu: Decimal = Decimal(2)  # where CPU and RAM are billed apart (Modal)
+    ram_gib_per_gpu: Decimal = Decimal(16)
+    egress_gb_this_month: Decimal = Decimal(0)  # already used: where a tier is account-monthly
+    fees: Mapping[tuple[str, str], Decimal] = field(default_factory=dict)  # (provider, item) -> override
+
+
+def parse_duration_s(text: object, name: str = "duration") -> int:
+    """Seconds from "45s", "30m", "2h", "1d" or "1h30m". Raises ConfigError."""
+    parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", str(text).strip())
+    if not parts or "".join(n + u for n, u in parts) != str(text).strip():
+        raise ConfigError(f"{name}: {str(text)!r} is not a duration such as 45s, 30m, 2h or 1d")
+    unit_s = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+    seconds = sum(Decimal(number) * unit_s[unit] for number, unit in parts)
+    if seconds > 10 * 365 * 86400:
+        raise ConfigError(f"{name}: {text} is longer than ten years")
+    return int(seconds)
+
+
+def config_path(env: Mapping[str, str]) -> Path:
+    """$GPUBROKER_CONFIG, or config.toml in the user's config directory."""
+    if env.get("GPUBROKER_CONFIG"):
+        return Path(env["GPUBROKER_CONFIG"])
+    from platformdirs import user_config_path
+
+    return user_config_path("gpubroker") / "config.toml"
+
+
+def load(env: Mapping[str, str] | None = None) -> Settings:
+    """The settings in force. Raises ConfigError naming the file or variable that is wrong."""
+    env = os.environ if env is None else env
+    path = config_path(env)
+    try:
+        table: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if env.get("GPUBROKER_CONFIG"):
+            raise ConfigError(f"GPUBROKER_CONFIG: {path} does not exist") from None
+        table = {}
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    values = _Values(path, table, env)
+    settings = Settings(
+        db_url=values.text("db_url") or _default_db_url(),
+        cache_dir=Path(values.text("cache_dir") or _default_cache_dir()),
+        max_age_s=values.duration_s("max_age", 1800),
+        disabled_providers=frozenset(values.words("disabled_providers")),
+        aws_regions=tuple(values.words("aws_regions")),
+        local_usd_per_kwh=values.decimal("local_usd_per_kwh", None),
+        local_gpus=values.local_gpus(),
+        cpu_cores_per_gpu=values.decimal("cpu_cores_per_gpu", Decimal(2)) or Decimal(0),
+        ram_gib_per_gpu=values.decimal("ram_gib_per_gpu", Decimal(16)) or Decimal(0),
+        egress_gb_this_month=values.decimal("egress_gb_this_month", Decimal(0)) or Decimal(0),
+        fees=values.fees(),
+    )
+    values.refuse_leftovers()
+    return settings
+
+
+def _default_db_url() -> str:
+    from platformdirs import user_data_path
+
+    return f"sqlite:///{user_data_path('gpubroker') / 'gpubroker.db'}"
+
+
+def _default_cache_dir() -> str:
+    from platformdirs import user_cache_dir
+
+    return user_cache_dir("gpubroker")
+
+
+class _Values:
+    """Takes each key out of the file and the environment once, so that what is left is a typing error."""
+
+    def __init__(self, path: Path, table: dict[str, Any], env: Mapping[str, str]) -> None:
+        self._path = path
+        self._table = dict(table)
+        self._env = {k: v for k, v in env.items() if k.startswith("GPUBROKER_") and v}
+
+    def _take(self, key: str) -> tuple[str, Any]:
+        variable = f"GPUBROKER_{key.upper()}"
+        from_file = self._table.pop(key, None)
+        if variable in self._env:
+            return variable, self._env.pop(variable)
+        return f"{self._path}: {key}", from_file
+
+    def text(self, key: str) -> str | None:
+        where, value = self._take(key)
+        if value is not None and not isinstance(value, str):
+            raise ConfigError(f"{where} must be text")
+        return value or None
+
+    def duration_s(self, key: str, default: int) -> int:
+        where, value = self._take(key)
+        return default if value is None else parse_duration_s(value, where)
+
+    def words(self, key: str) -> list[str]:
+        where, value = self._take(key)
+        if value is None:
+            return []
+        if isinstance(value, str):
+            value = [w for w in re.split(r"[,\s]+", value) if w]
+        if not isinstance(value, list) or not all(isinstance(w, str) for w in value):
+            raise ConfigError(f"{where} must be a list of names")
+        return value
+
+    def decimal(self, key: str, default: Decimal | None) -> Decimal | None:
+        where, value = self._take(key)
+        return default if value is None else _amount(where, value)
+
+    def local_gpus(self) -> tuple[LocalGpu, ...]:
+        where, value = self._take("local_gpus")
+        if value is None:
+            return ()
+        if isinstance(value, str):
+            value = [{"gpu": word} for word in value.split(",") if word.strip()]
+        gpus = []
+        for entry in value if isinstance(value, list) else [value]:
+            if isinstance(entry, str):
+                entry = {"gpu": entry}  # noqa: PLW2901  a bare name is the short form of a table
+            if not isinstance(entry, dict) or not isinstance(entry.get("gpu"), str):
+                raise ConfigError(f'{where}: each needs gpu = "name", and may have count and watts')
+            count, watts = entry.get("count", 1), entry.get("watts")
+            unknown = set(entry) - {"gpu", "count", "watts"}
+            if unknown:
+                raise ConfigError(f"{where}: unknown key {sorted(unknown)[0]!r}")
+            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+                raise ConfigError(f"{where}: count must be a whole number of GPUs, 1 or more")
+            if watts is not None and (not isinstance(watts, int) or watts < 1):
+                raise ConfigError(f"{where}: watts must be a whole number")
+            gpus.append(LocalGpu(gpu=entry["gpu"].strip(), count=count, watts=watts))
+        return tuple(gpus)
+
+    def fees(self) -> dict[tuple[str, str], Decimal]:
+        """[fees.runpod] egress_usd_per_gb = "0.05", or GPUBROKER_FEES_RUNPOD_EGRESS_USD_PER_GB."""
+        table = self._table.pop("fees", {})
+        if not isinstance(table, dict) or not all(isinstance(items, dict) for items in table.values()):
+            raise ConfigError(f'{self._path}: fees must be tables such as [fees.runpod] item = "0.05"')
+        fees = {
+            (provider, item): _amount(f"{self._path}: fees.{provider}.{item}", value)
+            for provider, items in table.items()
+            for item, value in items.items()
+        }
+        for variable in [v for v in self._env if v.startswith("GPUBROKER_FEES_")]:
+            provider, _, item = variable.removeprefix("GPUBROKER_FEES_").lower().partition("_")
+            fees[provider, item] = _amount(variable, self._env.pop(variable))
+        return fees
+
+    def refuse_leftovers(self) -> None:
+        if self._table:
+            raise ConfigError(f"{self._path}: unknown key {sorted(self._table)[0]!r}")
+        strange = [v for v in self._env if not _NOT_SETTINGS.fullmatch(v)]
+        if strange:
+            raise ConfigError(f"{sorted(strange)[0]}: there is no such setting")
+
+
+def _amount(where: str, value: object) -> Decimal:
+    """A non-negative figure; TOML floats are taken by their text, so that 0.05 is 0.05."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise ConfigError(f"{where} must be a number")
+    try:
+        amount = Decimal(str(value))
+    except InvalidOperation:
+        raise ConfigError(f"{where}: {value!r} is not a number") from None
+    if not amount.is_finite() or amount < 0:
+        raise ConfigError(f"{where}: {value} must be zero or more")
+    return amount

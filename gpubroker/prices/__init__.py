@@ -1,0 +1,1 @@
+"""Prices: poll the providers, keep what they said as spans, read the price book."""

@@ -1,0 +1,32 @@
+"""No test reaches anything but loopback, and none sees the user's own settings or accounts."""
+
+import os
+import socket
+
+import pytest
+
+from tests.support import refuse_outside
+
+_REAL_CONNECT = socket.socket.connect
+_VENDOR_VARIABLES = ("VAST_", "RUNPOD_", "LAMBDA_", "MODAL_", "AWS_", "GPUBROKER_")
+
+
+@pytest.fixture(autouse=True)
+def _loopback_only(monkeypatch):
+    def connect(self, address):
+        refuse_outside(self.family, address)
+        return _REAL_CONNECT(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+
+
+@pytest.fixture(autouse=True)
+def _own_home(monkeypatch, tmp_path_factory):
+    """A fresh home, config and data directory, and an environment without accounts."""
+    home = tmp_path_factory.mktemp("home")
+    for name in list(os.environ):
+        if name.startswith(_VENDOR_VARIABLES) and name != "GPUBROKER_TEST_PG":
+            monkeypatch.delenv(name)
+    for name in ("HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, str(home))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
