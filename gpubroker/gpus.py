@@ -53,8 +53,8 @@ class GpuRequest:
 
 def read_table(name: str) -> list[dict[str, str]]:
     """Rows of a CSV file in gpubroker/data."""
-    with (files("gpubroker") / "data" / name).open(encoding="utf-8", newline="") as handle:
-        return list(csv.DictReader(handle))
+    text = (files("gpubroker") / "data" / name).read_text(encoding="utf-8")
+    return list(csv.DictReader(text.splitlines()))
 
 
 @cache
@@ -136,9 +136,7 @@ def resolve(vendor: str, spelling: str, *, memory_mib: float | None = None) -> G
             vram = _vram_gib(name, form) or (int(row["vram_gib"]) if row["vram_gib"] else None)
             if vram is None:
                 continue
-            match = GpuMatch(
-                name=name, form_factor=_settle_form(name, form), vram_gib=vram, gpu_count=count
-            )
+            match = GpuMatch(name=name, form_factor=_settle_form(name, form), vram_gib=vram, gpu_count=count)
             candidates.append((None if len(variants) > 1 else vram, match))
     if not candidates:
         return None

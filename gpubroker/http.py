@@ -140,9 +140,7 @@ class HttpClient:
             return json.loads(text, parse_float=Decimal, parse_constant=Decimal)
         except (ValueError, RecursionError) as error:
             what = "HTML" if text.lstrip()[:1] == "<" else "not JSON"
-            raise PayloadChanged(
-                self._provider, operation, "$", f"{what}: {self.excerpt(text)}"
-            ) from error
+            raise PayloadChanged(self._provider, operation, "$", f"{what}: {self.excerpt(text)}") from error
 
     def _raise_for(
         self, operation: str, response: requests.Response, status: int, text: str, classify: Classify | None
@@ -157,9 +155,7 @@ class HttpClient:
         if status in (401, 403):
             raise AuthFailed(self._provider, operation, detail)
         if status in (408, 425, 429) or status >= 500:
-            raise Transient(
-                self._provider, operation, detail, retry_after_s=retry_after_s(response.headers)
-            )
+            raise Transient(self._provider, operation, detail, retry_after_s=retry_after_s(response.headers))
         if 300 <= status < 400:
             detail = f"HTTP {status}: moved to {self.excerpt(response.headers.get('Location', '?'))}"
         raise ProviderError(self._provider, operation, detail)

@@ -146,8 +146,8 @@ class Parsed:
     """What a provider made of a vendor's answer: nothing is dropped silently.
 
     fetched counts the vendor's rows that were looked at; every one ends in offers or in skipped
-    (one row may give several offers). `incomplete` lists the parts of the scope that were cut or failed: there,
-    not being listed says nothing.
+    (one row may give several offers). `incomplete` lists the parts of the scope that were cut or
+    failed: there, not being listed says nothing.
     """
 
     offers: tuple[Offer, ...] = ()

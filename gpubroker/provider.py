@@ -69,7 +69,7 @@ class PriceSource(Protocol):
         """From the environment alone, without I/O beyond looking whether a credentials file exists."""
 
     def endpoint(self) -> str | None:
-        """The URL that `offers` talks to first, so that a quote can find out cheaply that there is no network.
+        """The URL that `offers` talks to first: a quote finds out cheaply that there is no network.
 
         None when nothing remote is asked.
         """
@@ -102,9 +102,7 @@ def _entry_points() -> dict[str, EntryPoint]:
     found: dict[str, EntryPoint] = {}
     for point in entry_points(group=GROUP):
         if point.name in found and found[point.name].value != point.value:
-            both = ", ".join(
-                sorted(p.dist.name if p.dist else p.value for p in (found[point.name], point))
-            )
+            both = ", ".join(sorted(p.dist.name if p.dist else p.value for p in (found[point.name], point)))
             raise ConfigError(f"two distributions provide {point.name!r}: {both}; uninstall one")
         found[point.name] = point
     return found

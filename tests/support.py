@@ -1,4 +1,4 @@
-"""What many tests share: a clock that is moved by hand, a provider context, payload files, a loopback vendor."""
+"""What many tests share: a clock that is moved by hand, a provider context, payload files."""
 
 import json
 import socket
