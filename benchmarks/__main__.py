@@ -1,0 +1,42 @@
+"""`python -m benchmarks NAME [--quick] --format json`; `--list` names them; `all` runs every one."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+
+import click
+
+from benchmarks.harness import Result
+from benchmarks.quote_cold import quote_cold
+from benchmarks.store_poll import store_poll
+
+BENCHMARKS: dict[str, Callable[[bool], Result]] = {"quote-cold": quote_cold, "store-poll": store_poll}
+
+
+@click.command()
+@click.argument("name", type=click.Choice(["all", *BENCHMARKS]), required=False)
+@click.option("--quick", is_flag=True, help="5 pairs instead of 15.")
+@click.option("--list", "list_names", is_flag=True, help="Name the benchmarks.")
+@click.option("--format", "output", type=click.Choice(["table", "json"]), default="table")
+def run(name: str | None, *, quick: bool, list_names: bool, output: str) -> None:
+    """Measure one benchmark, or all, and say whether it keeps its limit."""
+    if list_names or name is None:
+        print("\n".join(BENCHMARKS))
+        return
+    results = [BENCHMARKS[n](quick) for n in (BENCHMARKS if name == "all" else [name])]
+    if output == "json":
+        records = [r.record() for r in results]
+        print(json.dumps(records if name == "all" else records[0]))
+    else:
+        for r in results:
+            print(
+                f"{r.name}: {r.figure} {r.unit} against {r.baseline}: ratio {r.ratio} "
+                f"(at most {r.limit}) {'ok' if r.ok else 'TOO SLOW'}  {dict(r.detail)}"
+            )
+    sys.exit(0 if all(r.ok for r in results) else 1)
+
+
+if __name__ == "__main__":
+    run()

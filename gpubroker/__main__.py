@@ -1,0 +1,7 @@
+"""`python -m gpubroker`."""
+
+import sys
+
+from gpubroker.cli import main
+
+sys.exit(main())

@@ -1,0 +1,90 @@
+"""The command line: one file a command group, found lazily so that `--help` imports nothing heavy."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+import click
+
+from gpubroker import __version__
+from gpubroker.errors import BrokerError
+
+# command -> (module, attribute, one-line help). The help is here so that listing imports no module.
+_COMMANDS = {
+    "quote": ("gpubroker.cli.quote", "quote", "What a job would cost on every market, the bill first."),
+    "offers": ("gpubroker.cli.offers", "offers", "Current offers and the GPUs that are known."),
+    "poll": ("gpubroker.cli.poll", "poll_command", "Ask the providers for prices and store them."),
+    "providers": ("gpubroker.cli.providers", "providers", "Providers, their state and what is missing."),
+    "doctor": ("gpubroker.cli.doctor", "doctor", "Check configuration, credentials, clock and database."),
+    "import-history": ("gpubroker.cli.history", "import_history", "Import price history files."),
+    "db": ("gpubroker.cli.db", "db", "The price database: where it is, and migrating it."),
+}
+
+
+class LazyGroup(click.Group):
+    """Imports a command's module only when that command runs."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order of the work, not of the alphabet."""
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command, imported now; None for a name nobody knows."""
+        if cmd_name not in _COMMANDS:
+            return None
+        module, attribute, _ = _COMMANDS[cmd_name]
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """A mistyped command is told its near matches."""
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            from difflib import get_close_matches
+
+            near = get_close_matches(args[0], _COMMANDS, n=2)
+            if near:
+                error.message = f"No such command {args[0]!r}. Did you mean {' or '.join(near)}?"
+            raise
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """From the table above, without importing the commands."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, _, text) in _COMMANDS.items()])
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Example: gpubroker quote --gpu h100 --hours 8",
+)
+@click.version_option(__version__, prog_name="gpubroker")
+def cli() -> None:
+    """What a GPU job will really cost on each market, and the cheapest node that still does it."""
+
+
+def main(args: list[str] | None = None) -> Any:
+    """Run the command line: one sentence and the right exit code for everything that can go wrong."""
+    try:
+        return cli.main(args=args, standalone_mode=False) or 0
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except click.Abort:
+        click.echo("gpubroker: interrupted", err=True)
+        return 130
+    except BrokerError as error:
+        click.echo(f"gpubroker: {error}", err=True)
+        return error.exit_code
+    except BrokenPipeError:
+        # The reader (head, less) has gone: not an error, and nothing may be printed about it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

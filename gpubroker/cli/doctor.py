@@ -1,0 +1,132 @@
+"""`gpubroker doctor`: is everything in order to poll, and to rent, from here?"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from email.utils import parsedate_to_datetime
+from typing import Literal
+
+import click
+
+from gpubroker import config
+from gpubroker.cli.options import format_option
+from gpubroker.cli.render import console, print_csv, print_json, table
+from gpubroker.config import Settings
+from gpubroker.doors import Clock, SystemClock
+from gpubroker.errors import BrokerError, MissingCredentials, Unreachable
+from gpubroker.prices.market import open_context
+from gpubroker.provider import ProviderContext, load, names
+
+_CHECK_S = 10.0
+_CLOCK_TOLERANCE_S = 60
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One thing that was checked. `warn` needs no action to quote, `bad` does."""
+
+    what: str
+    verdict: Literal["ok", "warn", "bad"]
+    detail: str
+
+
+@click.command(epilog="Example: gpubroker doctor", context_settings={"max_content_width": 100})
+@click.option("--offline", is_flag=True, help="Ask no vendor.")
+@format_option("table", "json", "csv")
+def doctor(*, offline: bool, output: str) -> None:
+    """Configuration, database, clock and every account, without spending anything.
+
+    Exit code 2 when something is wrong; a missing account is only told about.
+    """
+    findings = list(check(os.environ, SystemClock(), offline=offline))
+    rows = [(f.what, f.verdict, f.detail) for f in findings]
+    if output == "json":
+        print_json({"checks": [{"what": w, "verdict": v, "detail": d} for w, v, d in rows]})
+    elif output == "csv":
+        print_csv(("what", "verdict", "detail"), rows)
+    else:
+        made = table("check", "verdict", "detail")
+        colour = {"ok": "green", "warn": "yellow", "bad": "red"}
+        for what, verdict, detail in rows:
+            made.add_row(what, f"[{colour[verdict]}]{verdict}[/]", detail)
+        console().print(made)
+    if any(f.verdict == "bad" for f in findings):
+        raise click.exceptions.Exit(2)
+
+
+def check(env: Mapping[str, str], clock: Clock, *, offline: bool) -> list[Finding]:
+    """Everything in turn; what depends on a broken part is left out."""
+    try:
+        settings = config.load(env)
+    except BrokerError as error:
+        return [Finding(what="configuration", verdict="bad", detail=str(error))]
+    path = config.config_path(env)
+    found = [
+        Finding(
+            what="configuration",
+            verdict="ok",
+            detail=str(path) if path.exists() else f"defaults; {path} does not exist",
+        )
+    ]
+    try:
+        store, context = open_context(settings, env, clock)
+        detail = f"{store.where} at revision {store.revision()}"
+        found.append(Finding(what="database", verdict="ok", detail=detail))
+    except BrokerError as error:
+        return [*found, Finding(what="database", verdict="bad", detail=str(error))]
+    if offline:
+        return found
+    sources = [name for name in names() if name not in settings.disabled_providers]
+    outcomes = context.pool.map(lambda name: _check_provider(name, context), sources, _CHECK_S)
+    for outcome in outcomes:
+        late = Finding(what=outcome.item, verdict="warn", detail=f"no answer within {_CHECK_S:g} s")
+        found.append(outcome.value or late)
+    found.append(_check_clock(settings, context))
+    return found
+
+
+def _check_provider(name: str, context: ProviderContext) -> Finding:
+    try:
+        source = load(name, context)
+        access = source.access()
+        if access.missing:
+            detail = f"{access.missing} is not set: {access.without}"
+            return Finding(what=name, verdict="warn", detail=detail)
+        return Finding(what=name, verdict="ok", detail=source.check(_CHECK_S - 1))
+    except (Unreachable, MissingCredentials) as error:
+        return Finding(what=name, verdict="warn", detail=str(error))
+    except BrokerError as error:
+        return Finding(what=name, verdict="bad", detail=str(error))
+    except Exception as error:  # a plugin's bug is a finding too
+        return Finding(what=name, verdict="bad", detail=f"{type(error).__name__}: {error}")
+
+
+def _check_clock(settings: Settings, context: ProviderContext) -> Finding:
+    """Against the Date header of the first vendor that answers: ages, leases and signatures need the time."""
+    import requests
+
+    urls = []
+    for name in names():
+        if name not in settings.disabled_providers:
+            url = load(name, context).endpoint()
+            if url:
+                urls.append(url)
+
+    def skew_s(url: str) -> float:
+        answer = requests.head(url, timeout=3, allow_redirects=False)
+        return (context.clock.now() - _date(answer.headers["Date"])).total_seconds()
+
+    skews = [o.value for o in context.pool.map(skew_s, urls, 4.0) if o.value is not None]
+    if not skews:
+        return Finding(what="clock", verdict="warn", detail="no vendor could be asked for the time")
+    skew = min(skews, key=abs)
+    verdict: Literal["ok", "bad"] = "ok" if abs(skew) <= _CLOCK_TOLERANCE_S else "bad"
+    detail = f"{abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} the vendors' time"
+    return Finding(what="clock", verdict=verdict, detail=detail)
+
+
+def _date(text: str) -> datetime:
+    return parsedate_to_datetime(text)

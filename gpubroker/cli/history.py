@@ -1,0 +1,60 @@
+"""`gpubroker import-history`: public or own price histories into the store, row by row, idempotently."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from gpubroker import config
+from gpubroker.cli.options import format_option
+from gpubroker.cli.render import console, print_json, say, table
+from gpubroker.doors import SystemClock
+from gpubroker.prices.history_import import import_file
+from gpubroker.prices.store import Store
+
+
+@click.command(
+    name="import-history",
+    context_settings={"max_content_width": 100},
+    epilog="Example: gpubroker import-history gpurentalprices.csv.gz",
+)
+@click.argument(
+    "files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path)
+)
+@format_option("table", "json")
+def import_history(*, files: tuple[Path, ...], output: str) -> None:
+    """Import CSV or CSV.GZ price histories. Importing a file again adds nothing.
+
+    A malformed line is reported with its number; the rest still goes in, and the exit code is 2.
+    """
+    store = Store.open(config.load().db_url, SystemClock())
+    store.migrate()
+    results = [(path, import_file(store, path)) for path in files]
+    for path, result in results:
+        for number, reason in result.malformed:
+            say(f"{path}:{number}: {reason}")
+    if output == "json":
+        print_json(
+            {
+                "files": [
+                    {
+                        "file": str(path),
+                        "rows": result.rows,
+                        "added": result.added,
+                        "already_there": result.already_there,
+                        "malformed": [{"line": n, "reason": r} for n, r in result.malformed],
+                    }
+                    for path, result in results
+                ]
+            }
+        )
+    else:
+        made = table("file", "rows", "added", "already there", "malformed", right=("rows", "added", "already there", "malformed"))
+        for path, result in results:
+            made.add_row(
+                path.name, str(result.rows), str(result.added), str(result.already_there), str(len(result.malformed))
+            )
+        console().print(made)
+    if any(result.malformed for _, result in results):
+        raise click.exceptions.Exit(2)

@@ -1,0 +1,137 @@
+"""Options and parameter types that several commands share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from decimal import Decimal, InvalidOperation
+from typing import Any, TypeVar, cast
+
+import click
+
+from gpubroker.config import parse_duration_s
+from gpubroker.errors import ConfigError
+from gpubroker.gpus import GpuRequest, parse_request
+from gpubroker.model import MARKETS, Market
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Amount(click.ParamType):
+    """A finite decimal number within bounds."""
+
+    name = "number"
+
+    def __init__(self, *, above: int | None = None, least: int | None = None, most: int) -> None:
+        self._above, self._least, self._most = above, least, most
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Decimal:
+        """See click."""
+        if isinstance(value, Decimal):
+            return value
+        try:
+            amount = Decimal(str(value))
+        except InvalidOperation:
+            self.fail(f"{value!r} is not a number", param, ctx)
+        if not amount.is_finite():
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        if self._above is not None and amount <= self._above:
+            self.fail(f"{value} is not above {self._above}", param, ctx)
+        if self._least is not None and amount < self._least:
+            self.fail(f"{value} is less than {self._least}", param, ctx)
+        if amount > self._most:
+            self.fail(f"{value} is more than {self._most}", param, ctx)
+        return amount
+
+
+class Duration(click.ParamType):
+    """45s, 30m, 2h, 1d -> seconds."""
+
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """See click."""
+        if isinstance(value, int):
+            return value
+        try:
+            return parse_duration_s(value)
+        except ConfigError as error:
+            self.fail(str(error).removeprefix("duration: "), param, ctx)
+
+
+class GpuName(click.ParamType):
+    """h100, h100-sxm, a100-80gb, 4090 -> the canonical cards meant."""
+
+    name = "gpu"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> GpuRequest:
+        """See click."""
+        if isinstance(value, GpuRequest):
+            return value
+        try:
+            return parse_request(value)
+        except ConfigError as error:
+            self.fail(str(error), param, ctx)
+
+
+class MarketName(click.ParamType):
+    """spot, on-demand (or on_demand), serverless, reserved."""
+
+    name = "market"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Market:
+        """See click."""
+        market = re.sub(r"[-\s]", "_", str(value).lower())
+        if market not in MARKETS:
+            self.fail(f"{value!r} is not one of {', '.join(MARKETS)}", param, ctx)
+        return cast(Market, market)
+
+
+def format_option(*formats: str) -> Callable[[F], F]:
+    """--format, the first being the default. JSON goes to standard output alone."""
+    return click.option(
+        "--format",
+        "output",
+        type=click.Choice(formats or ("table", "json", "csv")),
+        default=(formats or ("table",))[0],
+        help="How to print; messages and progress always go to standard error.",
+    )
+
+
+def filter_options(command: F) -> F:
+    """What narrows a list of offers."""
+    for option in reversed(
+        (
+            click.option(
+                "--gpu",
+                "gpus",
+                type=GpuName(),
+                multiple=True,
+                help="h100 (every form), h100-sxm, a100-80gb, 4090 … Repeat for several.",
+            ),
+            click.option("--count", type=click.IntRange(1, 1024), default=1, help="GPUs needed."),
+            click.option(
+                "--market",
+                "markets",
+                type=MarketName(),
+                multiple=True,
+                help="spot, on-demand, serverless or reserved. Repeat for several.",
+            ),
+            click.option("--provider", "providers", multiple=True, help="Only this one. Repeat for several."),
+            click.option(
+                "--region",
+                "regions",
+                multiple=True,
+                help="A region or a part of the world as the vendor names it: us, us-east-1, DE.",
+            ),
+            click.option("--min-vram", type=click.IntRange(1, 10_000), help="GiB a GPU at least."),
+            click.option(
+                "--verified/--any-host",
+                "verified",
+                default=True,
+                help="Only hosts that the vendor has verified (the default), or any.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command

@@ -1,0 +1,273 @@
+"""`gpubroker quote`: the bill of a job on every market, cheapest first."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from datetime import datetime
+from decimal import Decimal
+from typing import Any
+
+import click
+
+from gpubroker import config
+from gpubroker.cli.options import Amount, Duration, filter_options, format_option
+from gpubroker.cli.render import age, console, dollars, iso, print_csv, print_json, say, table
+from gpubroker.doors import SystemClock
+from gpubroker.errors import ConfigError, NoFeasibleOffer
+from gpubroker.gpus import GpuRequest, catalogue
+from gpubroker.model import Market
+from gpubroker.money import usd_text
+from gpubroker.plan.bill import Work
+from gpubroker.plan.fees import FeeTable
+from gpubroker.plan.rank import Ask, LeftOut, Quote, best_of_each, list_price_text, merge, rank, row_id
+from gpubroker.plan.sentence import advice
+from gpubroker.prices import book, market
+
+_CSV = (
+    "provider", "sku", "gpu", "form_factor", "gpu_count", "market", "preemptible", "region", "zone",
+    "usd_per_hour", "total_usd", "as_of", "source", "live",
+)  # fmt: skip
+
+
+@click.command(
+    context_settings={"max_content_width": 100},
+    epilog="""\b
+Examples:
+  gpubroker quote --gpu h100 --hours 8
+  gpubroker quote --gpu a100-80gb --count 4 --hours 24 --market spot --egress-gb 200
+  gpubroker quote --min-vram 48 --hours 2 --format json""",
+)
+@filter_options
+@click.option("--hours", type=Amount(above=0, most=100_000), required=True, help="Useful GPU work.")
+@click.option("--disk-gb", type=Amount(least=0, most=1_000_000), default="50", help="Disk while it runs.")
+@click.option("--egress-gb", type=Amount(least=0, most=10_000_000), default="0", help="Leaves the vendor.")
+@click.option("--ingress-gb", type=Amount(least=0, most=10_000_000), default="0", help="Goes in.")
+@click.option("--top", type=click.IntRange(1, 1000), default=10, help="Rows to show.")
+@click.option("--max-age", type=Duration(), help="Refresh prices older than this first.  [default: 30m]")
+@click.option("--offline", is_flag=True, help="Never ask a vendor: stored prices and the price book.")
+@click.option("--explain", is_flag=True, help="Show every line's arithmetic and all that was left out.")
+@format_option("table", "json", "csv")
+def quote(
+    *,
+    gpus: tuple[GpuRequest, ...],
+    count: int,
+    markets: tuple[Market, ...],
+    providers: tuple[str, ...],
+    regions: tuple[str, ...],
+    min_vram: int | None,
+    verified: bool,
+    hours: Decimal,
+    disk_gb: Decimal,
+    egress_gb: Decimal,
+    ingress_gb: Decimal,
+    top: int,
+    max_age: int | None,
+    offline: bool,
+    explain: bool,
+    output: str,
+) -> None:
+    """What a job costs on every market: compute by billing unit, start-up, disk and transfer.
+
+    Uses prices polled within --max-age, refreshes older ones in at most 4 seconds, and falls back to dated
+    list prices; every row says how old its price is.
+    """
+    if not gpus and min_vram is None:
+        raise click.UsageError("say which GPU: --gpu h100, or --min-vram 48 for any with that much memory")
+    settings = config.load()
+    clock = SystemClock()
+    work = Work(
+        hours=hours,
+        disk_gb=disk_gb,
+        egress_gb=egress_gb,
+        ingress_gb=ingress_gb,
+        egress_gb_this_month=settings.egress_gb_this_month,
+        cpu_cores_per_gpu=settings.cpu_cores_per_gpu,
+        ram_gib_per_gpu=settings.ram_gib_per_gpu,
+    )
+    ask = Ask(
+        work=work,
+        gpus=gpus,
+        gpu_count=count,
+        markets=markets,
+        providers=providers,
+        regions=regions,
+        min_vram_gib=min_vram,
+        verified_only=verified,
+    )
+    view = market.view(
+        settings,
+        names=_names(ask),
+        providers=providers,
+        verified_only=verified,
+        max_age_s=settings.max_age_s if max_age is None else max_age,
+        offline=offline,
+        clock=clock,
+    )
+    listed = [p for p in book.load(_names(ask)) if p.offer.provider not in settings.disabled_providers]
+    known = {p.offer.provider for p in listed} | {p.offer.provider for p in view.live} | set(view.providers)
+    for name in providers:
+        if name not in known:
+            raise ConfigError(f"no provider is called {name!r}; known: {', '.join(sorted(known))}")
+    rows, superseded = merge(view.live, listed, view.covered)
+    ranking = rank(rows, ask, FeeTable.load(settings.fees))
+    left_out = [*view.skipped, *superseded, *ranking.left_out]
+
+    now = clock.now()
+    if output == "json":
+        print_json(_json(ask, ranking.quotes, left_out, view.problems))
+    elif output == "csv":
+        print_csv(_CSV, (_csv_row(q) for q in ranking.quotes))
+    elif ranking.quotes:
+        _print_table(ask, ranking.quotes, left_out, view, now, top=top, explain=explain)
+    if not ranking.quotes:
+        near = Counter(item.reason for item in ranking.left_out).most_common(3)
+        why = "; ".join(f"{n} left out: {reason}" for reason, n in near) or "no price is known for it"
+        raise NoFeasibleOffer(f"nothing fits: {why}")
+
+
+def _names(ask: Ask) -> frozenset[str]:
+    """Canonical cards that can match at all."""
+    if ask.gpus:
+        names = frozenset().union(*(g.names for g in ask.gpus))
+    else:
+        names = frozenset(name for name, _ in catalogue())
+    if ask.min_vram_gib is None:
+        return names
+    big = {name for (name, _), gpu in catalogue().items() if gpu.vram_gib >= ask.min_vram_gib}
+    return names & big or names
+
+
+def _print_table(
+    ask: Ask,
+    quotes: Sequence[Quote],
+    left_out: Sequence[LeftOut],
+    view: market.View,
+    now: datetime,
+    *,
+    top: int,
+    explain: bool,
+) -> None:
+    out = console()
+    shown = best_of_each(quotes, top)
+    made = table("#", "provider", "GPU", "market", "region", "$/h", "total", "included", "price", right=("#", "$/h", "total"))
+    place = {id(q): i for i, q in enumerate(quotes, 1)}
+    for q in shown:
+        made.add_row(
+            str(place[id(q)]),
+            q.offer.provider,
+            _gpu_text(q, ask.gpu_count),
+            q.offer.market.replace("_", "-"),
+            q.offer.zone or q.offer.region or q.offer.cloud or "any",
+            dollars(q.offer.usd_per_hour),
+            dollars(q.bill.total_usd),
+            _included(q),
+            _price_age(q, view, now),
+        )
+    out.print(made)
+    out.print()
+    out.print(advice(quotes, ask, now))
+    if explain:
+        _explain(shown, left_out, out)
+    elif left_out:
+        most = Counter(item.reason for item in left_out).most_common(3)
+        rest = len(left_out) - sum(n for _, n in most)
+        parts = [f"{n} {reason}" for reason, n in most] + ([f"{rest} for other reasons"] if rest else [])
+        out.print(f"Left out: {'; '.join(parts)}. --explain lists them.")
+    for provider, reason in view.problems:
+        say(f"{provider}: {reason}")
+
+
+def _gpu_text(q: Quote, asked: int) -> str:
+    offer = q.offer
+    form = "" if offer.form_factor == "unstated" else f" {offer.form_factor}"
+    text = f"{offer.gpu_count}x {offer.gpu}{form}"
+    return f"{text} (whole, {asked} asked)" if offer.gpu_count > asked else text
+
+
+def _included(q: Quote) -> str:
+    return ", ".join(line.item for line in q.bill.lines)
+
+
+def _price_age(q: Quote, view: market.View, now: datetime) -> str:
+    if not q.priced.live:
+        return list_price_text(q.priced)
+    mark = ", stale" if q.offer.provider in view.stale else ""
+    stock = "" if q.has_stock else ", none free"
+    return f"{age(q.priced.as_of, now)} old{mark}{stock}"
+
+
+def _explain(shown: Sequence[Quote], left_out: Sequence[LeftOut], out: Any) -> None:
+    for q in shown:
+        out.print()
+        out.print(f"[bold]{q.offer.provider} {row_id(q.offer)}[/bold]: {dollars(q.bill.total_usd)}")
+        for line in q.bill.lines:
+            out.print(f"  {line.item:<12} ${usd_text(line.usd):>12}  {line.how}  [{line.source}]", markup=False)
+    if left_out:
+        out.print()
+        out.print("Left out:")
+        for item in left_out:
+            out.print(f"  {item.provider} {item.id}: {item.reason}", markup=False)
+
+
+def _json(
+    ask: Ask,
+    quotes: Sequence[Quote],
+    left_out: Sequence[LeftOut],
+    problems: Sequence[tuple[str, str]],
+) -> dict[str, Any]:
+    return {
+        "asked": {
+            "gpu": [g.text for g in ask.gpus],
+            "gpu_count": ask.gpu_count,
+            "hours": f"{ask.work.hours:f}",
+            "market": list(ask.markets),
+            "provider": list(ask.providers),
+            "region": list(ask.regions),
+            "min_vram_gib": ask.min_vram_gib,
+            "verified_only": ask.verified_only,
+            "disk_gb": f"{ask.work.disk_gb:f}",
+            "egress_gb": f"{ask.work.egress_gb:f}",
+            "ingress_gb": f"{ask.work.ingress_gb:f}",
+        },
+        "quotes": [_json_quote(q) for q in quotes],
+        "skipped": [{"provider": i.provider, "id": i.id, "reason": i.reason} for i in left_out],
+        "problems": [{"provider": provider, "reason": reason} for provider, reason in problems],
+    }
+
+
+def _json_quote(q: Quote) -> dict[str, Any]:
+    offer = q.offer
+    return {
+        "provider": offer.provider,
+        "sku": offer.sku,
+        "gpu": offer.gpu,
+        "form_factor": offer.form_factor,
+        "gpu_count": offer.gpu_count,
+        "vram_gib": offer.vram_gib,
+        "market": offer.market,
+        "preemptible": offer.preemptible,
+        "region": offer.region,
+        "zone": offer.zone,
+        "cloud": offer.cloud,
+        "machine_id": offer.machine_id,
+        "host_id": offer.host_id,
+        "listing_id": offer.listing_id,
+        "verified": offer.verified,
+        "reliability": None if offer.reliability is None else f"{offer.reliability:f}",
+        "stock": offer.stock,
+        "usd_per_hour": usd_text(offer.usd_per_hour),
+        "total_usd": usd_text(q.bill.total_usd),
+        "lines": [
+            {"item": line.item, "usd": usd_text(line.usd), "how": line.how, "source": line.source}
+            for line in q.bill.lines
+        ],
+        "as_of": iso(q.priced.as_of),
+        "source": q.priced.source if q.priced.live else f"{list_price_text(q.priced)}: {q.priced.source}",
+        "live": q.priced.live,
+    }
+
+
+def _csv_row(q: Quote) -> list[Any]:
+    row = _json_quote(q)
+    return [row[name] for name in _CSV]

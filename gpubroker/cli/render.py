@@ -1,0 +1,71 @@
+"""How things look: tables that fit 100 columns, colour only on a terminal, ages and money for people."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from decimal import Decimal
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+WIDTH = 100
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console that is exactly 100 columns wide where nobody looks, and as wide as the terminal else."""
+    out = Console(stderr=stderr, highlight=False, soft_wrap=False)
+    if not out.is_terminal:
+        out = Console(stderr=stderr, highlight=False, width=WIDTH, color_system=None)
+    return out
+
+
+def table(*columns: str, right: Sequence[str] = (), title: str | None = None) -> Table:
+    """An empty table in the house style; the columns named in `right` hold numbers."""
+    made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for name in columns:
+        made.add_column(name, justify="right" if name in right else "left", overflow="fold")
+    return made
+
+
+def print_json(value: Any) -> None:
+    """To standard output, alone."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def print_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """With a header row."""
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+
+
+def say(text: str) -> None:
+    """A message for the person, on standard error."""
+    click.echo(text, err=True)
+
+
+def dollars(amount: Decimal) -> str:
+    """$ with cents, or with four places below ten cents, where cents would hide the difference."""
+    return f"${amount:,.2f}" if amount >= Decimal("0.10") or amount == 0 else f"${amount:.4f}"
+
+
+def age(moment: datetime | None, now: datetime) -> str:
+    """How old, in one unit."""
+    if moment is None:
+        return "never"
+    seconds = max(0, int((now - moment).total_seconds()))
+    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= length:
+            return f"{seconds // length}{unit}"
+    return f"{seconds}s"
+
+
+def iso(moment: datetime | None) -> str | None:
+    """ISO 8601 UTC with a Z, for JSON."""
+    return None if moment is None else moment.strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -1,0 +1,195 @@
+"""Offers and what was asked -> bills in order, and what was left out with the reason. Pure.
+
+Rows rank by what one would really pay: an offer with more GPUs than asked is priced whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from decimal import Decimal
+
+from gpubroker.gpus import GpuRequest
+from gpubroker.model import Market, Offer, Priced
+from gpubroker.plan.bill import Bill, Work, bill_for
+from gpubroker.plan.fees import FeeTable
+
+OWN = "local"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """What is wanted. Empty tuples and None mean: no restriction."""
+
+    work: Work
+    gpus: tuple[GpuRequest, ...] = ()
+    gpu_count: int = 1
+    markets: tuple[Market, ...] = ()
+    providers: tuple[str, ...] = ()
+    regions: tuple[str, ...] = ()
+    min_vram_gib: int | None = None  # per GPU
+    verified_only: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quote:
+    """One offer with its bill."""
+
+    priced: Priced
+    bill: Bill
+
+    @property
+    def offer(self) -> Offer:
+        """The offer itself."""
+        return self.priced.offer
+
+    @property
+    def has_stock(self) -> bool:
+        """False only where the vendor says that there is none."""
+        return self.offer.stock != "none"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeftOut:
+    """A row that does not appear in the quote, and why."""
+
+    provider: str
+    id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranking:
+    """The answer: bills in order, cheapest first; rows without stock come last."""
+
+    quotes: tuple[Quote, ...]
+    left_out: tuple[LeftOut, ...]
+
+
+def rank(offers: Iterable[Priced], ask: Ask, fees: FeeTable) -> Ranking:
+    """Price every offer that fits and sort by total."""
+    quotes, left_out = [], []
+    for priced in offers:
+        offer = priced.offer
+        reason = why_not(offer, ask)
+        if reason is None:
+            source = price_source(priced)
+            quotes.append(Quote(priced=priced, bill=bill_for(offer, ask.work, fees, price_source=source)))
+        else:
+            left_out.append(LeftOut(provider=offer.provider, id=row_id(offer), reason=reason))
+    quotes.sort(key=_order)
+    return Ranking(quotes=tuple(quotes), left_out=tuple(left_out))
+
+
+def _order(quote: Quote) -> tuple[bool, Decimal, bool, bool, int, str, str, str]:
+    """Ties go to what cannot be preempted, what is live, the smaller box, then the alphabet."""
+    offer = quote.offer
+    return (
+        not quote.has_stock,
+        quote.bill.total_usd,
+        offer.preemptible,
+        not quote.priced.live,
+        offer.gpu_count,
+        offer.provider,
+        offer.sku,
+        offer.region + offer.zone + offer.machine_id,
+    )
+
+
+def why_not(offer: Offer, ask: Ask) -> str | None:
+    """The first reason why the offer does not fit, None when it does."""
+    if ask.gpus and not any(g.matches(offer.gpu, offer.form_factor) for g in ask.gpus):
+        return f"{offer.gpu} {offer.form_factor} is not what was asked"
+    if offer.gpu_count < ask.gpu_count:
+        return f"has {offer.gpu_count} of {ask.gpu_count} GPUs"
+    if ask.min_vram_gib is not None and offer.vram_gib < ask.min_vram_gib:
+        return f"{offer.vram_gib} GiB a GPU, {ask.min_vram_gib} wanted"
+    if ask.markets and offer.market not in ask.markets:
+        return f"market {offer.market}"
+    if ask.providers and offer.provider not in ask.providers:
+        return "provider not asked for"
+    if ask.regions and not any(in_region(offer, region) for region in ask.regions):
+        return f"in {offer.zone or offer.region or 'a region that is not stated'}"
+    if ask.verified_only and offer.verified is False:
+        return "host not verified (--any-host takes it)"
+    if offer.disk_max_gb is not None and offer.disk_max_gb < ask.work.disk_gb:
+        return f"only {offer.disk_max_gb} GB of disk, {ask.work.disk_gb:f} wanted"
+    return None
+
+
+def in_region(offer: Offer, region: str) -> bool:
+    """Whether the offer lies in a region or in a part of it: us covers us-east-1, US and US-KS-2."""
+    wanted = region.lower()
+    places = [offer.region, offer.zone, *offer.details.get("data_centers", "").split(",")]
+    return any(
+        place == wanted or place.startswith(f"{wanted}-") for place in (p.strip().lower() for p in places)
+    )
+
+
+def merge(
+    live: Iterable[Priced], book: Iterable[Priced], covered: dict[tuple[str, str], datetime]
+) -> tuple[list[Priced], list[LeftOut]]:
+    """Live rows, and those of the price book that no newer poll speaks for.
+
+    `covered` tells per (provider, market) when a poll last saw the whole of it, for the GPUs asked: what the
+    book knows from before is then out of date, whether or not the poll found the same.
+    """
+    rows = list(live)
+    newest: dict[tuple[str, str, str], datetime] = {}
+    for priced in rows:
+        key = (priced.offer.provider, priced.offer.market, priced.offer.gpu)
+        if priced.as_of is not None:
+            newest[key] = max(priced.as_of, newest.get(key, priced.as_of))
+    left_out = []
+    for priced in book:
+        offer = priced.offer
+        seen = [
+            moment
+            for moment in (
+                newest.get((offer.provider, offer.market, offer.gpu)),
+                covered.get((offer.provider, offer.market)),
+            )
+            if moment is not None
+        ]
+        if seen and (priced.as_of is None or max(seen) >= priced.as_of):
+            left_out.append(
+                LeftOut(
+                    provider=offer.provider, id=row_id(offer), reason="list price: there is a newer live one"
+                )
+            )
+        else:
+            rows.append(priced)
+    return rows, left_out
+
+
+def best_of_each(quotes: Sequence[Quote], top: int) -> list[Quote]:
+    """The rows for a table: the best of every vendor, then the next best up to `top`, in order."""
+    seen: set[str] = set()
+    chosen: list[int] = []
+    for index, quote in enumerate(quotes):
+        if quote.offer.provider not in seen:
+            seen.add(quote.offer.provider)
+            chosen.append(index)
+    others = [i for i in range(len(quotes)) if i not in set(chosen)] if len(chosen) < top else []
+    chosen += others[: max(0, top - len(chosen))]
+    return [quotes[i] for i in sorted(chosen)]
+
+
+def row_id(offer: Offer) -> str:
+    """What names an offer to a person: the listing, or the sku with where it is."""
+    if offer.listing_id:
+        return offer.listing_id
+    return " ".join(part for part in (offer.sku, offer.zone or offer.region, offer.cloud) if part)
+
+
+def price_source(priced: Priced) -> str:
+    """Where the price comes from, with its date when it is a listed one."""
+    if priced.live:
+        return priced.source
+    return f"{list_price_text(priced)}: {priced.source}"
+
+
+def list_price_text(priced: Priced) -> str:
+    """`list price, DATE`, or undated."""
+    return f"list price, {priced.as_of.date().isoformat() if priced.as_of else 'undated'}"

@@ -1,0 +1,71 @@
+"""The one sentence below a quote: what to take and why. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from decimal import Decimal
+
+from gpubroker.plan.rank import OWN, Ask, Quote
+
+# A listed price older than this is named in the sentence: list prices moved six times a year.
+_OLD_DAYS = 30
+
+
+def advice(quotes: Sequence[Quote], ask: Ask, now: datetime) -> str:
+    """What to take: your own GPU first when the job fits it, else the cheapest row that has stock."""
+    available = [q for q in quotes if q.has_stock]
+    if not available:
+        return f"Nobody has one free right now; the cheapest once there is: {_name(quotes[0])}."
+    own = next((q for q in available if q.offer.provider == OWN), None)
+    rented = [q for q in available if q.offer.provider != OWN]
+    if own is not None:
+        text = f"Your own {own.offer.gpu_count}x {own.offer.gpu} can do it for {_usd(own.bill.total_usd)} of electricity"
+        if rented:
+            text += f"; the cheapest to rent is {_name(rented[0])} at {_usd(rented[0].bill.total_usd)}"
+            if rented[0].bill.total_usd < own.bill.total_usd:
+                text += ", which is less"
+        return f"{text}.{_caution(own, now)}"
+    best = rented[0]
+    text = f"Take {_name(best)}: {_usd(best.bill.total_usd)} for {ask.work.hours:f} h, {_why(rented)}"
+    firm = next((q for q in rented if not q.offer.preemptible), None)
+    if best.offer.preemptible and firm is not None:
+        more = firm.bill.total_usd - best.bill.total_usd
+        text += f". It can be taken away; {_name(firm)} cannot, for {_usd(more)} more"
+    return f"{text}.{_caution(best, now)}"
+
+
+def _why(rented: Sequence[Quote]) -> str:
+    best = rented[0]
+    other = next((q for q in rented if q.offer.provider != best.offer.provider), None)
+    if other is None:
+        return f"the cheapest of {len(rented)} offers" if len(rented) > 1 else "the only offer"
+    difference = other.bill.total_usd - best.bill.total_usd
+    return (
+        f"the cheapest of {len(rented)} offers, {_usd(difference)} less than the best of {other.offer.provider}"
+    )
+
+
+def _name(quote: Quote) -> str:
+    offer = quote.offer
+    where = offer.zone or offer.region or offer.cloud
+    form = "" if offer.form_factor == "unstated" else f" {offer.form_factor}"
+    market = offer.market.replace("_", "-")
+    text = f"{offer.provider} {offer.gpu_count}x {offer.gpu}{form} {market}"
+    return f"{text} in {where}" if where else text
+
+
+def _caution(quote: Quote, now: datetime) -> str:
+    """A price that nobody confirmed lately must say so where the advice is read."""
+    if quote.priced.live:
+        return ""
+    if quote.priced.as_of is None:
+        return " That is a list price without a date: check it before you rely on it."
+    days = (now - quote.priced.as_of).days
+    if days < _OLD_DAYS:
+        return ""
+    return f" That is a list price from {days} days ago: check it before you rely on it."
+
+
+def _usd(amount: Decimal) -> str:
+    return f"${amount:,.2f}"

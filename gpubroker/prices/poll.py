@@ -1,0 +1,198 @@
+"""Poll: ask the providers side by side and hand what they say to the store.
+
+The pool's threads only fetch; everything that touches the database happens in the caller's thread, so
+that an answer that comes after the deadline is never stored. One provider that fails or hangs costs
+only itself.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Literal
+from urllib.parse import urlsplit
+
+from gpubroker.doors import Clock, Outcome, Pool
+from gpubroker.errors import BrokerError, ConfigError, MissingCredentials, Unreachable
+from gpubroker.model import OfferQuery, Parsed, Skipped
+from gpubroker.prices.store import Store
+from gpubroker.provider import PriceSource, ProviderContext, load
+
+# How long a failure to resolve or to connect is remembered: nobody waits for it again meanwhile.
+UNREACHABLE_S = 60
+# A network that lets nobody connect within this time is taken for no network.
+FIRST_CONTACT_S = 0.75
+
+State = Literal["ok", "no account", "unreachable", "failed", "late"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PollResult:
+    """What became of one provider in one poll."""
+
+    provider: str
+    state: State
+    reason: str = ""  # "" when ok
+    fetched: int = 0
+    kept: int = 0
+    opened: int = 0
+    closed: int = 0
+    skipped: tuple[Skipped, ...] = ()
+    notes: tuple[str, ...] = ()
+    took_s: float = 0.0
+
+
+@dataclass(slots=True)
+class _Job:
+    """One provider on its way through a poll."""
+
+    source: PriceSource
+    poll_id: int = 0
+    result: PollResult | None = field(default=None)
+
+
+def poll(
+    store: Store,
+    context: ProviderContext,
+    names: Iterable[str],
+    query: OfferQuery,
+    deadline_s: float,
+    *,
+    first_contact_s: float | None = None,
+    on_result: Callable[[PollResult], None] = lambda result: None,
+) -> list[PollResult]:
+    """Ask every named provider at once; results in the order of the names.
+
+    With `first_contact_s`, hosts that cannot be reached within it are given up together when none can.
+    """
+    start_s = context.clock.monotonic_s()
+    results: dict[str, PollResult] = {}
+
+    def settle(result: PollResult) -> None:
+        results[result.provider] = result
+        on_result(result)
+
+    order = list(names)
+    jobs: list[_Job] = []
+    for name in order:
+        try:
+            source = load(name, context)
+        except BrokerError as error:
+            settle(PollResult(provider=name, state="failed", reason=str(error)))
+            continue
+        access = source.access()
+        store.set_provider_state(name, missing=access.missing, tried_at=context.clock.now())
+        if access.missing and not access.live_without:
+            reason = f"{access.missing} is not set: {access.without}"
+            settle(PollResult(provider=name, state="no account", reason=reason))
+        else:
+            jobs.append(_Job(source))
+
+    if first_contact_s is not None:
+        for name, reason in unreachable(jobs_sources(jobs), context.pool, first_contact_s).items():
+            jobs = [job for job in jobs if job.source.name != name]
+            _remember(store, context.clock, name, reason)
+            settle(PollResult(provider=name, state="unreachable", reason=reason))
+
+    for job in jobs:
+        job.poll_id = store.begin_poll(job.source.name, query)
+
+    def fetch(job: _Job) -> Parsed:
+        left_s = deadline_s - (context.clock.monotonic_s() - start_s)
+        return job.source.offers(query, left_s)
+
+    def on_done(outcome: Outcome[_Job, Parsed]) -> None:
+        took_s = context.clock.monotonic_s() - start_s
+        settle(_store_outcome(store, context.clock, outcome, took_s))
+
+    left_s = deadline_s - (context.clock.monotonic_s() - start_s)
+    for outcome in context.pool.map(fetch, jobs, left_s, on_done=on_done):
+        if outcome.late:
+            reason = f"no answer within {deadline_s:g} s"
+            store.fail_poll(outcome.item.poll_id, reason)
+            settle(PollResult(provider=outcome.item.source.name, state="late", reason=reason))
+    return [results[name] for name in order]
+
+
+def jobs_sources(jobs: Sequence[_Job]) -> list[PriceSource]:
+    """The providers of those jobs."""
+    return [job.source for job in jobs]
+
+
+def _store_outcome(store: Store, clock: Clock, outcome: Outcome[_Job, Parsed], took_s: float) -> PollResult:
+    """Keep what came, or record why nothing did."""
+    job, name = outcome.item, outcome.item.source.name
+    error = outcome.error
+    if error is None and outcome.value is not None:
+        parsed = outcome.value
+        try:
+            kept = store.keep(job.poll_id, parsed)
+        except BrokerError as failure:
+            error = failure
+        else:
+            return PollResult(
+                provider=name,
+                state="ok",
+                fetched=parsed.fetched,
+                kept=kept.kept,
+                opened=kept.opened,
+                closed=kept.closed,
+                skipped=kept.skipped,
+                notes=(*parsed.notes, *(part.reason for part in parsed.incomplete)),
+                took_s=took_s,
+            )
+    # A bug in a plugin costs only that plugin; its type is part of what to report.
+    reason = str(error) if isinstance(error, BrokerError) else f"{type(error).__name__}: {error}"
+    reason = reason.removeprefix(f"{name}: ")
+    store.fail_poll(job.poll_id, reason)
+    if isinstance(error, MissingCredentials | ConfigError):
+        return PollResult(provider=name, state="no account", reason=reason, took_s=took_s)
+    if isinstance(error, Unreachable):
+        _remember(store, clock, name, reason)
+        return PollResult(provider=name, state="unreachable", reason=reason, took_s=took_s)
+    return PollResult(provider=name, state="failed", reason=reason, took_s=took_s)
+
+
+def _remember(store: Store, clock: Clock, name: str, reason: str) -> None:
+    until = clock.now() + timedelta(seconds=UNREACHABLE_S)
+    store.set_provider_state(name, unreachable_until=until, reason=reason)
+
+
+def unreachable(sources: Sequence[PriceSource], pool: Pool, patience_s: float) -> dict[str, str]:
+    """Providers whose host cannot be connected to, with the reason; {} where a proxy stands between.
+
+    A host that is merely slow counts only when no host answered at all: then there is no network.
+    """
+    targets = [(source.name, urlsplit(source.endpoint() or "")) for source in sources]
+    remote = [(name, url) for name, url in targets if url.hostname]
+    if not remote or _behind_proxy():
+        return {}
+
+    def connect(target: tuple[str, str, int]) -> None:
+        _, host, port = target
+        socket.create_connection((host, port), timeout=patience_s).close()
+
+    items = [(n, u.hostname or "", u.port or (80 if u.scheme == "http" else 443)) for n, u in remote]
+    outcomes = pool.map(connect, items, patience_s)
+    nobody = all(outcome.late or outcome.error for outcome in outcomes)
+    reasons = {}
+    for outcome in outcomes:
+        name, host, _ = outcome.item
+        slow = outcome.late or isinstance(outcome.error, TimeoutError)
+        if outcome.error is not None and not slow:
+            reasons[name] = f"{host}: {_socket_reason(outcome.error)}"
+        elif slow and nobody:
+            reasons[name] = f"{host}: no connection within {patience_s:g} s"
+    return reasons
+
+
+def _socket_reason(error: Exception) -> str:
+    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).lower()
+
+
+def _behind_proxy() -> bool:
+    from urllib.request import getproxies
+
+    return bool({"https", "all"} & set(getproxies()))
