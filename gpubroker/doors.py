@@ -92,9 +92,9 @@ class ThreadPool:
 
         def work(index: int, item: T) -> None:
             try:
-                outcome = Outcome[T, R](item, value=fn(item))
+                outcome: Outcome[T, R] = Outcome(item, value=fn(item))
             except Exception as error:
-                outcome = Outcome[T, R](item, error=error)
+                outcome = Outcome(item, error=error)
             done.put((index, outcome))
 
         for index, item in enumerate(todo):
@@ -128,9 +128,9 @@ class SerialPool:
         outcomes = []
         for item in items:
             try:
-                outcome = Outcome[T, R](item, value=fn(item))
+                outcome: Outcome[T, R] = Outcome(item, value=fn(item))
             except Exception as error:
-                outcome = Outcome[T, R](item, error=error)
+                outcome = Outcome(item, error=error)
             if on_done is not None:
                 on_done(outcome)
             outcomes.append(outcome)

@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from typing import Any
 
 import requests
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt
+from urllib3.exceptions import HTTPError as Urllib3Error
+from urllib3.exceptions import ReadTimeoutError
 
 from gpubroker.doors import Clock
 from gpubroker.errors import AuthFailed, PayloadChanged, ProviderError, Transient, Unreachable
@@ -122,9 +124,10 @@ class HttpClient:
                 allow_redirects=False,
             ) as response:
                 raw = bytearray()
-                for chunk in response.iter_content(65536):
+                # Read what is there, not full chunks: requests' timeout is per read, and a server that
+                # drips would never end.
+                while chunk := response.raw.read1(65536, decode_content=True):
                     raw += chunk
-                    # A timeout of requests is per read: a server that drips would never end.
                     if self._clock.monotonic_s() > end_s:
                         raise Transient(self._provider, operation, "the answer came too slowly")
                     if len(raw) > _MAX_BODY_BYTES:
@@ -132,12 +135,12 @@ class HttpClient:
                 text = raw.decode("utf-8", "replace")
                 self._raise_for(operation, response, response.status_code, text, classify)
                 return text
-        except requests.RequestException as error:
+        except (requests.RequestException, Urllib3Error) as error:
             raise self._failed(operation, error) from error
 
     def _decode(self, operation: str, text: str) -> Any:
         try:
-            return json.loads(text, parse_float=Decimal, parse_constant=Decimal)
+            return json.loads(text, parse_float=_number, parse_constant=Decimal)
         except (ValueError, RecursionError) as error:
             what = "HTML" if text.lstrip()[:1] == "<" else "not JSON"
             raise PayloadChanged(self._provider, operation, "$", f"{what}: {self.excerpt(text)}") from error
@@ -160,8 +163,8 @@ class HttpClient:
             detail = f"HTTP {status}: moved to {self.excerpt(response.headers.get('Location', '?'))}"
         raise ProviderError(self._provider, operation, detail)
 
-    def _failed(self, operation: str, error: requests.RequestException) -> ProviderError:
-        if isinstance(error, requests.ReadTimeout):
+    def _failed(self, operation: str, error: requests.RequestException | Urllib3Error) -> ProviderError:
+        if isinstance(error, requests.ReadTimeout | ReadTimeoutError):
             return Transient(self._provider, operation, "no answer before the deadline")
         if isinstance(error, requests.ConnectionError):
             return Unreachable(self._provider, operation, _cause(error))
@@ -178,6 +181,14 @@ def retry_after_s(headers: Mapping[str, str]) -> float | None:
     """Retry-After in seconds; None when it is absent or a date."""
     text = headers.get("Retry-After", "")
     return float(text) if text.isdigit() else None
+
+
+def _number(text: str) -> Decimal:
+    """NaN for 1e9999999999999999999, which Decimal refuses: one absurd row must not cost the others."""
+    try:
+        return Decimal(text)
+    except InvalidOperation:
+        return Decimal("NaN")
 
 
 def _cause(error: BaseException) -> str:

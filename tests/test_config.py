@@ -1,0 +1,111 @@
+"""Settings: defaults, file, environment, and errors that name the place."""
+
+from decimal import Decimal
+
+import pytest
+
+from gpubroker.config import LocalGpu, load, parse_duration_s
+from gpubroker.errors import ConfigError
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write a config.toml and return the environment that points at it."""
+
+    def _write(text):
+        path = tmp_path / "config.toml"
+        path.write_text(text)
+        return {"GPUBROKER_CONFIG": str(path)}
+
+    return _write
+
+
+def test_defaults_need_neither_file_nor_environment():
+    """A newcomer has neither."""
+    settings = load({})
+    assert 1800 == settings.max_age_s
+    assert settings.db_url.startswith("sqlite:///")
+    assert {} == settings.fees
+
+
+def test_every_key_of_the_file_is_taken(write):
+    """The README's example."""
+    settings = load(
+        write("""
+            max_age = "45m"
+            local_usd_per_kwh = 0.28
+            local_gpus = [{ gpu = "rtx4090", count = 2, watts = 400 }, "h100-sxm"]
+            aws_regions = ["us-east-1"]
+            disabled_providers = ["modal"]
+            egress_gb_this_month = 120
+            [fees.runpod]
+            egress_usd_per_gb = "0.05"
+        """)
+    )
+    assert 2700 == settings.max_age_s
+    assert Decimal("0.28") == settings.local_usd_per_kwh
+    assert (LocalGpu(gpu="rtx4090", count=2, watts=400), LocalGpu(gpu="h100-sxm")) == settings.local_gpus
+    assert ("us-east-1",) == settings.aws_regions
+    assert frozenset({"modal"}) == settings.disabled_providers
+    assert {("runpod", "egress_usd_per_gb"): Decimal("0.05")} == settings.fees
+
+
+def test_the_environment_wins_over_the_file(write):
+    """Every key also as GPUBROKER_…"""
+    env = write('max_age = "45m"') | {
+        "GPUBROKER_MAX_AGE": "10s",
+        "GPUBROKER_DISABLED_PROVIDERS": "aws, modal",
+        "GPUBROKER_LOCAL_GPUS": "rtx3090",
+        "GPUBROKER_FEES_RUNPOD_EGRESS_USD_PER_GB": "0.1",
+    }
+    settings = load(env)
+    assert 10 == settings.max_age_s
+    assert frozenset({"aws", "modal"}) == settings.disabled_providers
+    assert (LocalGpu(gpu="rtx3090"),) == settings.local_gpus
+    assert {("runpod", "egress_usd_per_gb"): Decimal("0.1")} == settings.fees
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        pytest.param("max_age = 30", "not a duration", id="a number without a unit"),
+        pytest.param("max_agee = '30m'", "unknown key 'max_agee'", id="a misspelt key"),
+        pytest.param("local_usd_per_kwh = 'cheap'", "not a number", id="words for a number"),
+        pytest.param("local_usd_per_kwh = nan", "zero or more", id="NaN"),
+        pytest.param("local_usd_per_kwh = -1", "zero or more", id="negative"),
+        pytest.param("local_gpus = [{ count = 2 }]", "gpu", id="a GPU without its name"),
+        pytest.param("local_gpus = [{ gpu = 'h100', count = 0 }]", "1 or more", id="no GPUs"),
+        pytest.param("fees = 3", "tables", id="fees that are no table"),
+        pytest.param("[", "config.toml", id="not TOML"),
+        pytest.param("aws_regions = [1]", "list of names", id="numbers for names"),
+    ],
+)
+def test_a_wrong_file_is_one_sentence_that_names_the_place(write, text, word):
+    """Exit code 2, no traceback."""
+    with pytest.raises(ConfigError, match=word) as caught:
+        load(write(text))
+    assert "config.toml" in str(caught.value)
+    assert 2 == caught.value.exit_code
+
+
+def test_a_variable_that_does_not_exist_is_refused():
+    """A misspelt GPUBROKER_… must not be silently ignored; base URLs and test switches pass."""
+    with pytest.raises(ConfigError, match="GPUBROKER_MAXAGE"):
+        load({"GPUBROKER_MAXAGE": "1h"})
+    load({"GPUBROKER_VAST_URL": "http://127.0.0.1:1", "GPUBROKER_RUNPOD_S3_URL": "http://127.0.0.1:1"})
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("45s", 45), ("30m", 1800), ("2h", 7200), ("1d", 86400), ("1h30m", 5400), ("0.5h", 1800)],
+)
+def test_durations(text, seconds):
+    """With their unit, always."""
+    assert seconds == parse_duration_s(text)
+
+
+@pytest.mark.parametrize("text", ["", "30", "m", "-5m", "5 m", "1w", "nan", "1e3s", "9999999d"])
+def test_what_is_not_a_duration_is_refused(text):
+    """Including a bare number: nobody knows its unit."""
+    with pytest.raises(ConfigError):
+        parse_duration_s(text)
