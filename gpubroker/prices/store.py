@@ -1,0 +1,253 @@
+"""The store: what the providers said, kept as price spans, and the same read back.
+
+poll -> begin_poll, keep or fail_poll -> current -> quote. Every method is one transaction.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypedDict, Unpack
+
+from sqlalchemy import Connection, Row, select, update
+
+from gpubroker.doors import Clock
+from gpubroker.errors import StoreError
+from gpubroker.model import Offer, OfferQuery, Parsed, Priced, Skipped
+from gpubroker.prices import rows, tables
+from gpubroker.prices.database import Database
+from gpubroker.prices.keeping import Keeping
+from gpubroker.prices.rows import Coverage, Poll, ProviderState
+from gpubroker.prices.spans import diff
+
+__all__ = ["KeepResult", "Poll", "ProviderState", "Store"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeepResult:
+    """What a kept poll changed, in offers. kept = opened + changed + those whose price stayed."""
+
+    observed_at: datetime
+    kept: int
+    opened: int  # first seen, or back again
+    changed: int  # a priced term is another
+    closed: int  # no longer offered
+    unknown: int  # may still be there: the poll could not see their part
+    skipped: tuple[Skipped, ...]  # the provider's, and offers that were listed twice
+
+
+class _StateChanges(TypedDict, total=False):
+    missing: str
+    unreachable_until: datetime | None
+    reason: str
+    tried_at: datetime | None
+
+
+class Store:
+    """The price database. Opening does no I/O but making the parent folder."""
+
+    def __init__(self, database: Database, clock: Clock) -> None:
+        self.database = database
+        self._clock = clock
+
+    @classmethod
+    def open(cls, url: str, clock: Clock) -> Store:
+        """Raises ConfigError for a URL that is none, StoreError when the folder cannot be made."""
+        database = Database(url, clock)
+        if database.path is not None:
+            try:
+                database.path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise StoreError(
+                    f"{database.path.parent} cannot be made ({error.strerror}): set GPUBROKER_DB_URL"
+                ) from error
+        return cls(database, clock)
+
+    @property
+    def path(self) -> Path | None:
+        """The SQLite file, for fastread; None for PostgreSQL."""
+        return self.database.path
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self.database.close()
+
+    def migrate(self) -> None:
+        """Bring the tables up to this code; at once for any number of processes. Raises SchemaTooNew."""
+        self.database.migrate()
+
+    def check_schema(self) -> None:
+        """Raises SchemaTooNew when a newer gpubroker wrote this database."""
+        self.database.check_schema()
+
+    def begin_poll(self, provider: str, query: OfferQuery) -> int:
+        """Record that a poll starts, and its scope. Returns its id."""
+        values = {"provider": provider, "scope": rows.scope_json(query), "started_at": self._clock.now()}
+        with self.database.write() as connection:
+            added = connection.execute(tables.polls.insert().values(values).returning(tables.polls.c.id))
+            return int(added.scalar_one())
+
+    def keep(self, poll_id: int, parsed: Parsed) -> KeepResult:
+        """Store what a poll brought, whole or not at all.
+
+        Its moment is now, or a second after the provider's last kept poll where the clock has not moved
+        on: two polls are never at one moment, and spans never run backwards.
+        """
+        with self.database.read() as connection:
+            provider, query = _running(connection, poll_id)
+        listed, twice = rows.listing(parsed.offers, query)
+        skipped = (*parsed.skipped, *twice)
+        with self.database.write(f"gpubroker keep {provider}") as connection:
+            _running(connection, poll_id)
+            at = self._next_second(connection, provider)
+            keeping = Keeping(self.database, connection, provider, query)
+            changes = diff(keeping.current(), listed, query, parsed.incomplete)
+            keeping.apply(changes, at)
+            keeping.freeze(changes.unknown)
+            self._finish(
+                connection,
+                poll_id,
+                observed_at=rows.moment(at),
+                fetched=parsed.fetched,
+                kept=len(listed),
+                skipped=len(skipped),
+                skips=rows.skips_json(skipped),
+                incomplete=rows.incomplete_json(parsed.incomplete),
+                unknown_offers=json.dumps([old.offer_id for old, _ in changes.unknown]),
+                source=parsed.source,
+                notes=json.dumps(parsed.notes),
+            )
+            keeping.cover(poll_id)
+        return KeepResult(
+            observed_at=rows.moment(at),
+            kept=len(listed),
+            opened=len(changes.opened),
+            changed=len(changes.changed),
+            closed=len(changes.closed),
+            unknown=len(changes.unknown),
+            skipped=skipped,
+        )
+
+    def fail_poll(self, poll_id: int, error: str) -> None:
+        """Record that a poll brought nothing: all it would have covered is unknown."""
+        with self.database.write() as connection:
+            _running(connection, poll_id)
+            self._finish(connection, poll_id, error=error)
+
+    def current(self, gpus: Collection[str] | None = None) -> list[Priced]:
+        """Offers with an open span, each as old as the poll that last confirmed it. None = every GPU."""
+        where, names = rows.where_gpus(gpus)
+        with self.database.read() as connection:
+            found = self.database.run(connection, rows.CURRENT_SQL + where + rows.CURRENT_ORDER, names)
+            return rows.priced(found, self._coverage(connection))
+
+    def freshness(self, query: OfferQuery) -> dict[str, datetime | None]:
+        """When each provider was last polled for all that the query asks for; None = never for all of it."""
+        with self.database.read() as connection:
+            return self._coverage(connection).freshness(query)
+
+    def newest(self) -> dict[str, datetime]:
+        """When each provider was last polled and kept, whatever the scope."""
+        with self.database.read() as connection:
+            return self._coverage(connection).newest()
+
+    def polls(self, provider: str | None = None, limit: int = 20) -> list[Poll]:
+        """Recorded polls, the newest first."""
+        polls = tables.polls
+        query = select(polls).order_by(polls.c.id.desc()).limit(limit)
+        if provider is not None:
+            query = query.where(polls.c.provider == provider)
+        with self.database.read() as connection:
+            return [_poll_of(row) for row in connection.execute(query)]
+
+    def provider_states(self) -> dict[str, ProviderState]:
+        """What the last refresh of each provider found out."""
+        with self.database.read() as connection:
+            found = self.database.run(connection, rows.STATES_SQL)
+            return {state.provider: state for state in map(rows.state_of, found)}
+
+    def set_provider_state(self, provider: str, **changes: Unpack[_StateChanges]) -> None:
+        """Change the named fields; the others stay."""
+        state = tables.provider_state
+        with self.database.write(f"gpubroker state {provider}") as connection:
+            mine = state.c.provider == provider
+            if connection.execute(select(state.c.provider).where(mine)).first() is None:
+                connection.execute(state.insert().values(provider=provider, **changes))
+            elif changes:
+                connection.execute(update(state).where(mine).values(changes))
+
+    def observations(self, provider: str) -> Iterator[tuple[datetime, Offer]]:
+        """Every offer of every kept poll, as it was listed but for what is volatile."""
+        with self.database.read() as connection:
+            yield from _expanded(self.database, connection, provider)
+
+    def _coverage(self, connection: Connection) -> Coverage:
+        return Coverage(map(rows.kept_of, self.database.run(connection, rows.COVERAGE_SQL)))
+
+    def _next_second(self, connection: Connection, provider: str) -> int:
+        sql = "SELECT max(observed_at) FROM polls WHERE provider = ?"
+        last = self.database.run(connection, sql, (provider,)).scalar()
+        now = rows.seconds(self._clock.now())
+        return now if last is None else max(now, last + 1)
+
+    def _finish(self, connection: Connection, poll_id: int, **values: Any) -> None:
+        polls = tables.polls
+        values["finished_at"] = self._clock.now()
+        connection.execute(update(polls).where(polls.c.id == poll_id).values(values))
+
+
+def _running(connection: Connection, poll_id: int) -> tuple[str, OfferQuery]:
+    polls = tables.polls.c
+    query = select(polls.provider, polls.scope, polls.finished_at).where(polls.id == poll_id)
+    row = connection.execute(query).first()
+    if row is None or row.finished_at is not None:
+        raise StoreError(f"poll {poll_id} is not running: begin another")
+    return row.provider, rows.scope_of(row.scope)
+
+
+def _poll_of(row: Row[Any]) -> Poll:
+    values = dict(row._mapping)
+    return Poll(
+        **{
+            **values,
+            "scope": rows.scope_of(values["scope"]),
+            "skips": rows.skips_of(values["skips"]),
+            "incomplete": rows.incomplete_of(values["incomplete"]),
+            "unknown_offers": frozenset(json.loads(values["unknown_offers"])),
+            "notes": tuple(json.loads(values["notes"])),
+        }
+    )
+
+
+_POLLS_SQL = """
+SELECT observed_at, scope, unknown_offers FROM polls
+WHERE provider = ? AND observed_at IS NOT NULL ORDER BY observed_at
+"""
+_SPANS_SQL = f"""
+SELECT {", ".join(f"p.{c}" for c in rows.PRODUCT)}, o.machine_id, o.host_id, s.usd_per_hour,
+       {", ".join(f"r.{c}" for c in rows.RATES)}, o.id, s.first_at, s.until_at
+FROM products p JOIN offers o ON o.product_id = p.id JOIN spans s ON s.offer_id = o.id
+     JOIN rates r ON r.id = s.rates_id
+WHERE p.provider = ? ORDER BY s.first_at, o.id
+"""  # noqa: S608  only names of columns go in
+
+
+def _expanded(database: Database, connection: Connection, provider: str) -> Iterator[tuple[datetime, Offer]]:
+    """Polls in order, with the spans that are open at each: from first_at until before until_at."""
+    spans = iter(database.run(connection, _SPANS_SQL, (provider,)))
+    upcoming = next(spans, None)
+    active: dict[int, tuple[int | None, Offer]] = {}
+    for at, scope, unknown_offers in database.run(connection, _POLLS_SQL, (provider,)).all():
+        query, unknown = rows.scope_of(scope), set(json.loads(unknown_offers))
+        while upcoming is not None and upcoming[-2] <= at:
+            machine_id, host_id, usd_micros = upcoming[11:14]
+            offer = rows.offer_of(upcoming[:11], machine_id, host_id, usd_micros, upcoming[14:23])
+            active[upcoming[-3]] = (upcoming[-1], offer)
+            upcoming = next(spans, None)
+        active = {key: span for key, span in active.items() if span[0] is None or span[0] > at}
+        for offer_id, (_, offer) in active.items():
+            if offer_id not in unknown and query.covers(offer):
+                yield rows.moment(at), offer

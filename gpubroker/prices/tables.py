@@ -1,0 +1,233 @@
+"""The tables of the price store, for SQLite and PostgreSQL, and the two column types that they need.
+
+migrations/ creates them; a test holds both alike. What each span means: docs/decisions/0003-spans.md.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from decimal import Decimal
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    Dialect,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    Table,
+    Text,
+    TypeDecorator,
+    UniqueConstraint,
+    text,
+)
+
+from gpubroker.money import from_micros, to_micros
+from gpubroker.prices.rows import PRODUCT, moment, seconds
+
+
+class Money(TypeDecorator[Decimal]):
+    """Decimal USD as integer micro-dollars. A float raises TypeError, a finer amount ValueError."""
+
+    impl = BigInteger
+    cache_ok = True
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> int | None:
+        """To the database."""
+        return None if value is None else to_micros(value)
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> Decimal | None:
+        """From the database."""
+        return None if value is None else from_micros(value)
+
+
+class Moment(TypeDecorator[datetime]):
+    """An aware UTC datetime as integer seconds since 1970. A naive one raises ValueError."""
+
+    impl = BigInteger
+    cache_ok = True
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> int | None:
+        """To the database."""
+        return None if value is None else seconds(value)
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:
+        """From the database."""
+        return None if value is None else moment(value)
+
+
+metadata = MetaData()
+# SQLite counts up by itself only a column called INTEGER.
+_Id = BigInteger().with_variant(Integer, "sqlite")
+
+
+def _text(name: str, default: str = "") -> Column[str]:
+    return Column(name, Text, nullable=False, server_default=default)
+
+
+polls = Table(
+    "polls",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("provider", Text, nullable=False),
+    Column("scope", Text, nullable=False),  # JSON of the OfferQuery
+    Column("started_at", Moment, nullable=False),
+    Column("finished_at", Moment),  # NULL = running, or its process died
+    Column("observed_at", Moment),  # NULL = nothing was kept; strictly increasing per provider
+    Column("fetched", Integer, nullable=False, server_default="0"),
+    Column("kept", Integer, nullable=False, server_default="0"),
+    Column("skipped", Integer, nullable=False, server_default="0"),
+    _text("skips", "{}"),  # JSON: reason -> [count, first five ids]
+    _text("incomplete", "[]"),  # JSON: the slices that were not seen whole
+    _text("unknown_offers", "[]"),  # JSON: ids of current offers in those slices that were not listed
+    Column("error", Text),
+    _text("source"),
+    _text("notes", "[]"),  # JSON
+    UniqueConstraint("provider", "observed_at"),
+)
+
+# The newest kept poll of each scope: how old a current price is, without walking through the polls.
+coverage = Table(
+    "coverage",
+    metadata,
+    Column("provider", Text, primary_key=True),
+    Column("scope", Text, primary_key=True),
+    Column("poll_id", _Id, ForeignKey("polls.id"), nullable=False),
+)
+
+products = Table(
+    "products",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("provider", Text, nullable=False),
+    Column("sku", Text, nullable=False),
+    Column("gpu", Text, nullable=False, index=True),
+    Column("form_factor", Text, nullable=False),
+    Column("gpu_count", Integer, nullable=False),
+    Column("vram_gib", Integer, nullable=False),
+    Column("market", Text, nullable=False),
+    Column("preemptible", Boolean, nullable=False),
+    Column("region", Text, nullable=False),
+    Column("zone", Text, nullable=False),
+    Column("cloud", Text, nullable=False),
+    UniqueConstraint(*PRODUCT),
+)
+
+offers = Table(
+    "offers",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("product_id", _Id, ForeignKey("products.id"), nullable=False),
+    Column("machine_id", Text, nullable=False),
+    Column("host_id", Text, nullable=False),  # as last listed
+    UniqueConstraint("product_id", "machine_id"),
+)
+
+# The priced terms but the price: few combinations, so each is kept once.
+rates = Table(
+    "rates",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("digest", Text, nullable=False, unique=True),  # all of them as one text: NULLs are never equal
+    Column("billing_increment_s", Integer, nullable=False),
+    Column("minimum_s", BigInteger, nullable=False),
+    Column("disk_included_gb", BigInteger, nullable=False),
+    Column("storage_usd_per_gb_month", Money),
+    Column("egress_usd_per_gb", Money),
+    Column("ingress_usd_per_gb", Money),
+    Column("cpu_usd_per_core_hour", Money),
+    Column("ram_usd_per_gib_hour", Money),
+    Column("verified", Boolean),
+)
+
+spans = Table(
+    "spans",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("offer_id", _Id, ForeignKey("offers.id"), nullable=False),
+    Column("rates_id", _Id, ForeignKey("rates.id"), nullable=False),
+    Column("usd_per_hour", Money, nullable=False),
+    Column("first_at", Moment, nullable=False),
+    Column("until_at", Moment),  # exclusive; NULL = open
+    Index("ix_spans_offer", "offer_id", "first_at"),
+    Index(
+        "ix_spans_open",
+        "offer_id",
+        unique=True,
+        sqlite_where=text("until_at IS NULL"),
+        postgresql_where=text("until_at IS NULL"),
+    ),
+)
+
+# What is volatile, for offers with an open span only: a current read is bounded by what is current.
+latest = Table(
+    "latest",
+    metadata,
+    Column("offer_id", _Id, ForeignKey("offers.id"), primary_key=True, autoincrement=False),
+    Column("product_id", _Id, ForeignKey("products.id"), nullable=False, index=True),
+    Column("details", Text, nullable=False),  # JSON: [listing_id, stock, reliability, disk_max_gb, details]
+    # NULL = the newest poll that covers the offer saw it; else the last poll that did.
+    Column("confirmed_by", _Id, ForeignKey("polls.id")),
+)
+
+provider_state = Table(
+    "provider_state",
+    metadata,
+    Column("provider", Text, primary_key=True),
+    _text("missing"),
+    Column("unreachable_until", Moment),
+    _text("reason"),
+    Column("tried_at", Moment),
+)
+
+limits = Table(
+    "limits",
+    metadata,
+    Column("provider", Text, primary_key=True),
+    Column("endpoint", Text, primary_key=True),
+    Column("next_at_ms", BigInteger, nullable=False, server_default="0"),
+    Column("blocked_until", BigInteger, nullable=False, server_default="0"),  # seconds
+    _text("reason"),
+)
+
+# Imported history: other people's observations, kept apart from our own polls.
+series = Table(
+    "series",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("provider", Text, nullable=False),
+    Column("sku", Text, nullable=False),
+    Column("gpu", Text, nullable=False),
+    Column("form_factor", Text, nullable=False),
+    Column("gpu_count", Integer, nullable=False),
+    Column("market", Text, nullable=False),  # ours, or "mixed"
+    Column("region", Text, nullable=False),
+    Column("stat", Text, nullable=False),
+    Column("source", Text, nullable=False),
+    UniqueConstraint(
+        "provider", "sku", "gpu", "form_factor", "gpu_count", "market", "region", "stat", "source"
+    ),
+)
+
+observations = Table(
+    "observations",
+    metadata,
+    Column("series_id", _Id, ForeignKey("series.id"), nullable=False),
+    Column("observed_at", Moment, nullable=False),
+    Column("usd_per_hour", Money),
+    Column("available", Integer),  # 1 or 0
+    Column("n_offers", Integer),
+    # The same row twice is one; two prices at one moment both stay. NULLs count as equal.
+    Index(
+        "uq_observations",
+        "series_id",
+        "observed_at",
+        text("coalesce(usd_per_hour, -1)"),
+        text("coalesce(available, -1)"),
+        text("coalesce(n_offers, -1)"),
+        unique=True,
+    ),
+)
