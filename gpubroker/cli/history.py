@@ -50,10 +50,21 @@ def import_history(*, files: tuple[Path, ...], output: str) -> None:
             }
         )
     else:
-        made = table("file", "rows", "added", "already there", "malformed", right=("rows", "added", "already there", "malformed"))
+        made = table(
+            "file",
+            "rows",
+            "added",
+            "already there",
+            "malformed",
+            right=("rows", "added", "already there", "malformed"),
+        )
         for path, result in results:
             made.add_row(
-                path.name, str(result.rows), str(result.added), str(result.already_there), str(len(result.malformed))
+                path.name,
+                str(result.rows),
+                str(result.added),
+                str(result.already_there),
+                str(len(result.malformed)),
             )
         console().print(made)
     if any(result.malformed for _, result in results):

@@ -62,7 +62,13 @@ def offers(
     )
     names = frozenset().union(*(g.names for g in gpus)) if gpus else None
     view = market.view(
-        settings, names=names, providers=providers, verified_only=verified, max_age_s=0, offline=True, clock=clock
+        settings,
+        names=names,
+        providers=providers,
+        verified_only=verified,
+        max_age_s=0,
+        offline=True,
+        clock=clock,
     )
     rows, _ = merge(view.live, book.load(names), view.covered)
     found = sorted((p for p in rows if why_not(p.offer, ask) is None), key=lambda p: p.offer.usd_per_gpu_hour)
@@ -76,7 +82,9 @@ def offers(
 
 
 def _print_table(found: list[Priced], top: int, now: Any) -> None:
-    made = table("provider", "GPU", "market", "region", "$/h", "$/GPU-h", "stock", "price", right=("$/h", "$/GPU-h"))
+    made = table(
+        "provider", "GPU", "market", "region", "$/h", "$/GPU-h", "stock", "price", right=("$/h", "$/GPU-h")
+    )
     for priced in found[:top]:
         offer = priced.offer
         form = "" if offer.form_factor == "unstated" else f" {offer.form_factor}"
@@ -133,7 +141,17 @@ def _print_gpus(output: str) -> None:
     elif output == "csv":
         print_csv(names, rows)
     else:
-        made = table("GPU", "form", "GiB", "architecture", "compute", "GB/s", "bf16 TFLOPS", "W", right=("GiB", "GB/s", "bf16 TFLOPS", "W"))
+        made = table(
+            "GPU",
+            "form",
+            "GiB",
+            "architecture",
+            "compute",
+            "GB/s",
+            "bf16 TFLOPS",
+            "W",
+            right=("GiB", "GB/s", "bf16 TFLOPS", "W"),
+        )
         for row in rows:
             made.add_row(*row)
         console().print(made)

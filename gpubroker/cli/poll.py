@@ -122,7 +122,11 @@ class _progress:  # noqa: N801  used as a with statement
             self._bar.stop()
 
     def _on_result(self, result: PollResult) -> None:
-        text = f"{result.provider}: {result.kept} offers" if result.state == "ok" else f"{result.provider}: {result.state}"
+        text = (
+            f"{result.provider}: {result.kept} offers"
+            if result.state == "ok"
+            else f"{result.provider}: {result.state}"
+        )
         self._bar.update(self._tasks[result.provider], completed=1, description=text)
 
 

@@ -19,7 +19,9 @@ from gpubroker.provider import load, names
 _COLUMNS = ("provider", "prices", "missing", "without", "last_poll", "offers", "problem")
 
 
-@click.command(epilog="Example: gpubroker providers --format json", context_settings={"max_content_width": 100})
+@click.command(
+    epilog="Example: gpubroker providers --format json", context_settings={"max_content_width": 100}
+)
 @format_option("table", "json", "csv")
 def providers(*, output: str) -> None:
     """Every installed provider: live prices or the price book, its last poll, and what to set."""
@@ -58,7 +60,9 @@ def _print(rows: list[dict[str, Any]], output: str, now: datetime) -> None:
     if output == "csv":
         print_csv(_COLUMNS, ([iso(r[n]) if n == "last_poll" else r[n] for n in _COLUMNS] for r in rows))
         return
-    made = table("provider", "prices", "not set", "without it", "last poll", "offers", "problem", right=("offers",))
+    made = table(
+        "provider", "prices", "not set", "without it", "last poll", "offers", "problem", right=("offers",)
+    )
     for row in rows:
         made.add_row(
             row["provider"],

@@ -150,7 +150,18 @@ def _print_table(
 ) -> None:
     out = console()
     shown = best_of_each(quotes, top)
-    made = table("#", "provider", "GPU", "market", "region", "$/h", "total", "included", "price", right=("#", "$/h", "total"))
+    made = table(
+        "#",
+        "provider",
+        "GPU",
+        "market",
+        "region",
+        "$/h",
+        "total",
+        "included",
+        "price",
+        right=("#", "$/h", "total"),
+    )
     place = {id(q): i for i, q in enumerate(quotes, 1)}
     for q in shown:
         made.add_row(
@@ -202,7 +213,9 @@ def _explain(shown: Sequence[Quote], left_out: Sequence[LeftOut], out: Any) -> N
         out.print()
         out.print(f"[bold]{q.offer.provider} {row_id(q.offer)}[/bold]: {dollars(q.bill.total_usd)}")
         for line in q.bill.lines:
-            out.print(f"  {line.item:<12} ${usd_text(line.usd):>12}  {line.how}  [{line.source}]", markup=False)
+            out.print(
+                f"  {line.item:<12} ${usd_text(line.usd):>12}  {line.how}  [{line.source}]", markup=False
+            )
     if left_out:
         out.print()
         out.print("Left out:")

@@ -41,9 +41,7 @@ def _why(rented: Sequence[Quote]) -> str:
     if other is None:
         return f"the cheapest of {len(rented)} offers" if len(rented) > 1 else "the only offer"
     difference = other.bill.total_usd - best.bill.total_usd
-    return (
-        f"the cheapest of {len(rented)} offers, {_usd(difference)} less than the best of {other.offer.provider}"
-    )
+    return f"the cheapest of {len(rented)} offers, {_usd(difference)} less than the best of {other.offer.provider}"
 
 
 def _name(quote: Quote) -> str:
