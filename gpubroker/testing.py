@@ -237,7 +237,8 @@ class PriceSourceContract:
             access = self.make(env).access()
             assert not (access.missing and access.has_credentials), access
             assert access.has_credentials or access.missing, "access() must name the variable to set"
-        assert self.make(self.credentials).access().has_credentials
+        if self.credentials:
+            assert self.make(self.credentials).access().has_credentials
 
     def test_endpoint_is_none_or_the_url_that_variables_override(
         self, monkeypatch: pytest.MonkeyPatch
