@@ -1,18 +1,19 @@
 """GPU names: every vendor's spelling, and what people type -> one canonical card in one form factor.
 
 Names match whole, never by substring: "GB300" contains "B300". The tables are data files, built and
-checked by scripts/build_data.py.
+checked by scripts/build_data.py; a quote that starts cold reads only the small one of typed names.
 """
 
 from __future__ import annotations
 
 import csv
+import math
+import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from functools import cache
-from importlib.resources import files
 from typing import cast
 
 from gpubroker.errors import ConfigError
@@ -23,6 +24,10 @@ _FORM_WORDS: Mapping[str, FormFactor] = {
     **dict.fromkeys(("pcie", "pci"), "PCIe"),
     "nvl": "NVL",
 }
+_BRANDS = frozenset(("nvidia", "amd", "geforce", "tesla", "instinct", "generation"))
+_LONGEST_NAME = 100
+# Beside this file, not through importlib.resources: that import alone costs a tenth of a cold quote.
+_DATA = os.path.join(os.path.dirname(__file__), "data")
 # nvidia-smi and vast report 24564 or 24576 MiB for the same 24 GB card, 22888 to 24576 with ECC or
 # driver reserve: a variant is told apart by far more than that.
 _VRAM_TOLERANCE = 0.10
@@ -51,10 +56,15 @@ class GpuRequest:
         return name in self.names and self.form_factor in (None, form_factor)
 
 
+def data_path(name: str) -> str:
+    """Where a packaged table lies."""
+    return os.path.join(_DATA, name)
+
+
 def read_table(name: str) -> list[dict[str, str]]:
     """Rows of a CSV file in gpubroker/data."""
-    text = (files("gpubroker") / "data" / name).read_text(encoding="utf-8")
-    return list(csv.DictReader(text.splitlines()))
+    with open(data_path(name), encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 @cache
@@ -117,49 +127,59 @@ def _variants(name: str) -> tuple[str, ...]:
     return tuple(sorted(n for n in _names() if sized.fullmatch(n))) or (name,)
 
 
-def resolve(vendor: str, spelling: str, *, memory_mib: float | None = None) -> GpuMatch | None:
-    """The canonical card for a vendor's spelling, or None for a name nobody knows.
+def resolve(vendor: str, spelling: str, *, memory_mib: float | Decimal | None = None) -> GpuMatch | None:
+    """The canonical card for a vendor's spelling ("nvidia-smi" is a vendor too), None for an unknown one.
 
     `memory_mib` is per card, as the vendor or nvidia-smi reports it. It decides between cards that share a
     spelling (A100 SXM4 with 40 or 80 GB, a 4090 modified to 48 GB); without it such a spelling is
-    None, except where one of them is the ordinary card.
+    None, except where one of them is the ordinary card. Memory that fits none of them is None, too.
     """
-    rows = _aliases().get((vendor, spelling), ())
-    candidates: list[tuple[int | None, GpuMatch]] = []
-    for row in rows:
-        form = cast(FormFactor, row["form_factor"])
-        count = int(row["gpu_count"]) if row["gpu_count"].isdigit() else None
-        if row["gpu_count"] and count is None:
+    candidates: list[GpuMatch] = []
+    ambiguous = False
+    for row in _aliases().get((vendor, spelling), ()):
+        if row["gpu_count"] and not row["gpu_count"].isdigit():
             continue  # a fraction of a card is not a card
+        form = cast(FormFactor, row["form_factor"])
         variants = _variants(row["canonical_name"])
+        ambiguous = ambiguous or len(variants) > 1
         for name in variants:
-            vram = _vram_gib(name, form) or (int(row["vram_gib"]) if row["vram_gib"] else None)
-            if vram is None:
-                continue
-            match = GpuMatch(name=name, form_factor=_settle_form(name, form), vram_gib=vram, gpu_count=count)
-            candidates.append((None if len(variants) > 1 else vram, match))
+            candidates.append(
+                GpuMatch(
+                    name=name,
+                    form_factor=_settle_form(name, form),
+                    vram_gib=_vram_gib(name, form) or int(row["vram_gib"]),
+                    gpu_count=int(row["gpu_count"]) if row["gpu_count"] else None,
+                )
+            )
     if not candidates:
         return None
     if memory_mib is None:
-        return candidates[0][1] if candidates[0][0] is not None else None
-    gib = memory_mib / 1024
-    near = [m for _, m in candidates if abs(gib - m.vram_gib) <= _VRAM_TOLERANCE * m.vram_gib]
+        return None if ambiguous else candidates[0]
+    gib = _gib(memory_mib)
+    near = [match for match in candidates if _is_near(gib, match.vram_gib)]
     if near:
-        return min(near, key=lambda m: abs(gib - m.vram_gib))
-    return _modified(vendor, candidates[0][1], gib)
+        return min(near, key=lambda match: abs(gib - match.vram_gib))
+    return _modified(candidates[0], gib)
 
 
-def _modified(vendor: str, ordinary: GpuMatch, gib: float) -> GpuMatch | None:
+def _gib(memory_mib: float | Decimal) -> float:
+    """NaN, which is near nothing, for what no card can have: the figure comes from a vendor."""
+    try:
+        return float(memory_mib) / 1024
+    except (OverflowError, ValueError):
+        return math.nan
+
+
+def _is_near(gib: float, vram_gib: int) -> bool:
+    return abs(gib - vram_gib) <= _VRAM_TOLERANCE * vram_gib
+
+
+def _modified(ordinary: GpuMatch, gib: float) -> GpuMatch | None:
     """A card whose memory was changed (a 4090 with 48 GB) is a card of its own, named with its size."""
-    for row in (r for rows in _aliases().values() for r in rows):
-        sized = row["canonical_name"].startswith(f"{ordinary.name}-") and row["vram_gib"]
-        if sized and abs(gib - int(row["vram_gib"])) <= _VRAM_TOLERANCE * int(row["vram_gib"]):
-            return GpuMatch(
-                name=row["canonical_name"],
-                form_factor=ordinary.form_factor,
-                vram_gib=int(row["vram_gib"]),
-                gpu_count=None,
-            )
+    sized = re.compile(rf"{re.escape(ordinary.name)}-\d+GB")
+    for (name, _), gpu in catalogue().items():
+        if sized.fullmatch(name) and _is_near(gib, gpu.vram_gib):
+            return replace(ordinary, name=name, vram_gib=gpu.vram_gib)
     return None
 
 
@@ -183,55 +203,59 @@ def parse_request(text: str) -> GpuRequest:
 
     Raises ConfigError with near matches for a name nobody knows.
     """
-    words = [w for w in re.split(r"[^a-z0-9]+", text.lower()) if w]
+    shown = "".join(c for c in text[:_LONGEST_NAME] if c.isprintable()).strip()
+    if len(text) > _LONGEST_NAME:
+        raise ConfigError(f"no GPU is called {shown!r}...; the name is too long")
+    wanted, form = typed_key(text)
+    rows = _typed().get(wanted)
+    if rows is None and form is None:
+        wanted, form = _glued_form(wanted)
+        rows = _typed().get(wanted)
+    if rows is None:
+        raise ConfigError(f"no GPU is called {shown!r}; {_near(wanted)}")
+    form = form or cast(FormFactor | None, rows[0]["form"] or None)
+    names = frozenset(row["name"] for row in rows if form is None or form in row["made_as"].split())
+    if not names:
+        made = {made for row in rows for made in row["made_as"].split()} - {"unstated"}
+        only = f", only as {' or '.join(sorted(made))}" if made else ""
+        raise ConfigError(f"{shown!r}: {rows[0]['name']} is not made as {form}{only}")
+    return GpuRequest(text=shown, names=names, form_factor=form)
+
+
+def typed_key(text: str) -> tuple[str, FormFactor | None]:
+    """A name's letters and digits without brands, as the table of typed names has it, and its form factor."""
     form: FormFactor | None = None
     kept = []
-    for word in words:
+    for word in re.findall(r"[a-z0-9]+", text.lower()):
         if word in _FORM_WORDS and form is None:
             form = _FORM_WORDS[word]
-        elif word not in ("nvidia", "amd", "geforce", "tesla", "instinct", "generation"):
+        elif word not in _BRANDS:
             kept.append(word)
-    wanted = "".join(kept)
-    names = _known_as().get(wanted)
-    if names is None and form is None:
-        for suffix in sorted(_FORM_WORDS, key=len, reverse=True):
-            if wanted.endswith(suffix) and wanted.removesuffix(suffix) in _known_as():
-                names, form = _known_as()[wanted.removesuffix(suffix)], _FORM_WORDS[suffix]
-                break
-    if names is None:
-        raise ConfigError(f"no GPU is called {text!r}; {_near(wanted)}")
-    if form is not None:
-        names = frozenset(n for n in names if (n, form) in catalogue())
-        if not names:
-            raise ConfigError(f"{text!r}: that card is not made as {form}; {_near(wanted)}")
-    return GpuRequest(text=text, names=names, form_factor=form)
+    return "".join(kept), form
+
+
+def _glued_form(wanted: str) -> tuple[str, FormFactor | None]:
+    """The form factor off the end of h100sxm5, where that leaves a name."""
+    for word, form in _FORM_WORDS.items():
+        if wanted.endswith(word) and wanted.removesuffix(word) in _typed():
+            return wanted.removesuffix(word), form
+    return wanted, None
 
 
 @cache
-def _known_as() -> Mapping[str, frozenset[str]]:
-    """Letters and digits a person may type -> canonical names. A family name stands for all its sizes."""
-    table: dict[str, set[str]] = {}
-    extra = {row["canonical_name"] for rows in _aliases().values() for row in rows}
-    for name in _names() | {n for n in extra if "mixed" not in n and len(_variants(n)) == 1}:
-        plain = re.sub(r"[^a-z0-9]", "", name.lower())
-        table.setdefault(plain, set()).add(name)
-        for prefix in ("rtx", "quadrortx"):
-            if plain.startswith(prefix) and len(plain) > len(prefix) + 2:
-                table.setdefault(plain.removeprefix(prefix), set()).add(name)
-    for name in _names():
-        family = re.match(r"([A-Za-z0-9]+)-(?:\d+GB|S|WS|MaxQ)$", name)
-        if family:
-            table.setdefault(family[1].lower(), set()).add(name)
-            if family[1].startswith("RTX"):
-                table.setdefault(family[1].lower().removeprefix("rtx"), set()).add(name)
-    return {typed: frozenset(names) for typed, names in table.items()}
+def _typed() -> Mapping[str, tuple[dict[str, str], ...]]:
+    """What people may type -> the cards it means. A family name stands for all its sizes."""
+    table: dict[str, tuple[dict[str, str], ...]] = {}
+    for row in read_table("typed.csv"):
+        table[row["typed"]] = (*table.get(row["typed"], ()), row)
+    return table
 
 
 def _near(wanted: str) -> str:
     from difflib import get_close_matches
 
-    close = get_close_matches(wanted, _known_as(), n=5, cutoff=0.5)
-    names = list(dict.fromkeys(name for c in close for name in sorted(_known_as()[c])))[:5]
+    close = get_close_matches(wanted, _typed(), n=8, cutoff=0.5)
+    names = list(dict.fromkeys(row["name"] for typed in close for row in _typed()[typed]))
     if not names:
         return "gpubroker offers --gpus lists the names"
     return f"did you mean {', '.join(names)}?"
