@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from sqlalchemy import Connection, select, tuple_
 
-from gpubroker.model import Offer, OfferQuery
+from gpubroker.model import Offer, OfferQuery, Skipped
 from gpubroker.prices import tables
 from gpubroker.prices.database import Database
 from gpubroker.prices.rows import (
@@ -19,28 +19,27 @@ from gpubroker.prices.rows import (
     PRODUCT,
     RATES,
     Coverage,
-    Key,
     Listed,
     Product,
     kept_of,
     scope_json,
     where_gpus,
 )
-from gpubroker.prices.spans import Changes, Current
+from gpubroker.prices.spans import Changes, Current, Key, by_key
 
 T = TypeVar("T")
 _CHUNK = 1000  # values in one statement: SQLite allows 32766, PostgreSQL 65535
 
-# products -> latest -> open span, as rows.CURRENT_SQL and for its reasons.
+# From latest, which holds what is current and nothing else. CROSS JOIN keeps SQLite to this order.
 _OPEN_SQL = """
-SELECT l.offer_id, l.product_id, o.machine_id, o.host_id, s.id, s.usd_per_hour, r.digest, r.verified,
+SELECT p.id, o.machine_id, o.host_id, l.offer_id, s.id, s.usd_per_hour, r.digest, r.verified,
        l.details, l.confirmed_by
-FROM products p
-CROSS JOIN latest l
+FROM latest l
+CROSS JOIN products p
 CROSS JOIN offers o
 CROSS JOIN spans s
 CROSS JOIN rates r
-WHERE l.product_id = p.id AND o.id = l.offer_id
+WHERE p.id = l.product_id AND o.id = l.offer_id
   AND s.offer_id = l.offer_id AND s.until_at IS NULL AND r.id = s.rates_id
   AND p.provider = ?
 """
@@ -60,13 +59,20 @@ class Keeping:
         self._query = query
         self._product_ids = self._read_products()
 
+    def listed(self, offers: Sequence[Listed]) -> tuple[dict[Key, Listed], list[Skipped]]:
+        """What the poll brought by key, its new products inserted."""
+        missing = {row.product for row in offers} - set(self._product_ids)
+        if missing:
+            self._insert("products", PRODUCT, sorted(missing))
+            self._product_ids = self._read_products()
+        return by_key(offers, self._product_ids)
+
     def current(self) -> dict[Key, Current]:
         """What is open within the scope's GPUs."""
-        identity = {product_id: product for product, product_id in self._product_ids.items()}
+        products = {product_id: product for product, product_id in self._product_ids.items()}
         where, names = where_gpus(self._query.gpus)
-        found = self._run(_OPEN_SQL + where, (self._provider, *names))
-        rows = [Current(*row) for row in found]
-        return {(identity[row.product_id], row.machine_id): row for row in rows}
+        found = self._run(_OPEN_SQL + where, (self._provider, *names)).cursor.fetchall()
+        return {(row[0], row[1]): Current(products[row[0]], *row) for row in found}
 
     def apply(self, changes: Changes, at: int) -> None:
         """Write the changes of the poll that observed at this second."""
@@ -122,10 +128,6 @@ class Keeping:
 
     def _find_offers(self, opened: Sequence[Listed]) -> list[tuple[int, int, Listed]]:
         """(offer id, product id, listed) of each, inserted where it was never seen before."""
-        products = {new.product for new in opened if new.product not in self._product_ids}
-        if products:
-            self._insert("products", PRODUCT, sorted(products))
-            self._product_ids = self._read_products()
         keys = {(self._product_ids[new.product], new.machine_id): new for new in opened}
         self._many(
             "INSERT INTO offers (product_id, machine_id, host_id) VALUES (?, ?, ?)"

@@ -45,11 +45,11 @@ RATES = (
     "ram_usd_per_gib_hour",
     "verified",
 )
-# The identity of an offer that is not a physical machine's: everything but machine_id.
-Product = tuple[Any, ...]
-Key = tuple[Product, str]
+Product = tuple[Any, ...]  # in the order of PRODUCT: the identity of an offer, but for its machine
+Rates = tuple[Any, ...]  # in the order of RATES
 product_of = attrgetter(*PRODUCT)
 _rates_of = attrgetter(*RATES)
+_quoted = json.encoder.encode_basestring_ascii
 _encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
 
 
@@ -60,9 +60,15 @@ class Listed(NamedTuple):
     machine_id: str
     host_id: str
     usd_micros: int
-    rates: tuple[Any, ...]
+    rates: Rates
     digest: str  # the rates as text: equal rates, equal digest
     volatile: str
+    listing_id: str
+
+    @property
+    def label(self) -> str:
+        """What names it among skipped rows."""
+        return self.listing_id or self.machine_id or str(self.product[1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,77 +148,56 @@ def usd(micros: int | None) -> Decimal | None:
     return None if micros is None else from_micros(micros)
 
 
+# Typed: a float that equals a cached Decimal is still refused.
+@lru_cache(maxsize=65536, typed=True)
 def _micros(amount: Decimal | None) -> int | None:
     return None if amount is None else to_micros(amount)
 
 
-def listing(offers: Iterable[Offer], query: OfferQuery) -> tuple[dict[Key, Listed], list[Skipped]]:
-    """One row an identity, the cheapest where a vendor lists it twice; and what was left out, with reasons.
+def listing(offers: Iterable[Offer], query: OfferQuery) -> tuple[list[Listed], list[Skipped]]:
+    """The offers within the query's scope, and those that cannot be stored, with the reason.
 
-    Offers outside the query's scope are dropped without a skip: nobody asked for them.
+    Offers outside the scope are dropped without a skip: nobody asked for them.
     """
-    found: dict[Key, Listed] = {}
-    skipped = []
+    found, skipped = [], []
     for offer in offers:
         if not query.covers(offer):
             continue
         try:
-            row = _listed(offer)
+            found.append(_listed(offer))
         except (TypeError, ValueError) as error:
             skipped.append(Skipped(id=offer.listing_id or offer.sku, reason=str(error)))
-            continue
-        key = (row.product, row.machine_id)
-        other = found.get(key)
-        if other is not None:
-            skipped.append(
-                Skipped(id=offer.listing_id or offer.sku, reason="listed twice: the cheapest is kept")
-            )
-            if other.usd_micros <= row.usd_micros:
-                continue
-        found[key] = row
     return found, skipped
 
 
 def _listed(offer: Offer) -> Listed:
-    rates = rates_of(offer)
+    rates, digest = _rates(*_rates_of(offer))
     return Listed(
         product_of(offer),
         offer.machine_id,
         offer.host_id,
         to_micros(offer.usd_per_hour),
         rates,
-        _digest(rates),
-        _encode(
-            [
-                offer.listing_id,
-                offer.stock,
-                None if offer.reliability is None else str(offer.reliability),
-                offer.disk_max_gb,
-                dict(offer.details),
-            ]
-        ),
+        digest,
+        _volatile(offer),
+        offer.listing_id,
     )
 
 
-def rates_of(offer: Offer) -> tuple[Any, ...]:
-    """The priced terms but the price itself, in the order of RATES."""
-    increment_s, minimum_s, disk_gb, storage, egress, ingress, cpu, ram, verified = _rates_of(offer)
-    return (
-        increment_s,
-        minimum_s,
-        disk_gb,
-        _micros(storage),
-        _micros(egress),
-        _micros(ingress),
-        _micros(cpu),
-        _micros(ram),
-        verified,
-    )
+@lru_cache(maxsize=65536, typed=True)
+def _rates(*terms: Any) -> tuple[Rates, str]:
+    """Priced terms in the order of RATES as the database holds them, and as one text."""
+    increment_s, minimum_s, disk_gb, *amounts, verified = terms
+    rates = (increment_s, minimum_s, disk_gb, *map(_micros, amounts), verified)
+    return rates, ",".join("" if value is None else str(int(value)) for value in rates)
 
 
-@lru_cache(maxsize=65536)
-def _digest(rates: tuple[Any, ...]) -> str:
-    return ",".join("" if value is None else str(int(value)) for value in rates)
+def _volatile(offer: Offer) -> str:
+    """JSON: [listing_id, stock, reliability, disk_max_gb, details]. By hand: 20,000 a poll."""
+    reliability = "null" if offer.reliability is None else f'"{offer.reliability}"'
+    disk_gb = "null" if offer.disk_max_gb is None else offer.disk_max_gb
+    details = ",".join([f"{_quoted(name)}:{_quoted(said)}" for name, said in offer.details.items()])
+    return f"[{_quoted(offer.listing_id)},{_quoted(offer.stock)},{reliability},{disk_gb},{{{details}}}]"
 
 
 def offer_of(

@@ -6,21 +6,24 @@ that the poll could not see whole) neither extends nor ends it. See docs/decisio
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from gpubroker.model import Offer, OfferQuery, Slice
-from gpubroker.prices.rows import Key, Listed, offer_of
+from gpubroker.model import Offer, OfferQuery, Skipped, Slice
+from gpubroker.prices.rows import Listed, Product, offer_of
+
+Key = tuple[int, str]  # product id, machine id
 
 
 class Current(NamedTuple):
     """An offer with an open span, as the database holds it."""
 
-    offer_id: int
+    product: Product
     product_id: int
     machine_id: str
     host_id: str
+    offer_id: int
     span_id: int
     usd_micros: int
     digest: str  # of its rates
@@ -42,6 +45,22 @@ class Changes:
     unknown: list[tuple[Current, Offer]] = field(default_factory=list)
 
 
+def by_key(
+    listed: Iterable[Listed], product_ids: Mapping[Product, int]
+) -> tuple[dict[Key, Listed], list[Skipped]]:
+    """One row an offer: the cheapest, where a vendor lists it more than once. The others are skips."""
+    found: dict[Key, Listed] = {}
+    skipped = []
+    for row in listed:
+        other = found.setdefault((product_ids[row.product], row.machine_id), row)
+        if other is row:
+            continue
+        cheap, dear = sorted((other, row), key=lambda r: r.usd_micros)
+        found[product_ids[row.product], row.machine_id] = cheap
+        skipped.append(Skipped(id=dear.label, reason="the same offer was listed cheaper"))
+    return found, skipped
+
+
 def diff(
     current: Mapping[Key, Current],
     listed: Mapping[Key, Listed],
@@ -53,7 +72,7 @@ def diff(
     for key, old in current.items():
         new = listed.get(key)
         if new is None:
-            _not_listed(changes, key, old, query, incomplete)
+            _not_listed(changes, old, query, incomplete)
         elif new.usd_micros != old.usd_micros or new.digest != old.digest:
             changes.changed.append((old, new))
         elif new.volatile != old.volatile or new.host_id != old.host_id or old.confirmed_by is not None:
@@ -64,11 +83,8 @@ def diff(
     return changes
 
 
-def _not_listed(
-    changes: Changes, key: Key, old: Current, query: OfferQuery, incomplete: Sequence[Slice]
-) -> None:
-    product, machine_id = key
-    offer = offer_of(product, machine_id, old.host_id, old.usd_micros, (*_ANY_RATES, old.verified))
+def _not_listed(changes: Changes, old: Current, query: OfferQuery, incomplete: Sequence[Slice]) -> None:
+    offer = offer_of(old.product, old.machine_id, old.host_id, old.usd_micros, (*_ANY_RATES, old.verified))
     if not query.covers(offer):
         return
     if any(part.covers(offer) for part in incomplete):

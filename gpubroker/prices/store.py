@@ -98,12 +98,13 @@ class Store:
         """
         with self.database.read() as connection:
             provider, query = _running(connection, poll_id)
-        listed, twice = rows.listing(parsed.offers, query)
-        skipped = (*parsed.skipped, *twice)
+        storable, refused = rows.listing(parsed.offers, query)
         with self.database.write(f"gpubroker keep {provider}") as connection:
             _running(connection, poll_id)
             at = self._next_second(connection, provider)
             keeping = Keeping(self.database, connection, provider, query)
+            listed, twice = keeping.listed(storable)
+            skipped = (*parsed.skipped, *refused, *twice)
             changes = diff(keeping.current(), listed, query, parsed.incomplete)
             keeping.apply(changes, at)
             keeping.freeze(changes.unknown)
