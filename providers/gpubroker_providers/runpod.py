@@ -146,7 +146,7 @@ class _Listing:
     term: str = ""  # a key of _TERMS; "" = billed by the second, without one
 
     def why_not(self) -> str | None:
-        """Why there is nothing to rent: a community without hosts still has a price, which is a placeholder."""
+        """Why there is nothing to rent: a community without hosts still shows a price, a placeholder."""
         if self.offered is False or self.most == 0:
             placeholder = "; its price is a placeholder" if self.cloud == "community" else ""
             return f"not offered as {self.cloud}{placeholder}"
