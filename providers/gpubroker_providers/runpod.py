@@ -26,6 +26,7 @@ from gpubroker.model import Market, Offer, OfferQuery, Parsed, Skipped, Slice
 from gpubroker.provider import Access, ProviderContext
 from gpubroker_providers._vendor import (
     ask,
+    figure,
     kind,
     needed,
     plain_text,
@@ -147,11 +148,11 @@ class _Listing:
 
     def why_not(self) -> str | None:
         """Why there is nothing to rent: a community without hosts still shows a price, a placeholder."""
-        if self.offered is False or self.most == 0:
+        if self.offered is False or figure(self.most) == 0:
             placeholder = "; its price is a placeholder" if self.cloud == "community" else ""
             return f"not offered as {self.cloud}{placeholder}"
         price = self.prices.get(self.price_key)
-        if price is None or (price == 0 and price is not False):
+        if price is None or figure(price) == 0:
             return f"not offered as {self.cloud}: {self.price_key} is {'null' if price is None else 0}"
         return None
 
