@@ -88,24 +88,29 @@ class Report:
 
 
 def build(shared: Path, today: date) -> tuple[dict[str, str], Report]:
-    """The text of every packaged table by file name."""
+    """The text of every packaged table by file name; none while a row is broken."""
     report = Report()
-    gpus = report.each("gpus.csv", read(shared / "gpus.csv"), parse_gpu)
+    gpus = report.each("gpus.csv", read_public(shared / "gpus.csv"), parse_gpu)
     gpus += report.each("extra_gpus.csv", read(OWN / "extra_gpus.csv"), parse_gpu)
     report.unique("gpus", gpus, "name", "form_factor")
     cards = Cards(gpus)
-    aliases = report.each("aliases.csv", read(shared / "aliases.csv"), cards.parse_alias)
+    aliases = report.each("aliases.csv", read_public(shared / "aliases.csv"), cards.parse_alias)
     aliases += report.each("extra_aliases.csv", read(OWN / "extra_aliases.csv"), cards.parse_alias)
     report.unique("aliases", aliases, "vendor", "alias", "canonical_name", "memory_total_mib")
     cards.declare(aliases)
     dates = Dates(today)
-    fees = report.each("fees.csv", with_sources(read(shared / "fees.csv")), dates.parse_fee)
+    fees = report.each("fees.csv", read_public(shared / "fees.csv"), dates.parse_fee)
     fees += report.each("extra_fees.csv", read(OWN / "extra_fees.csv"), dates.parse_fee)
     report.broken += gaps(fees)
     startups = report.each("startup.csv", read(OWN / "startup.csv"), dates.parse_startup)
     report.unique("startup", startups, "provider", "market")
-    listed = report.each("pricebook.csv", read(shared / "pricebook.csv"), PriceRows(cards, dates).parse)
-    prices = expand(newest(listed, report), ModalFees.of(fees), report)
+    listed = report.each(
+        "pricebook.csv", read_public(shared / "pricebook.csv"), PriceRows(cards, dates).parse
+    )
+    listed = newest(listed, report)
+    if report.broken:
+        return {}, report
+    prices = expand(listed, ModalFees.of(fees), report)
     report.unique("prices", prices, *IDENTITY)
     files = {
         "gpus.csv": csv_text(gpus, "name", "form_factor"),
@@ -122,6 +127,25 @@ def build(shared: Path, today: date) -> tuple[dict[str, str], Report]:
 def read(path: Path) -> list[Row]:
     """The rows of a CSV file."""
     return list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+
+
+# Sources that name files which a reader of the package does not have.
+PRIVATE_SOURCES = (
+    (r" cited in /\S+( [\d.]+)?", " (third party)"),
+    (r"^reference/providers-aws-modal\S+ 2\.2$", "https://modal.com/pricing (via vendor notes)"),
+    (r"reference/providers-\S+\.md( [\d.x]+)?", "vendor notes"),
+)
+
+
+def read_public(path: Path) -> Iterator[Row]:
+    """The rows of a public table, each with a source that stands for itself: "same" means the row above's."""
+    above = ""
+    for row in read(path):
+        above = above if row["source"] == "same" else row["source"]
+        source = above
+        for pattern, plain in PRIVATE_SOURCES:
+            source = re.sub(pattern, plain, source)
+        yield {**row, "source": source}
 
 
 def csv_text(rows: Iterable[Row], *order: str) -> str:
@@ -316,17 +340,6 @@ UNITS = {
     "_multiplier": ("x",),
 }
 REGION = re.compile(r"[a-z]{2}(-[a-z]+)+-\d")
-# Sources that name a file of whoever collected the facts say nothing to a reader.
-REWORDED = {"blog cited in /tmp/research/peers.md 5.3": "a third-party blog"}
-
-
-def with_sources(rows: Iterable[Row]) -> Iterator[Row]:
-    """ "same" means the source of the row above."""
-    above = ""
-    for row in rows:
-        source = above if row["source"] == "same" else row["source"]
-        above = source
-        yield {**row, "source": REWORDED.get(source, source)}
 
 
 @dataclass(frozen=True)
