@@ -61,15 +61,8 @@ def offers(
         verified_only=verified,
     )
     names = frozenset().union(*(g.names for g in gpus)) if gpus else None
-    view = market.view(
-        settings,
-        names=names,
-        providers=providers,
-        verified_only=verified,
-        max_age_s=0,
-        offline=True,
-        clock=clock,
-    )
+    wish = market.Wish(names=names, providers=frozenset(providers), verified_only=verified)
+    view = market.view(settings, wish, max_age_s=0, offline=True, clock=clock)
     rows, _ = merge(view.live, book.load(names), view.covered)
     found = sorted((p for p in rows if why_not(p.offer, ask) is None), key=lambda p: p.offer.usd_per_gpu_hour)
     if output == "json":
@@ -107,8 +100,8 @@ def _record_names() -> tuple[str, ...]:
     return (
         "provider", "sku", "gpu", "form_factor", "gpu_count", "vram_gib", "market", "preemptible", "region",
         "zone", "cloud", "machine_id", "host_id", "listing_id", "usd_per_hour", "billing_increment_s",
-        "minimum_s", "disk_included_gb", "storage_usd_per_gb_month", "egress_usd_per_gb", "ingress_usd_per_gb",
-        "verified", "reliability", "stock", "as_of", "source", "live",
+        "minimum_s", "disk_included_gb", "storage_usd_per_gb_month", "egress_usd_per_gb",
+        "ingress_usd_per_gb", "verified", "reliability", "stock", "as_of", "source", "live",
     )  # fmt: skip
 
 

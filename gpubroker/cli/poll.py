@@ -43,7 +43,7 @@ def poll_command(
     gpus: tuple[GpuRequest, ...],
     any_host: bool,
     every: int | None,
-    timeout: int,  # noqa: ASYNC109
+    timeout: int,
     output: str,
 ) -> None:
     """Ask every provider for its prices, side by side, and store them.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
 import click
+from rich.markup import escape
 
 from gpubroker import config
 from gpubroker.cli.options import Amount, Duration, filter_options, format_option
@@ -26,7 +27,7 @@ from gpubroker.prices import book, market
 
 _CSV = (
     "provider", "sku", "gpu", "form_factor", "gpu_count", "market", "preemptible", "region", "zone",
-    "usd_per_hour", "total_usd", "as_of", "source", "live",
+    "usd_per_hour", "total_usd", "as_of", "source", "live", "stale",
 )  # fmt: skip
 
 
@@ -95,12 +96,11 @@ def quote(
         min_vram_gib=min_vram,
         verified_only=verified,
     )
+    max_age_s = settings.max_age_s if max_age is None else max_age
     view = market.view(
         settings,
-        names=_names(ask),
-        providers=providers,
-        verified_only=verified,
-        max_age_s=settings.max_age_s if max_age is None else max_age,
+        market.Wish(names=_names(ask), providers=frozenset(providers), verified_only=verified),
+        max_age_s=max_age_s,
         offline=offline,
         clock=clock,
     )
@@ -111,15 +111,26 @@ def quote(
             raise ConfigError(f"no provider is called {name!r}; known: {', '.join(sorted(known))}")
     rows, superseded = merge(view.live, listed, view.covered)
     ranking = rank(rows, ask, FeeTable.load(settings.fees))
-    left_out = [*view.skipped, *superseded, *ranking.left_out]
+    unread = [LeftOut(provider=name, id=skip.id, reason=skip.reason) for name, skip in view.skipped]
+    left_out = [*superseded, *ranking.left_out]
 
     now = clock.now()
+    stale_before = now - timedelta(seconds=max_age_s)
     if output == "json":
-        print_json(_json(ask, ranking.quotes, left_out, view.problems))
+        print_json(_json(ask, ranking.quotes, [*unread, *left_out], view.problems, stale_before))
     elif output == "csv":
-        print_csv(_CSV, (_csv_row(q) for q in ranking.quotes))
+        records = (_record(q, stale_before) for q in ranking.quotes)
+        print_csv(_CSV, ([record[name] for name in _CSV] for record in records))
     elif ranking.quotes:
-        _print_table(ask, ranking.quotes, left_out, view, now, top=top, explain=explain)
+        shown = best_of_each(ranking.quotes, top)
+        _print_table(shown, ranking.quotes, ask, stale_before, now)
+        if explain:
+            _explain(shown, [*unread, *left_out])
+        else:
+            _summarise(left_out)
+    if output != "json":
+        for problem in view.problems:
+            say(f"{problem.provider}: {problem.reason}")
     if not ranking.quotes:
         near = Counter(item.reason for item in ranking.left_out).most_common(3)
         why = "; ".join(f"{n} left out: {reason}" for reason, n in near) or "no price is known for it"
@@ -139,29 +150,12 @@ def _names(ask: Ask) -> frozenset[str]:
 
 
 def _print_table(
-    ask: Ask,
-    quotes: Sequence[Quote],
-    left_out: Sequence[LeftOut],
-    view: market.View,
-    now: datetime,
-    *,
-    top: int,
-    explain: bool,
+    shown: Sequence[Quote], quotes: Sequence[Quote], ask: Ask, stale_before: datetime, now: datetime
 ) -> None:
-    out = console()
-    shown = best_of_each(quotes, top)
     made = table(
-        "#",
-        "provider",
-        "GPU",
-        "market",
-        "region",
-        "$/h",
-        "total",
-        "included",
-        "price",
+        "#", "provider", "GPU", "market", "region", "$/h", "total", "included", "price",
         right=("#", "$/h", "total"),
-    )
+    )  # fmt: skip
     place = {id(q): i for i, q in enumerate(quotes, 1)}
     for q in shown:
         made.add_row(
@@ -172,21 +166,23 @@ def _print_table(
             q.offer.zone or q.offer.region or q.offer.cloud or "any",
             dollars(q.offer.usd_per_hour),
             dollars(q.bill.total_usd),
-            _included(q),
-            _price_age(q, view, now),
+            ", ".join(line.item for line in q.bill.lines),
+            _price_age(q, stale_before, now),
         )
+    out = console()
     out.print(made)
     out.print()
     out.print(advice(quotes, ask, now))
-    if explain:
-        _explain(shown, left_out, out)
-    elif left_out:
-        most = Counter(item.reason for item in left_out).most_common(3)
-        rest = len(left_out) - sum(n for _, n in most)
-        parts = [f"{n} {reason}" for reason, n in most] + ([f"{rest} for other reasons"] if rest else [])
-        out.print(f"Left out: {'; '.join(parts)}. --explain lists them.")
-    for provider, reason in view.problems:
-        say(f"{provider}: {reason}")
+
+
+def _summarise(left_out: Sequence[LeftOut]) -> None:
+    """The commonest reasons in one line."""
+    if not left_out:
+        return
+    most = Counter(item.reason for item in left_out).most_common(3)
+    rest = len(left_out) - sum(n for _, n in most)
+    parts = [f"{n} {reason}" for reason, n in most] + ([f"{rest} for other reasons"] if rest else [])
+    console().print(f"Left out: {'; '.join(parts)}. --explain lists them.")
 
 
 def _gpu_text(q: Quote, asked: int) -> str:
@@ -196,38 +192,37 @@ def _gpu_text(q: Quote, asked: int) -> str:
     return f"{text} (whole, {asked} asked)" if offer.gpu_count > asked else text
 
 
-def _included(q: Quote) -> str:
-    return ", ".join(line.item for line in q.bill.lines)
-
-
-def _price_age(q: Quote, view: market.View, now: datetime) -> str:
+def _price_age(q: Quote, stale_before: datetime, now: datetime) -> str:
     if not q.priced.live:
         return list_price_text(q.priced)
-    mark = ", stale" if q.offer.provider in view.stale else ""
+    stale = ", stale" if _is_stale(q, stale_before) else ""
     stock = "" if q.has_stock else ", none free"
-    return f"{age(q.priced.as_of, now)} old{mark}{stock}"
+    return f"{age(q.priced.as_of, now)} old{stale}{stock}"
 
 
-def _explain(shown: Sequence[Quote], left_out: Sequence[LeftOut], out: Any) -> None:
+def _is_stale(q: Quote, stale_before: datetime) -> bool:
+    return q.priced.as_of is None or q.priced.as_of < stale_before
+
+
+def _explain(shown: Sequence[Quote], left_out: Sequence[LeftOut]) -> None:
+    out = console()
     for q in shown:
-        out.print()
-        out.print(f"[bold]{q.offer.provider} {row_id(q.offer)}[/bold]: {dollars(q.bill.total_usd)}")
+        out.print(f"\n[bold]{q.offer.provider} {escape(row_id(q.offer))}[/bold]: {dollars(q.bill.total_usd)}")
         for line in q.bill.lines:
-            out.print(
-                f"  {line.item:<12} ${usd_text(line.usd):>12}  {line.how}  [{line.source}]", markup=False
-            )
+            text = f"  {line.item:<12} ${usd_text(line.usd):>12}  {line.how}  [{line.source}]"
+            out.print(text, markup=False)
     if left_out:
-        out.print()
-        out.print("Left out:")
-        for item in left_out:
-            out.print(f"  {item.provider} {item.id}: {item.reason}", markup=False)
+        out.print("\nLeft out:")
+    for item in left_out:
+        out.print(f"  {item.provider} {item.id}: {item.reason}", markup=False)
 
 
 def _json(
     ask: Ask,
     quotes: Sequence[Quote],
     left_out: Sequence[LeftOut],
-    problems: Sequence[tuple[str, str]],
+    problems: Sequence[market.Problem],
+    stale_before: datetime,
 ) -> dict[str, Any]:
     return {
         "asked": {
@@ -243,13 +238,13 @@ def _json(
             "egress_gb": f"{ask.work.egress_gb:f}",
             "ingress_gb": f"{ask.work.ingress_gb:f}",
         },
-        "quotes": [_json_quote(q) for q in quotes],
+        "quotes": [_record(q, stale_before) for q in quotes],
         "skipped": [{"provider": i.provider, "id": i.id, "reason": i.reason} for i in left_out],
-        "problems": [{"provider": provider, "reason": reason} for provider, reason in problems],
+        "problems": [{"provider": p.provider, "reason": p.reason} for p in problems],
     }
 
 
-def _json_quote(q: Quote) -> dict[str, Any]:
+def _record(q: Quote, stale_before: datetime) -> dict[str, Any]:
     offer = q.offer
     return {
         "provider": offer.provider,
@@ -278,9 +273,5 @@ def _json_quote(q: Quote) -> dict[str, Any]:
         "as_of": iso(q.priced.as_of),
         "source": q.priced.source if q.priced.live else f"{list_price_text(q.priced)}: {q.priced.source}",
         "live": q.priced.live,
+        "stale": _is_stale(q, stale_before),
     }
-
-
-def _csv_row(q: Quote) -> list[Any]:
-    row = _json_quote(q)
-    return [row[name] for name in _CSV]

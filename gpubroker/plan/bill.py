@@ -12,7 +12,7 @@ from decimal import ROUND_CEILING, Decimal
 
 from gpubroker.model import Offer
 from gpubroker.money import SECONDS_PER_HOUR, round_usd
-from gpubroker.plan.fees import FeeTable
+from gpubroker.plan.fees import UNKNOWN, FeeTable
 
 ZERO = Decimal(0)
 
@@ -131,12 +131,12 @@ def _disk(offer: Offer, work: Work, billed_h: Decimal, fees: FeeTable) -> list[C
     if extra_gb <= 0:
         return []
     if offer.storage_usd_per_gb_month is not None:
-        rate, source = offer.storage_usd_per_gb_month, "the offer itself"
+        rate, source, is_known = offer.storage_usd_per_gb_month, "the offer itself", True
     else:
         fee = fees.storage_usd_per_gb_month(offer.provider)
-        rate, source = fee.usd, fee.source_text
-    if not rate:
-        return []
+        rate, source, is_known = fee.usd, fee.source_text, fee.status != UNKNOWN
+    if is_known and not rate:
+        return []  # no line for what is free; one of $0 for what nobody knows
     month_h = fees.hours_per_month(offer.provider)
     return [
         CostLine(

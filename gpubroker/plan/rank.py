@@ -5,7 +5,7 @@ Rows rank by what one would really pay: an offer with more GPUs than asked is pr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
@@ -99,23 +99,26 @@ def _order(quote: Quote) -> tuple[bool, Decimal, bool, bool, int, str, str, str]
 
 def why_not(offer: Offer, ask: Ask) -> str | None:
     """The first reason why the offer does not fit, None when it does."""
+    return next(_misfits(offer, ask), None)
+
+
+def _misfits(offer: Offer, ask: Ask) -> Iterator[str]:
     if ask.gpus and not any(g.matches(offer.gpu, offer.form_factor) for g in ask.gpus):
-        return f"{offer.gpu} {offer.form_factor} is not what was asked"
+        yield f"{offer.gpu} {offer.form_factor} is not what was asked"
     if offer.gpu_count < ask.gpu_count:
-        return f"has {offer.gpu_count} of {ask.gpu_count} GPUs"
+        yield f"has {offer.gpu_count} of {ask.gpu_count} GPUs"
     if ask.min_vram_gib is not None and offer.vram_gib < ask.min_vram_gib:
-        return f"{offer.vram_gib} GiB a GPU, {ask.min_vram_gib} wanted"
+        yield f"{offer.vram_gib} GiB a GPU, {ask.min_vram_gib} wanted"
     if ask.markets and offer.market not in ask.markets:
-        return f"market {offer.market}"
+        yield f"market {offer.market}"
     if ask.providers and offer.provider not in ask.providers:
-        return "provider not asked for"
+        yield "provider not asked for"
     if ask.regions and not any(in_region(offer, region) for region in ask.regions):
-        return f"in {offer.zone or offer.region or 'a region that is not stated'}"
+        yield f"in {offer.zone or offer.region or 'a region that is not stated'}"
     if ask.verified_only and offer.verified is False:
-        return "host not verified (--any-host takes it)"
+        yield "host not verified (--any-host takes it)"
     if offer.disk_max_gb is not None and offer.disk_max_gb < ask.work.disk_gb:
-        return f"only {offer.disk_max_gb} GB of disk, {ask.work.disk_gb:f} wanted"
-    return None
+        yield f"only {offer.disk_max_gb} GB of disk, {ask.work.disk_gb:f} wanted"
 
 
 def in_region(offer: Offer, region: str) -> bool:
@@ -128,7 +131,7 @@ def in_region(offer: Offer, region: str) -> bool:
 
 
 def merge(
-    live: Iterable[Priced], book: Iterable[Priced], covered: dict[tuple[str, str], datetime]
+    live: Iterable[Priced], book: Iterable[Priced], covered: Mapping[tuple[str, str], datetime]
 ) -> tuple[list[Priced], list[LeftOut]]:
     """Live rows, and those of the price book that no newer poll speaks for.
 

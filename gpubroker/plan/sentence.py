@@ -20,7 +20,8 @@ def advice(quotes: Sequence[Quote], ask: Ask, now: datetime) -> str:
     own = next((q for q in available if q.offer.provider == OWN), None)
     rented = [q for q in available if q.offer.provider != OWN]
     if own is not None:
-        text = f"Your own {own.offer.gpu_count}x {own.offer.gpu} can do it for {_usd(own.bill.total_usd)} of electricity"
+        card = f"{own.offer.gpu_count}x {own.offer.gpu}"
+        text = f"Your own {card} can do it for {_usd(own.bill.total_usd)} of electricity"
         if rented:
             text += f"; the cheapest to rent is {_name(rented[0])} at {_usd(rented[0].bill.total_usd)}"
             if rented[0].bill.total_usd < own.bill.total_usd:
@@ -41,7 +42,8 @@ def _why(rented: Sequence[Quote]) -> str:
     if other is None:
         return f"the cheapest of {len(rented)} offers" if len(rented) > 1 else "the only offer"
     difference = other.bill.total_usd - best.bill.total_usd
-    return f"the cheapest of {len(rented)} offers, {_usd(difference)} less than the best of {other.offer.provider}"
+    dearer = f"{_usd(difference)} less than the best of {other.offer.provider}"
+    return f"the cheapest of {len(rented)} offers, {dearer}"
 
 
 def _name(quote: Quote) -> str:

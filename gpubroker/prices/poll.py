@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
 from urllib.parse import urlsplit
 
 from gpubroker.doors import Clock, Outcome, Pool
-from gpubroker.errors import BrokerError, ConfigError, MissingCredentials, Unreachable
+from gpubroker.errors import BrokerError, ConfigError, Transient, Unreachable
 from gpubroker.model import OfferQuery, Parsed, Skipped
 from gpubroker.prices.store import Store
-from gpubroker.provider import PriceSource, ProviderContext, load
+from gpubroker.provider import Access, PriceSource, ProviderContext, load
 
-# How long a failure to resolve or to connect is remembered: nobody waits for it again meanwhile.
-UNREACHABLE_S = 60
+# How long a failure is remembered: no quote waits for that provider again meanwhile.
+REST_S = 60
 # A network that lets nobody connect within this time is taken for no network.
 FIRST_CONTACT_S = 0.75
 
@@ -50,7 +50,6 @@ class _Job:
 
     source: PriceSource
     poll_id: int = 0
-    result: PollResult | None = field(default=None)
 
 
 def poll(
@@ -82,18 +81,19 @@ def poll(
         except BrokerError as error:
             settle(PollResult(provider=name, state="failed", reason=str(error)))
             continue
-        access = source.access()
-        store.set_provider_state(name, missing=access.missing, tried_at=context.clock.now())
-        if access.missing and not access.live_without:
-            reason = f"{access.missing} is not set: {access.without}"
+        reason = _no_account(source.access())
+        missing = source.access().missing if reason else ""
+        store.set_provider_state(name, missing=missing, reason=reason, tried_at=context.clock.now())
+        if reason:
             settle(PollResult(provider=name, state="no account", reason=reason))
         else:
             jobs.append(_Job(source))
 
     if first_contact_s is not None:
-        for name, reason in unreachable(jobs_sources(jobs), context.pool, first_contact_s).items():
+        sources = [job.source for job in jobs]
+        for name, reason in unreachable(sources, context.pool, first_contact_s).items():
             jobs = [job for job in jobs if job.source.name != name]
-            _remember(store, context.clock, name, reason)
+            _rest(store, context.clock, name, reason)
             settle(PollResult(provider=name, state="unreachable", reason=reason))
 
     for job in jobs:
@@ -110,15 +110,18 @@ def poll(
     left_s = deadline_s - (context.clock.monotonic_s() - start_s)
     for outcome in context.pool.map(fetch, jobs, left_s, on_done=on_done):
         if outcome.late:
-            reason = f"no answer within {deadline_s:g} s"
+            name, reason = outcome.item.source.name, f"no answer within {deadline_s:g} s"
             store.fail_poll(outcome.item.poll_id, reason)
-            settle(PollResult(provider=outcome.item.source.name, state="late", reason=reason))
+            _rest(store, context.clock, name, reason)
+            settle(PollResult(provider=name, state="late", reason=reason))
     return [results[name] for name in order]
 
 
-def jobs_sources(jobs: Sequence[_Job]) -> list[PriceSource]:
-    """The providers of those jobs."""
-    return [job.source for job in jobs]
+def _no_account(access: Access) -> str:
+    """Why a provider cannot be asked; "" when it can."""
+    if access.missing and not access.live_without:
+        return f"{access.missing} is not set: {access.without}"
+    return ""
 
 
 def _store_outcome(store: Store, clock: Clock, outcome: Outcome[_Job, Parsed], took_s: float) -> PollResult:
@@ -132,6 +135,7 @@ def _store_outcome(store: Store, clock: Clock, outcome: Outcome[_Job, Parsed], t
         except BrokerError as failure:
             error = failure
         else:
+            store.set_provider_state(name, unreachable_until=None, reason="")
             return PollResult(
                 provider=name,
                 state="ok",
@@ -147,16 +151,19 @@ def _store_outcome(store: Store, clock: Clock, outcome: Outcome[_Job, Parsed], t
     reason = str(error) if isinstance(error, BrokerError) else f"{type(error).__name__}: {error}"
     reason = reason.removeprefix(f"{name}: ")
     store.fail_poll(job.poll_id, reason)
-    if isinstance(error, MissingCredentials | ConfigError):
-        return PollResult(provider=name, state="no account", reason=reason, took_s=took_s)
-    if isinstance(error, Unreachable):
-        _remember(store, clock, name, reason)
-        return PollResult(provider=name, state="unreachable", reason=reason, took_s=took_s)
-    return PollResult(provider=name, state="failed", reason=reason, took_s=took_s)
+    wanted_s = error.retry_after_s if isinstance(error, Transient) else None
+    _rest(store, clock, name, reason, wanted_s or 0)
+    state: State = "failed"
+    if isinstance(error, ConfigError):
+        state = "no account"
+    elif isinstance(error, Unreachable):
+        state = "unreachable"
+    return PollResult(provider=name, state=state, reason=reason, took_s=took_s)
 
 
-def _remember(store: Store, clock: Clock, name: str, reason: str) -> None:
-    until = clock.now() + timedelta(seconds=UNREACHABLE_S)
+def _rest(store: Store, clock: Clock, name: str, reason: str, at_least_s: float = 0) -> None:
+    """No quote waits for this provider again for a while; polls ask it all the same."""
+    until = clock.now() + timedelta(seconds=max(REST_S, at_least_s))
     store.set_provider_state(name, unreachable_until=until, reason=reason)
 
 

@@ -1,0 +1,201 @@
+"""What is on the market right now, for a quote: fresh from the store, refreshed first where it is not.
+
+The fresh path reads the SQLite file and imports neither SQLAlchemy nor requests; everything else is imported
+only when a price is too old and somebody has to be asked.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING
+
+from gpubroker.config import Settings
+from gpubroker.doors import Clock, ThreadPool
+from gpubroker.errors import SchemaTooNew, StoreError
+from gpubroker.model import OfferQuery, Priced, Skipped
+from gpubroker.prices import fastread
+from gpubroker.prices.rows import Coverage, ProviderState
+
+if TYPE_CHECKING:
+    from gpubroker.prices.poll import PollResult
+    from gpubroker.prices.store import Store
+    from gpubroker.provider import ProviderContext
+
+# A quote may wait this long for all the vendors together.
+REFRESH_S = 4.0
+# Reserved terms change by the month and are asked for by whole polls alone.
+_QUOTED_MARKETS = frozenset({"spot", "on_demand", "serverless"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """Why one provider's prices are not live or not fresh."""
+
+    provider: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """Current offers, and what a person must know about them.
+
+    `covered` says per (provider, market) when a poll last saw all of it for the GPUs asked; `skipped` are
+    the rows that the newest polls could not read.
+    """
+
+    live: list[Priced]
+    covered: Mapping[tuple[str, str], datetime]
+    problems: tuple[Problem, ...]
+    skipped: tuple[tuple[str, Skipped], ...]
+    providers: frozenset[str]  # every provider that the store has heard of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """What a view is wanted of."""
+
+    names: frozenset[str] | None  # canonical GPUs; None = every one
+    providers: frozenset[str] = frozenset()  # empty = all
+    verified_only: bool = True
+
+    @property
+    def query(self) -> OfferQuery:
+        """What to ask the providers for."""
+        return OfferQuery(
+            gpus=self.names, markets=_QUOTED_MARKETS, verified_only=self.verified_only, whole=False
+        )
+
+    def wants(self, provider: str) -> bool:
+        """Whether this provider's prices matter."""
+        return not self.providers or provider in self.providers
+
+
+def view(settings: Settings, wish: Wish, *, max_age_s: int, offline: bool, clock: Clock) -> View:
+    """Offers no older than `max_age_s` where they can be had within four seconds, older ones where not.
+
+    Raises SchemaTooNew; any other trouble with the store is told as a problem.
+    """
+    found = _read(settings, wish.names)
+    oldest = clock.now() - timedelta(seconds=max_age_s)
+    if offline or (found is not None and not _due(found, wish, settings, oldest, clock.now())):
+        return _view_of(found, wish, settings, clock.now())
+    try:
+        store, context = open_context(settings, os.environ, clock)
+        results = _refresh(store, context, found, wish, oldest)
+        found = store.snapshot(wish.names)
+        store.close()
+    except SchemaTooNew:
+        raise
+    except StoreError as error:
+        seen = _view_of(found, wish, settings, clock.now())
+        return replace(seen, problems=(Problem(provider="store", reason=str(error)), *seen.problems))
+    return _view_of(found, wish, settings, clock.now(), results)
+
+
+def open_context(settings: Settings, env: Mapping[str, str], clock: Clock) -> tuple[Store, ProviderContext]:
+    """The migrated store, and what providers are built with."""
+    from gpubroker.prices.limits import StoreLimiter
+    from gpubroker.prices.store import Store
+    from gpubroker.provider import ProviderContext
+
+    store = Store.open(settings.db_url, clock)
+    store.migrate()
+    context = ProviderContext(
+        env=env, settings=settings, clock=clock, pool=ThreadPool(), limiter=StoreLimiter(store, clock)
+    )
+    return store, context
+
+
+def _read(settings: Settings, names: Collection[str] | None) -> fastread.Snapshot | None:
+    """The store as it is, the cheap way; None when there is none yet, or only the dear way can tell."""
+    path = settings.db_url.removeprefix("sqlite:///")
+    return None if path == settings.db_url else fastread.snapshot(path, names)
+
+
+def _due(
+    found: fastread.Snapshot, wish: Wish, settings: Settings, oldest: datetime, now: datetime
+) -> list[str]:
+    """Providers whose prices are too old and who may be asked again.
+
+    A provider that was never heard of here (a plugin installed since) is met at the next poll.
+    """
+    if not found.states:
+        return ["every provider"]
+    fresh = found.coverage.freshness(wish.query)
+    due = []
+    for name, state in found.states.items():
+        if not wish.wants(name) or name in settings.disabled_providers:
+            continue
+        if state.missing:
+            if _is_set(state.missing, os.environ):
+                due.append(name)
+        elif not _is_resting(state, now):
+            last = fresh.get(name)
+            if last is None or last < oldest:
+                due.append(name)
+    return due
+
+
+def _is_set(variables: str, env: Mapping[str, str]) -> bool:
+    """Whether one of the variables that a provider missed is set by now."""
+    return any(env.get(word.strip("(),")) for word in variables.split())
+
+
+def _is_resting(state: ProviderState, now: datetime) -> bool:
+    """Whether the provider failed so lately that nobody waits for it again."""
+    return state.unreachable_until is not None and state.unreachable_until > now
+
+
+def _refresh(
+    store: Store, context: ProviderContext, found: fastread.Snapshot | None, wish: Wish, oldest: datetime
+) -> list[PollResult]:
+    """Ask whoever is due, all at once."""
+    from gpubroker.prices.poll import FIRST_CONTACT_S, poll
+    from gpubroker.provider import names
+
+    settings, now = context.settings, context.clock.now()
+    if found is None:
+        found = store.snapshot(wish.names)
+    due = _due(found, wish, settings, oldest, now) if found.states else []
+    new = [name for name in names() if name not in found.states]
+    asked = [name for name in (*due, *new) if wish.wants(name) and name not in settings.disabled_providers]
+    return poll(store, context, asked, wish.query, REFRESH_S, first_contact_s=FIRST_CONTACT_S)
+
+
+def _view_of(
+    found: fastread.Snapshot | None,
+    wish: Wish,
+    settings: Settings,
+    now: datetime,
+    results: Collection[PollResult] = (),
+) -> View:
+    states = {} if found is None else found.states
+    coverage = Coverage(()) if found is None else found.coverage
+    problems = {
+        name: reason
+        for name, state in states.items()
+        if wish.wants(name) and (reason := _problem(state, now)) is not None
+    }
+    problems |= {r.provider: r.reason for r in results if r.reason}
+    live = [] if found is None else found.live
+    return View(
+        live=[p for p in live if p.offer.provider not in settings.disabled_providers],
+        covered=coverage.covered(wish.query),
+        problems=tuple(Problem(provider=name, reason=reason) for name, reason in sorted(problems.items())),
+        skipped=tuple(
+            (kept.provider, skip) for kept in coverage.newest_for(wish.query) for skip in kept.skipped
+        ),
+        providers=frozenset(states),
+    )
+
+
+def _problem(state: ProviderState, now: datetime) -> str | None:
+    if state.missing:
+        return state.reason or f"{state.missing} is not set"
+    if _is_resting(state, now) and state.unreachable_until is not None:
+        left_s = (state.unreachable_until - now).total_seconds()
+        return f"{state.reason} (not asked again for {left_s:.0f} s)"
+    return None
