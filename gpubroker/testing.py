@@ -426,7 +426,7 @@ def _facts(offer: Offer, provider: str) -> dict[str, bool]:
         "billing_increment_s": type(offer.billing_increment_s) is int and offer.billing_increment_s >= 1,
         "minimum_s": type(offer.minimum_s) is int and offer.minimum_s >= 0,
         "disk_included_gb": type(offer.disk_included_gb) is int and offer.disk_included_gb >= 0,
-        "reliability is a share": offer.reliability is None or 0 <= offer.reliability <= 1,
+        "reliability is a share": offer.reliability is None or _is_share(offer.reliability),
         "details are text": all(type(text) is str for pair in offer.details.items() for text in pair),
         "ids are text": all(type(value) is str for value in _texts(offer)),
     }
@@ -446,7 +446,13 @@ def _texts(offer: Offer) -> tuple[object, ...]:
 
 def _is_money(amount: object) -> bool:
     """A Decimal in whole micro-dollars, with six places."""
-    return type(amount) is Decimal and amount >= 0 and amount.as_tuple() == round_usd(amount).as_tuple()
+    if type(amount) is not Decimal or not amount.is_finite() or amount < 0:
+        return False
+    return amount.as_tuple() == round_usd(amount).as_tuple()
+
+
+def _is_share(value: object) -> bool:
+    return type(value) is Decimal and value.is_finite() and 0 <= value <= 1
 
 
 def _forbid_io(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,7 +121,8 @@ def kind(value: object) -> str:
 def plain_text(value: object) -> str:
     """For people: no control characters, and not longer than a line."""
     shown = f"{value:f}" if isinstance(value, Decimal) and figure(value) is not None else str(value)
-    return "".join(c if c.isprintable() else "?" for c in shown[:_LONGEST_TEXT]).strip()
+    shown = shown[:_LONGEST_TEXT].strip()
+    return shown if shown.isprintable() else "".join(c if c.isprintable() else "?" for c in shown)
 
 
 def row_id(row: object, index: int, key: str = "id") -> str:
