@@ -96,18 +96,21 @@ def parse_rows(rows: list[Any], market: Market) -> Parsed:
             skipped.append(Skipped(id=row_id(row, index), reason=str(error)))
             continue
         key = (offer.machine_id, offer.gpu_count)
-        kept, dearer = offer, cheapest.get(key)
-        if dearer is not None:
-            kept, dearer = sorted((dearer, offer), key=lambda o: o.usd_per_hour)
+        kept, dearer = _cheaper_first(cheapest.get(key, offer), offer)
+        cheapest[key] = kept
+        if dearer is not kept:
             reason = f"machine_id {kept.machine_id}: listed again as {kept.listing_id}, which costs no more"
             skipped.append(Skipped(id=dearer.listing_id, reason=reason))
-        cheapest[key] = kept
     return Parsed(
         offers=tuple(cheapest.values()),
         skipped=tuple(skipped),
         fetched=len(rows),
         source=f"POST {SEARCH_PATH}",
     )
+
+
+def _cheaper_first(one: Offer, other: Offer) -> tuple[Offer, Offer]:
+    return (one, other) if one.usd_per_hour <= other.usd_per_hour else (other, one)
 
 
 def _offer(row: dict[str, Any], market: Market) -> Offer:
