@@ -126,12 +126,16 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """What the fake vendor says. `hangs`: nothing at all, until the test is over."""
+    """What the fake vendor says.
+
+    `hangs`: nothing at all, until the test is over. `drips`: a byte every 50 ms.
+    """
 
     status: int = 200
-    body: str = ""
+    body: str | bytes = ""
     headers: Mapping[str, str] = field(default_factory=dict)
     hangs: bool = False
+    drips: bool = False
 
 
 Respond = Callable[[Request], Answer]
@@ -177,10 +181,17 @@ def serving(respond: Respond) -> Iterator[str]:
             for name, value in answer.headers.items():
                 self.send_header(name, value)
             self.end_headers()
+            content = answer.body.encode() if isinstance(answer.body, str) else answer.body
             with suppress(ConnectionError):
-                self.wfile.write(answer.body.encode())
+                if not answer.drips:
+                    self.wfile.write(content)
+                    return
+                for byte in content:
+                    self.wfile.write(bytes([byte]))
+                    if over.wait(0.05):
+                        return
 
-        do_GET = do_POST = do_PUT = do_DELETE = answer  # noqa: N815  the names http.server calls
+        do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = answer  # noqa: N815  the names http.server calls
 
         def log_message(self, *args: Any) -> None:
             """Say nothing: the test says what matters."""

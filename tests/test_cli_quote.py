@@ -10,7 +10,8 @@ import pytest
 
 from gpubroker.cli import main
 from gpubroker.prices import market
-from tests.loopback import Answer, vendor
+from gpubroker.testing import Answer
+from tests.loopback import ok, vendor
 from tests.support import PAYLOADS
 
 FIVE = {"vast", "runpod", "lambda", "modal", "aws"}
@@ -89,12 +90,12 @@ def test_a_host_that_was_away_is_not_tried_again_for_a_minute(run, monkeypatch):
 def test_a_live_vendor_is_polled_and_then_read_from_the_store(run, monkeypatch):
     """The same command polls it and quotes its prices; the second one asks nobody."""
     monkeypatch.setenv("LAMBDA_API_KEY", "secret-key")
-    types = {("GET", "/api/v1/instance-types"): Answer(file("lambda/instance_types.json"))}
+    types = {("GET", "/api/v1/instance-types"): ok(file("lambda/instance_types.json"))}
     with vendor(types) as server:
         monkeypatch.setenv("GPUBROKER_LAMBDA_URL", server.url)
         first = quotes(run, "--provider", "lambda")
         second = quotes(run, "--provider", "lambda")
-    assert 1 == len([a for a in server.asked if a[0] == "GET"])
+    assert 1 == len([a for a in server.asked if a.method == "GET"])
     assert first["quotes"] == second["quotes"]
     live = [q for q in first["quotes"] if q["live"]]
     assert live
@@ -105,8 +106,8 @@ def test_a_hanging_vendor_costs_only_itself(run, monkeypatch):
     """What is late is marked and left to the next poll."""
     monkeypatch.setattr(market, "REFRESH_S", 0.6)
     monkeypatch.setenv("LAMBDA_API_KEY", "secret-key")
-    types = {("GET", "/api/v1/instance-types"): Answer(file("lambda/instance_types.json"))}
-    with vendor({("POST", "/api/v0/bundles/"): Answer(hang=True)}) as slow, vendor(types) as quick:
+    types = {("GET", "/api/v1/instance-types"): ok(file("lambda/instance_types.json"))}
+    with vendor({("POST", "/api/v0/bundles/"): Answer(hangs=True)}) as slow, vendor(types) as quick:
         monkeypatch.setenv("GPUBROKER_VAST_URL", slow.url)
         monkeypatch.setenv("GPUBROKER_LAMBDA_URL", quick.url)
         answer = quotes(run)
@@ -116,7 +117,7 @@ def test_a_hanging_vendor_costs_only_itself(run, monkeypatch):
 
 def test_the_table_fits_100_columns_and_ends_with_advice(run):
     """And colour stays on terminals."""
-    code, out, err = run("quote", "--gpu", "h100", "--hours", "8", "--offline")
+    code, out, _ = run("quote", "--gpu", "h100", "--hours", "8", "--offline")
     assert 0 == code
     assert max(map(len, out.splitlines())) <= 100
     assert "\x1b" not in out

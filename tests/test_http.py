@@ -7,7 +7,8 @@ import pytest
 from gpubroker.doors import SystemClock
 from gpubroker.errors import AuthFailed, PayloadChanged, ProviderError, Transient, Unreachable
 from gpubroker.http import HttpClient
-from tests.loopback import Answer, vendor
+from gpubroker.testing import Answer
+from tests.loopback import ok, vendor
 from tests.support import FakeClock
 
 KEY = "sk-very-secret"
@@ -20,29 +21,33 @@ def _get(url, *, deadline_s=5.0, attempts=1, clock=None):
 
 def test_numbers_arrive_as_decimals_and_the_key_as_a_bearer_token():
     """NaN too, for the row's own check to refuse."""
-    with vendor({("GET", "/x"): Answer(b'{"p": 0.2014814814814815, "n": NaN, "c": 3}')}) as server:
+    with vendor({("GET", "/x"): Answer(body=b'{"p": 0.2014814814814815, "n": NaN, "c": 3}')}) as server:
         answer = _get(server.url)
     assert Decimal("0.2014814814814815") == answer["p"]
     assert answer["n"].is_nan()
     assert 3 == answer["c"]
-    assert f"Bearer {KEY}" == server.asked[0][2]["Authorization"]
+    assert f"Bearer {KEY}" == server.asked[0].headers["authorization"]
 
 
 @pytest.mark.parametrize(
     ("answer", "error"),
     [
-        pytest.param(Answer(b"no", 401), AuthFailed, id="401"),
-        pytest.param(Answer(b"no", 403), AuthFailed, id="403"),
-        pytest.param(Answer(b"no", 404), ProviderError, id="404"),
-        pytest.param(Answer(b"slow down", 429), Transient, id="429"),
-        pytest.param(Answer(b"oops", 500), Transient, id="500"),
-        pytest.param(Answer(b"oops", 503, {"Retry-After": "7"}), Transient, id="503"),
-        pytest.param(Answer(b"", 301, {"Location": "https://else.where"}), ProviderError, id="moved"),
-        pytest.param(Answer(b"<html>hello</html>"), PayloadChanged, id="HTML"),
-        pytest.param(Answer(b'{"a": '), PayloadChanged, id="truncated JSON"),
-        pytest.param(Answer(b"[" * 100_000), PayloadChanged, id="nested beyond sense"),
-        pytest.param(Answer(b"9" * 10_000), PayloadChanged, id="a number of ten thousand digits"),
-        pytest.param(Answer(b"\xff\xfe"), PayloadChanged, id="not text"),
+        pytest.param(Answer(status=401, body=b"no"), AuthFailed, id="401"),
+        pytest.param(Answer(status=403, body=b"no"), AuthFailed, id="403"),
+        pytest.param(Answer(status=404, body=b"no"), ProviderError, id="404"),
+        pytest.param(Answer(status=429, body=b"slow down"), Transient, id="429"),
+        pytest.param(Answer(status=500, body=b"oops"), Transient, id="500"),
+        pytest.param(Answer(status=503, body=b"oops", headers={"Retry-After": "7"}), Transient, id="503"),
+        pytest.param(
+            Answer(status=301, body=b"", headers={"Location": "https://else.where"}),
+            ProviderError,
+            id="moved",
+        ),
+        pytest.param(Answer(body=b"<html>hello</html>"), PayloadChanged, id="HTML"),
+        pytest.param(Answer(body=b'{"a": '), PayloadChanged, id="truncated JSON"),
+        pytest.param(Answer(body=b"[" * 100_000), PayloadChanged, id="nested beyond sense"),
+        pytest.param(Answer(body=b"9" * 10_000), PayloadChanged, id="a number of ten thousand digits"),
+        pytest.param(Answer(body=b"\xff\xfe"), PayloadChanged, id="not text"),
     ],
 )
 def test_every_answer_has_its_class(answer, error):
@@ -55,7 +60,7 @@ def test_every_answer_has_its_class(answer, error):
 def test_the_key_never_appears_in_an_error():
     """Even when the vendor echoes it."""
     with (
-        vendor({("GET", "/x"): Answer(f"bad key {KEY}".encode(), 400)}) as server,
+        vendor({("GET", "/x"): Answer(status=400, body=f"bad key {KEY}".encode())}) as server,
         pytest.raises(ProviderError) as caught,
     ):
         _get(server.url)
@@ -65,9 +70,9 @@ def test_the_key_never_appears_in_an_error():
 
 def test_a_transient_error_is_tried_again_after_what_the_vendor_asked():
     """Retry-After is honoured, through the clock."""
-    answers = iter([Answer(b"", 429, {"Retry-After": "3"}), Answer({"ok": 1})])
+    answers = iter([Answer(status=429, body=b"", headers={"Retry-After": "3"}), ok({"ok": 1})])
     clock = FakeClock()
-    with vendor({("GET", "/x"): lambda body: next(answers)}) as server:
+    with vendor({("GET", "/x"): lambda request: next(answers)}) as server:
         assert {"ok": 1} == _get(server.url, attempts=3, clock=clock, deadline_s=60)
     assert [3.0] == clock.slept_s
 
@@ -76,7 +81,7 @@ def test_nothing_is_tried_again_when_the_wait_would_pass_the_deadline():
     """A quote has four seconds; a quota may want an hour."""
     clock = FakeClock()
     with (
-        vendor({("GET", "/x"): Answer(b"", 429, {"Retry-After": "30"})}) as server,
+        vendor({("GET", "/x"): Answer(status=429, body=b"", headers={"Retry-After": "30"})}) as server,
         pytest.raises(Transient) as caught,
     ):
         _get(server.url, attempts=3, clock=clock, deadline_s=4)
@@ -85,7 +90,9 @@ def test_nothing_is_tried_again_when_the_wait_would_pass_the_deadline():
     assert 1 == len(server.asked)
 
 
-@pytest.mark.parametrize("answer", [Answer(hang=True), Answer(b"x" * 1000, drip=True)], ids=["hang", "drip"])
+@pytest.mark.parametrize(
+    "answer", [Answer(hangs=True), Answer(body=b"x" * 1000, drips=True)], ids=["hang", "drip"]
+)
 def test_a_server_that_hangs_or_drips_costs_only_the_deadline(answer):
     """A timeout per read is not enough."""
     with vendor({("GET", "/x"): answer}) as server, pytest.raises(Transient):
