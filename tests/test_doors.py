@@ -68,7 +68,8 @@ def test_only_the_doors_ask_for_the_time_or_start_threads(path):
             else []
         )
     }
-    assert not imported & {"threading", "time", "concurrent.futures", "asyncio"}
+    allowed = {"asyncio"} if path.name == "modal.py" else set()  # docs/decisions/0004
+    assert not imported & {"threading", "time", "concurrent.futures", "asyncio"} - allowed
     assert ".now(UTC)" not in path.read_text()
 
 
