@@ -57,6 +57,11 @@ class Database:
         self._engine = _engine(self._url)
 
     @property
+    def where(self) -> str:
+        """For people; without a password."""
+        return str(self.path) if self.path else self._url.render_as_string(hide_password=True)
+
+    @property
     def path(self) -> Path | None:
         """The SQLite file; None for PostgreSQL and for a database in memory."""
         if not self.is_sqlite or self._url.database in (None, "", ":memory:"):
@@ -120,7 +125,7 @@ class Database:
             found = _revision(connection)
         if found not in (None, REVISION) and not list(_migrations().glob(f"versions/{found}_*.py")):
             raise SchemaTooNew(
-                f"{self._name()} has schema {found}, newer than this gpubroker knows ({REVISION}):"
+                f"{self.where} has schema {found}, newer than this gpubroker knows ({REVISION}):"
                 " upgrade gpubroker"
             )
         return found
@@ -148,10 +153,7 @@ class Database:
         try:
             yield
         except (exc.DBAPIError, sqlite3.Error) as error:
-            raise StoreError(f"{self._name()} {_next_step(error)}") from error
-
-    def _name(self) -> str:
-        return str(self.path) if self.path else self._url.render_as_string(hide_password=True)
+            raise StoreError(f"{self.where} {_next_step(error)}") from error
 
 
 def _next_step(error: Exception) -> str:

@@ -11,41 +11,47 @@ from typing import Any, TypeVar
 
 from sqlalchemy import Connection, select, tuple_
 
-from gpubroker.model import Offer, OfferQuery, Skipped
+from gpubroker.model import Offer, OfferQuery
 from gpubroker.prices import tables
 from gpubroker.prices.database import Database
+from gpubroker.prices.fastread import where_gpus
+from gpubroker.prices.polls import COVERAGE_SQL, Coverage, kept_of, scope_json
 from gpubroker.prices.rows import (
-    COVERAGE_SQL,
+    NOTHING,
     PRODUCT,
     RATES,
-    Coverage,
     Listed,
     Product,
-    kept_of,
-    scope_json,
-    where_gpus,
+    Rates,
+    Volatile,
+    listings_json,
+    listings_of,
 )
-from gpubroker.prices.spans import Changes, Current, Key, by_key
+from gpubroker.prices.spans import Changes, Current, Known
 
 T = TypeVar("T")
 _CHUNK = 1000  # values in one statement: SQLite allows 32766, PostgreSQL 65535
 
-# From latest, which holds what is current and nothing else. CROSS JOIN keeps SQLite to this order.
-_OPEN_SQL = """
-SELECT p.id, o.machine_id, o.host_id, l.offer_id, s.id, s.usd_per_hour, r.digest, r.verified,
-       l.details, l.confirmed_by
-FROM latest l
-CROSS JOIN products p
-CROSS JOIN offers o
-CROSS JOIN spans s
-CROSS JOIN rates r
-WHERE p.id = l.product_id AND o.id = l.offer_id
-  AND s.offer_id = l.offer_id AND s.until_at IS NULL AND r.id = s.rates_id
-  AND p.provider = ?
+_CURRENT_SQL = """
+SELECT l.offer_id, l.product_id, l.machine_id, l.rates_id, l.usd_per_hour, l.confirmed_by
+FROM latest l CROSS JOIN products p
+WHERE p.id = l.product_id AND p.provider = ?
 """
 _UPSERT_LATEST = """
-INSERT INTO latest (offer_id, product_id, details) VALUES (?, ?, ?)
-ON CONFLICT (offer_id) DO UPDATE SET details = excluded.details, confirmed_by = NULL
+INSERT INTO latest (offer_id, product_id, machine_id, rates_id, usd_per_hour) VALUES (?, ?, ?, ?, ?)
+ON CONFLICT (offer_id) DO UPDATE SET rates_id = excluded.rates_id, usd_per_hour = excluded.usd_per_hour
+"""
+_UPSERT_OFFER = """
+INSERT INTO offers (product_id, machine_id, host_id) VALUES (?, ?, ?)
+ON CONFLICT (product_id, machine_id) DO UPDATE SET host_id = excluded.host_id
+"""
+_UPSERT_LISTINGS = """
+INSERT INTO listings (provider, gpu, offers) VALUES (?, ?, ?)
+ON CONFLICT (provider, gpu) DO UPDATE SET offers = excluded.offers
+"""
+_UPSERT_COVERAGE = """
+INSERT INTO coverage (provider, scope, poll_id) VALUES (?, ?, ?)
+ON CONFLICT (provider, scope) DO UPDATE SET poll_id = excluded.poll_id
 """
 
 
@@ -59,93 +65,120 @@ class Keeping:
         self._query = query
         self._product_ids = self._read_products()
 
-    def listed(self, offers: Sequence[Listed]) -> tuple[dict[Key, Listed], list[Skipped]]:
-        """What the poll brought by key, its new products inserted."""
-        missing = {row.product for row in offers} - set(self._product_ids)
-        if missing:
-            self._insert("products", PRODUCT, sorted(missing))
-            self._product_ids = self._read_products()
-        return by_key(offers, self._product_ids)
-
-    def current(self) -> dict[Key, Current]:
+    def current(self) -> Iterator[Current]:
         """What is open within the scope's GPUs."""
-        products = {product_id: product for product, product_id in self._product_ids.items()}
-        where, names = where_gpus(self._query.gpus)
-        found = self._run(_OPEN_SQL + where, (self._provider, *names)).cursor.fetchall()
-        return {(row[0], row[1]): Current(products[row[0]], *row) for row in found}
+        where, names = where_gpus("p.gpu", self._query.gpus)
+        found = self._run(_CURRENT_SQL + where, (self._provider, *names))
+        return map(Current._make, found.cursor.fetchall())
 
-    def apply(self, changes: Changes, at: int) -> None:
+    def known(self) -> Known:
+        """What the ids in current rows stand for."""
+        rates = self._run(
+            "SELECT id, digest, verified FROM rates WHERE id IN (SELECT rates_id FROM latest)"
+        ).all()
+        return Known(
+            products={product_id: product for product, product_id in self._product_ids.items()},
+            digests={rates_id: digest for rates_id, digest, _ in rates},
+            verified={rates_id: verified for rates_id, _, verified in rates},
+        )
+
+    def apply(self, changes: Changes, known: Known, at: int, poll_id: int) -> None:
         """Write the changes of the poll that observed at this second."""
         opened = self._find_offers(changes.opened)
-        changed = [(old.offer_id, old.product_id, new) for old, new in changes.changed]
-        refreshed = [(old.offer_id, old.product_id, new) for old, new in changes.refreshed]
-        rates_ids = self._find_rates([new for _, _, new in opened + changed])
+        self._write_spans(changes, opened, at)
+        self._write_confirmations(changes)
+        self._write_listings(changes, opened, known)
+        self._run(_UPSERT_COVERAGE, (self._provider, scope_json(self._query), poll_id))
+
+    def _write_spans(self, changes: Changes, opened: Sequence[tuple[int, Listed]], at: int) -> None:
+        begun = [*opened, *((old.offer_id, new) for old, new in changes.changed)]
         ended = [*changes.closed, *(old for old, _ in changes.changed)]
-        self._many("UPDATE spans SET until_at = ? WHERE id = ?", [(at, old.span_id) for old in ended])
+        rates_ids = self._find_rates(new.rates for _, new in begun)
         self._many(
-            "INSERT INTO spans (offer_id, rates_id, usd_per_hour, first_at) VALUES (?, ?, ?, ?)",
-            [(offer_id, rates_ids[new.digest], new.usd_micros, at) for offer_id, _, new in opened + changed],
+            "UPDATE spans SET until_at = ? WHERE offer_id = ? AND until_at IS NULL",
+            [(at, old.offer_id) for old in ended],
         )
         self._many(
-            _UPSERT_LATEST,
-            [
-                (offer_id, product_id, new.volatile)
-                for offer_id, product_id, new in opened + changed + refreshed
-            ],
+            "INSERT INTO spans (offer_id, rates_id, usd_per_hour, first_at) VALUES (?, ?, ?, ?)",
+            [(offer_id, rates_ids[new.rates.digest], new.usd_micros, at) for offer_id, new in begun],
         )
         self._many("DELETE FROM latest WHERE offer_id = ?", [(old.offer_id,) for old in changes.closed])
         self._many(
-            "UPDATE offers SET host_id = ? WHERE id = ?",
+            _UPSERT_LATEST,
             [
-                (new.host_id, old.offer_id)
-                for old, new in changes.changed + changes.refreshed
-                if new.host_id != old.host_id
+                (
+                    offer_id,
+                    self._product_ids[new.product],
+                    new.offer.machine_id,
+                    rates_ids[new.rates.digest],
+                    new.usd_micros,
+                )
+                for offer_id, new in begun
             ],
         )
 
-    def freeze(self, unknown: Iterable[tuple[Current, Offer]]) -> None:
-        """Note who confirmed these last, before the poll counts that could not speak for them."""
-        rows = self._run(COVERAGE_SQL + " WHERE c.provider = ?", (self._provider,))
-        coverage = Coverage(kept_of(row) for row in rows)
-        seen = [(coverage.of(offer), old) for old, offer in unknown if old.confirmed_by is None]
+    def _write_confirmations(self, changes: Changes) -> None:
+        """What is unknown for the first time was last confirmed by the newest poll before this one."""
+        coverage = Coverage(
+            kept_of(row) for row in self._run(f"{COVERAGE_SQL} WHERE c.provider = ?", (self._provider,))
+        )
+        last = [(coverage.of(offer), old) for old, offer in changes.unknown if old.confirmed_by is None]
         self._many(
             "UPDATE latest SET confirmed_by = ? WHERE offer_id = ?",
-            [(kept.poll_id, old.offer_id) for kept, old in seen if kept is not None],
+            [(kept.poll_id, old.offer_id) for kept, old in last if kept is not None],
+        )
+        self._many(
+            "UPDATE latest SET confirmed_by = NULL WHERE offer_id = ?",
+            [(old.offer_id,) for old, _ in changes.seen if old.confirmed_by is not None],
         )
 
-    def cover(self, poll_id: int) -> None:
-        """From now on this poll is the newest of its scope."""
+    def _write_listings(self, changes: Changes, opened: Sequence[tuple[int, Listed]], known: Known) -> None:
+        """Rewrite what is volatile for each GPU that was seen; what the poll did not see of it stays."""
+        by_gpu: dict[str, list[tuple[int, Offer | Volatile]]] = {known.gpu(old): [] for old in changes.closed}
+        for offer_id, new in [*((old.offer_id, new) for old, new in changes.seen), *opened]:
+            by_gpu.setdefault(new.offer.gpu, []).append((offer_id, new.offer))
+        unseen: dict[str, list[int]] = {}
+        for old in [*(old for old, _ in changes.unknown), *changes.outside]:
+            unseen.setdefault(known.gpu(old), []).append(old.offer_id)
+        for gpu in unseen.keys() & by_gpu.keys():
+            before = self._read_listings(gpu)
+            by_gpu[gpu] += [(offer_id, before.get(offer_id, NOTHING)) for offer_id in unseen[gpu]]
         self._many(
-            "INSERT INTO coverage (provider, scope, poll_id) VALUES (?, ?, ?)"
-            " ON CONFLICT (provider, scope) DO UPDATE SET poll_id = excluded.poll_id",
-            [(self._provider, scope_json(self._query), poll_id)],
+            _UPSERT_LISTINGS,
+            [(self._provider, gpu, listings_json(offers)) for gpu, offers in by_gpu.items()],
         )
+
+    def _read_listings(self, gpu: str) -> dict[int, Volatile]:
+        sql = "SELECT offers FROM listings WHERE provider = ? AND gpu = ?"
+        text = self._run(sql, (self._provider, gpu)).scalar()
+        return {} if text is None else listings_of(text)
 
     def _read_products(self) -> dict[Product, int]:
-        where, names = where_gpus(self._query.gpus)
-        sql = f"SELECT {', '.join(PRODUCT)}, id FROM products p WHERE p.provider = ?{where}"  # noqa: S608
+        where, names = where_gpus("gpu", self._query.gpus)
+        sql = f"SELECT {', '.join(PRODUCT)}, id FROM products WHERE provider = ?{where}"  # noqa: S608
         return {tuple(row[:-1]): row[-1] for row in self._run(sql, (self._provider, *names))}
 
-    def _find_offers(self, opened: Sequence[Listed]) -> list[tuple[int, int, Listed]]:
-        """(offer id, product id, listed) of each, inserted where it was never seen before."""
-        keys = {(self._product_ids[new.product], new.machine_id): new for new in opened}
-        self._many(
-            "INSERT INTO offers (product_id, machine_id, host_id) VALUES (?, ?, ?)"
-            " ON CONFLICT (product_id, machine_id) DO UPDATE SET host_id = excluded.host_id",
-            [(*key, new.host_id) for key, new in keys.items()],
-        )
+    def _find_offers(self, opened: Sequence[Listed]) -> list[tuple[int, Listed]]:
+        """Each with its offer id, inserted where it was never seen before."""
+        missing = {new.product for new in opened} - set(self._product_ids)
+        if missing:
+            self._insert("products", PRODUCT, sorted(missing))
+            self._product_ids = self._read_products()
+        keys = {(self._product_ids[new.product], new.offer.machine_id): new for new in opened}
+        self._many(_UPSERT_OFFER, [(*key, new.offer.host_id) for key, new in keys.items()])
         offers = tables.offers.c
         pair = tuple_(offers.product_id, offers.machine_id)
-        found = []
-        for chunk in _chunks(keys):
-            query = select(offers.id, offers.product_id, offers.machine_id).where(pair.in_(chunk))
-            for offer_id, product_id, machine_id in self._connection.execute(query):
-                found.append((offer_id, product_id, keys[product_id, machine_id]))
-        return found
+        return [
+            (offer_id, keys[product_id, machine_id])
+            for chunk in _chunks(keys)
+            for offer_id, product_id, machine_id in self._connection.execute(
+                select(offers.id, offers.product_id, offers.machine_id).where(pair.in_(chunk))
+            )
+        ]
 
-    def _find_rates(self, listed: Iterable[Listed]) -> Mapping[str, int]:
+    def _find_rates(self, rates: Iterable[Rates]) -> Mapping[str, int]:
         """digest -> id. In order of the digest: two providers that insert the same ones cannot deadlock."""
-        wanted = {new.digest: new.rates for new in listed}
+        wanted = dict(rates)
         known = self._read_rates(wanted)
         missing = sorted(set(wanted) - set(known))
         if not missing:
@@ -168,7 +201,7 @@ class Keeping:
         names = ", ".join(columns)
         self._many(f"INSERT INTO {table} ({names}) VALUES ({marks}) ON CONFLICT DO NOTHING", rows)  # noqa: S608
 
-    def _run(self, sql: str, values: tuple[Any, ...]) -> Any:
+    def _run(self, sql: str, values: tuple[Any, ...] = ()) -> Any:
         return self._database.run(self._connection, sql, values)
 
     def _many(self, sql: str, rows: Sequence[tuple[Any, ...]]) -> None:

@@ -17,7 +17,7 @@ from gpubroker.doors import Clock, ThreadPool
 from gpubroker.errors import SchemaTooNew, StoreError
 from gpubroker.model import OfferQuery, Priced, Skipped
 from gpubroker.prices import fastread
-from gpubroker.prices.rows import Coverage, ProviderState
+from gpubroker.prices.polls import Coverage, ProviderState
 
 if TYPE_CHECKING:
     from gpubroker.prices.poll import PollResult

@@ -8,90 +8,82 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from gpubroker.model import Offer, OfferQuery, Skipped, Slice
-from gpubroker.prices.rows import Listed, Product, offer_of
-
-Key = tuple[int, str]  # product id, machine id
+from gpubroker.model import Offer, OfferQuery, Slice
+from gpubroker.prices.rows import GPU, Key, Listed, Product, offer_of
 
 
 class Current(NamedTuple):
-    """An offer with an open span, as the database holds it."""
+    """An offer with an open span: a row of the table latest."""
 
-    product: Product
+    offer_id: int
     product_id: int
     machine_id: str
-    host_id: str
-    offer_id: int
-    span_id: int
+    rates_id: int
     usd_micros: int
-    digest: str  # of its rates
-    verified: Any  # None, or a truth value of the database
-    volatile: str
     confirmed_by: int | None  # a poll, when newer ones could not speak for it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """What the ids in current rows stand for."""
+
+    products: Mapping[int, Product]
+    digests: Mapping[int, str]  # of rates
+    verified: Mapping[int, bool | None]  # by rates
+
+    def gpu(self, row: Current) -> str:
+        """Its GPU's name."""
+        return str(self.products[row.product_id][GPU])
+
+    def offer(self, row: Current) -> Offer:
+        """The offer as far as scopes look at it: its product and `verified`."""
+        rates = (1, 0, 0, None, None, None, None, None, self.verified[row.rates_id])
+        return offer_of(self.products[row.product_id], row.machine_id, row.usd_micros, rates)
 
 
 @dataclass(slots=True, kw_only=True)
 class Changes:
-    """What to write. Every listed row is in opened, changed, refreshed or unchanged."""
+    """Every listed row is in opened or seen; every current one in seen, closed, unknown or outside."""
 
     opened: list[Listed] = field(default_factory=list)
-    changed: list[tuple[Current, Listed]] = field(default_factory=list)  # a priced term is another
-    refreshed: list[tuple[Current, Listed]] = field(default_factory=list)  # only what is volatile
-    unchanged: int = 0
+    seen: list[tuple[Current, Listed]] = field(default_factory=list)
+    changed: list[tuple[Current, Listed]] = field(default_factory=list)  # those seen at another price
     closed: list[Current] = field(default_factory=list)
-    # In the scope, but in a part that was not seen; with the offer as far as scopes look at it.
-    unknown: list[tuple[Current, Offer]] = field(default_factory=list)
-
-
-def by_key(
-    listed: Iterable[Listed], product_ids: Mapping[Product, int]
-) -> tuple[dict[Key, Listed], list[Skipped]]:
-    """One row an offer: the cheapest, where a vendor lists it more than once. The others are skips."""
-    found: dict[Key, Listed] = {}
-    skipped = []
-    for row in listed:
-        other = found.setdefault((product_ids[row.product], row.machine_id), row)
-        if other is row:
-            continue
-        cheap, dear = sorted((other, row), key=lambda r: r.usd_micros)
-        found[product_ids[row.product], row.machine_id] = cheap
-        skipped.append(Skipped(id=dear.label, reason="the same offer was listed cheaper"))
-    return found, skipped
+    unknown: list[tuple[Current, Offer]] = field(default_factory=list)  # in a part that was not seen
+    outside: list[Current] = field(default_factory=list)  # of the poll's scope
 
 
 def diff(
-    current: Mapping[Key, Current],
+    current: Iterable[Current],
     listed: Mapping[Key, Listed],
+    known: Known,
     query: OfferQuery,
     incomplete: Sequence[Slice] = (),
 ) -> Changes:
     """Compare what is open with what a poll of this scope listed."""
     changes = Changes()
-    for key, old in current.items():
-        new = listed.get(key)
+    products, digests = known.products, known.digests
+    left = dict(listed)
+    for old in current:
+        new = left.pop((products[old.product_id], old.machine_id), None)
         if new is None:
-            _not_listed(changes, old, query, incomplete)
-        elif new.usd_micros != old.usd_micros or new.digest != old.digest:
+            _not_listed(changes, old, known.offer(old), query, incomplete)
+            continue
+        changes.seen.append((old, new))
+        if new.usd_micros != old.usd_micros or new.rates.digest != digests[old.rates_id]:
             changes.changed.append((old, new))
-        elif new.volatile != old.volatile or new.host_id != old.host_id or old.confirmed_by is not None:
-            changes.refreshed.append((old, new))
-        else:
-            changes.unchanged += 1
-    changes.opened = [new for key, new in listed.items() if key not in current]
+    changes.opened = list(left.values())
     return changes
 
 
-def _not_listed(changes: Changes, old: Current, query: OfferQuery, incomplete: Sequence[Slice]) -> None:
-    offer = offer_of(old.product, old.machine_id, old.host_id, old.usd_micros, (*_ANY_RATES, old.verified))
+def _not_listed(
+    changes: Changes, old: Current, offer: Offer, query: OfferQuery, incomplete: Sequence[Slice]
+) -> None:
     if not query.covers(offer):
-        return
-    if any(part.covers(offer) for part in incomplete):
+        changes.outside.append(old)
+    elif any(part.covers(offer) for part in incomplete):
         changes.unknown.append((old, offer))
     else:
         changes.closed.append(old)
-
-
-# Scopes look at the product and at `verified` alone.
-_ANY_RATES = (1, 0, 0, None, None, None, None, None)

@@ -1,29 +1,31 @@
 """The store: what the providers said, kept as price spans, and the same read back.
 
-poll -> begin_poll, keep or fail_poll -> current -> quote. Every method is one transaction.
+poll -> begin_poll, keep or fail_poll -> snapshot -> quote. Every method is one transaction.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
-from sqlalchemy import Connection, Row, select, update
+from sqlalchemy import Connection, Row, func, select, update
 
 from gpubroker.doors import Clock
 from gpubroker.errors import StoreError
 from gpubroker.model import Offer, OfferQuery, Parsed, Priced, Skipped
-from gpubroker.prices import rows, tables
+from gpubroker.prices import fastread, polls, rows, tables
 from gpubroker.prices.database import Database
+from gpubroker.prices.fastread import Snapshot
 from gpubroker.prices.keeping import Keeping
-from gpubroker.prices.rows import Coverage, Poll, ProviderState
+from gpubroker.prices.polls import Poll, ProviderState
 from gpubroker.prices.spans import diff
-
-__all__ = ["KeepResult", "Poll", "ProviderState", "Store"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +69,11 @@ class Store:
         return cls(database, clock)
 
     @property
+    def where(self) -> str:
+        """Where the database is, for people; without a password."""
+        return self.database.where
+
+    @property
     def path(self) -> Path | None:
         """The SQLite file, for fastread; None for PostgreSQL."""
         return self.database.path
@@ -79,13 +86,17 @@ class Store:
         """Bring the tables up to this code; at once for any number of processes. Raises SchemaTooNew."""
         self.database.migrate()
 
+    def revision(self) -> str | None:
+        """The schema's; None = there are no tables yet. Raises SchemaTooNew."""
+        return self.database.check_schema()
+
     def check_schema(self) -> None:
         """Raises SchemaTooNew when a newer gpubroker wrote this database."""
         self.database.check_schema()
 
     def begin_poll(self, provider: str, query: OfferQuery) -> int:
         """Record that a poll starts, and its scope. Returns its id."""
-        values = {"provider": provider, "scope": rows.scope_json(query), "started_at": self._clock.now()}
+        values = {"provider": provider, "scope": polls.scope_json(query), "started_at": self._clock.now()}
         with self.database.write() as connection:
             added = connection.execute(tables.polls.insert().values(values).returning(tables.polls.c.id))
             return int(added.scalar_one())
@@ -98,39 +109,38 @@ class Store:
         """
         with self.database.read() as connection:
             provider, query = _running(connection, poll_id)
-        storable, refused = rows.listing(parsed.offers, query)
-        with self.database.write(f"gpubroker keep {provider}") as connection:
-            _running(connection, poll_id)
-            at = self._next_second(connection, provider)
-            keeping = Keeping(self.database, connection, provider, query)
-            listed, twice = keeping.listed(storable)
-            skipped = (*parsed.skipped, *refused, *twice)
-            changes = diff(keeping.current(), listed, query, parsed.incomplete)
-            keeping.apply(changes, at)
-            keeping.freeze(changes.unknown)
-            self._finish(
-                connection,
-                poll_id,
-                observed_at=rows.moment(at),
-                fetched=parsed.fetched,
-                kept=len(listed),
-                skipped=len(skipped),
-                skips=rows.skips_json(skipped),
-                incomplete=rows.incomplete_json(parsed.incomplete),
-                unknown_offers=json.dumps([old.offer_id for old, _ in changes.unknown]),
-                source=parsed.source,
-                notes=json.dumps(parsed.notes),
-            )
-            keeping.cover(poll_id)
-        return KeepResult(
-            observed_at=rows.moment(at),
-            kept=len(listed),
-            opened=len(changes.opened),
-            changed=len(changes.changed),
-            closed=len(changes.closed),
-            unknown=len(changes.unknown),
-            skipped=skipped,
-        )
+        with _collector_paused():
+            listed, left_out = rows.listing(parsed.offers, query)
+            with self.database.write(f"gpubroker keep {provider}") as connection:
+                _running(connection, poll_id)
+                keeping = Keeping(self.database, connection, provider, query)
+                known = keeping.known()
+                changes = diff(keeping.current(), listed, known, query, parsed.incomplete)
+                at = self._next_second(connection, provider)
+                keeping.apply(changes, known, at, poll_id)
+                result = KeepResult(
+                    observed_at=rows.moment(at),
+                    kept=len(listed),
+                    opened=len(changes.opened),
+                    changed=len(changes.changed),
+                    closed=len(changes.closed),
+                    unknown=len(changes.unknown),
+                    skipped=(*parsed.skipped, *left_out),
+                )
+                self._finish(
+                    connection,
+                    poll_id,
+                    observed_at=result.observed_at,
+                    fetched=parsed.fetched,
+                    kept=result.kept,
+                    skipped=len(result.skipped),
+                    skips=polls.skips_json(result.skipped),
+                    incomplete=polls.incomplete_json(parsed.incomplete),
+                    unknown_offers=json.dumps([old.offer_id for old, _ in changes.unknown]),
+                    source=parsed.source,
+                    notes=json.dumps(parsed.notes),
+                )
+        return result
 
     def fail_poll(self, poll_id: int, error: str) -> None:
         """Record that a poll brought nothing: all it would have covered is unknown."""
@@ -138,37 +148,31 @@ class Store:
             _running(connection, poll_id)
             self._finish(connection, poll_id, error=error)
 
+    def snapshot(self, gpus: Collection[str] | None) -> Snapshot:
+        """Current offers of these GPUs (None = every one), provider states and what was polled when."""
+        with self.database.read() as connection:
+            return fastread.read(partial(self.database.run, connection), gpus)
+
     def current(self, gpus: Collection[str] | None = None) -> list[Priced]:
         """Offers with an open span, each as old as the poll that last confirmed it. None = every GPU."""
-        where, names = rows.where_gpus(gpus)
-        with self.database.read() as connection:
-            found = self.database.run(connection, rows.CURRENT_SQL + where + rows.CURRENT_ORDER, names)
-            return rows.priced(found, self._coverage(connection))
-
-    def freshness(self, query: OfferQuery) -> dict[str, datetime | None]:
-        """When each provider was last polled for all that the query asks for; None = never for all of it."""
-        with self.database.read() as connection:
-            return self._coverage(connection).freshness(query)
-
-    def newest(self) -> dict[str, datetime]:
-        """When each provider was last polled and kept, whatever the scope."""
-        with self.database.read() as connection:
-            return self._coverage(connection).newest()
+        return self.snapshot(gpus).live
 
     def polls(self, provider: str | None = None, limit: int = 20) -> list[Poll]:
         """Recorded polls, the newest first."""
-        polls = tables.polls
-        query = select(polls).order_by(polls.c.id.desc()).limit(limit)
+        recorded = tables.polls
+        query = select(recorded).order_by(recorded.c.id.desc()).limit(limit)
         if provider is not None:
-            query = query.where(polls.c.provider == provider)
+            query = query.where(recorded.c.provider == provider)
         with self.database.read() as connection:
             return [_poll_of(row) for row in connection.execute(query)]
 
+    def last_poll(self, provider: str) -> Poll | None:
+        """The newest poll, kept or not; None = there was none."""
+        return next(iter(self.polls(provider, limit=1)), None)
+
     def provider_states(self) -> dict[str, ProviderState]:
         """What the last refresh of each provider found out."""
-        with self.database.read() as connection:
-            found = self.database.run(connection, rows.STATES_SQL)
-            return {state.provider: state for state in map(rows.state_of, found)}
+        return dict(self.snapshot(()).states)
 
     def set_provider_state(self, provider: str, **changes: Unpack[_StateChanges]) -> None:
         """Change the named fields; the others stay."""
@@ -185,8 +189,19 @@ class Store:
         with self.database.read() as connection:
             yield from _expanded(self.database, connection, provider)
 
-    def _coverage(self, connection: Connection) -> Coverage:
-        return Coverage(map(rows.kept_of, self.database.run(connection, rows.COVERAGE_SQL)))
+    def open_offers(self, provider: str) -> int:
+        """How many current offers a provider has."""
+        query = select(func.count()).select_from(tables.latest.join(tables.products))
+        with self.database.read() as connection:
+            return connection.execute(query.where(tables.products.c.provider == provider)).scalar_one()
+
+    def counts(self) -> dict[str, int]:
+        """Rows of each table."""
+        with self.database.read() as connection:
+            return {
+                table.name: connection.execute(select(func.count()).select_from(table)).scalar_one()
+                for table in tables.metadata.sorted_tables
+            }
 
     def _next_second(self, connection: Connection, provider: str) -> int:
         sql = "SELECT max(observed_at) FROM polls WHERE provider = ?"
@@ -195,18 +210,29 @@ class Store:
         return now if last is None else max(now, last + 1)
 
     def _finish(self, connection: Connection, poll_id: int, **values: Any) -> None:
-        polls = tables.polls
         values["finished_at"] = self._clock.now()
-        connection.execute(update(polls).where(polls.c.id == poll_id).values(values))
+        connection.execute(update(tables.polls).where(tables.polls.c.id == poll_id).values(values))
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Keeping makes 100,000 objects without a cycle: looking for one costs a quarter of the time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _running(connection: Connection, poll_id: int) -> tuple[str, OfferQuery]:
-    polls = tables.polls.c
-    query = select(polls.provider, polls.scope, polls.finished_at).where(polls.id == poll_id)
+    recorded = tables.polls.c
+    query = select(recorded.provider, recorded.scope, recorded.finished_at).where(recorded.id == poll_id)
     row = connection.execute(query).first()
     if row is None or row.finished_at is not None:
         raise StoreError(f"poll {poll_id} is not running: begin another")
-    return row.provider, rows.scope_of(row.scope)
+    return row.provider, polls.scope_of(row.scope)
 
 
 def _poll_of(row: Row[Any]) -> Poll:
@@ -214,9 +240,9 @@ def _poll_of(row: Row[Any]) -> Poll:
     return Poll(
         **{
             **values,
-            "scope": rows.scope_of(values["scope"]),
-            "skips": rows.skips_of(values["skips"]),
-            "incomplete": rows.incomplete_of(values["incomplete"]),
+            "scope": polls.scope_of(values["scope"]),
+            "skips": polls.skips_of(values["skips"]),
+            "incomplete": polls.incomplete_of(values["incomplete"]),
             "unknown_offers": frozenset(json.loads(values["unknown_offers"])),
             "notes": tuple(json.loads(values["notes"])),
         }
@@ -228,8 +254,8 @@ SELECT observed_at, scope, unknown_offers FROM polls
 WHERE provider = ? AND observed_at IS NOT NULL ORDER BY observed_at
 """
 _SPANS_SQL = f"""
-SELECT {", ".join(f"p.{c}" for c in rows.PRODUCT)}, o.machine_id, o.host_id, s.usd_per_hour,
-       {", ".join(f"r.{c}" for c in rows.RATES)}, o.id, s.first_at, s.until_at
+SELECT {", ".join(f"p.{name}" for name in rows.PRODUCT)}, {", ".join(f"r.{name}" for name in rows.RATES)},
+       s.offer_id, o.machine_id, o.host_id, s.usd_per_hour, s.first_at, s.until_at
 FROM products p JOIN offers o ON o.product_id = p.id JOIN spans s ON s.offer_id = o.id
      JOIN rates r ON r.id = s.rates_id
 WHERE p.provider = ? ORDER BY s.first_at, o.id
@@ -242,13 +268,19 @@ def _expanded(database: Database, connection: Connection, provider: str) -> Iter
     upcoming = next(spans, None)
     active: dict[int, tuple[int | None, Offer]] = {}
     for at, scope, unknown_offers in database.run(connection, _POLLS_SQL, (provider,)).all():
-        query, unknown = rows.scope_of(scope), set(json.loads(unknown_offers))
-        while upcoming is not None and upcoming[-2] <= at:
-            machine_id, host_id, usd_micros = upcoming[11:14]
-            offer = rows.offer_of(upcoming[:11], machine_id, host_id, usd_micros, upcoming[14:23])
-            active[upcoming[-3]] = (upcoming[-1], offer)
+        query, unknown = polls.scope_of(scope), set(json.loads(unknown_offers))
+        while upcoming is not None and upcoming.first_at <= at:
+            offer_id, until, offer = _span_of(upcoming)
+            active[offer_id] = (until, offer)
             upcoming = next(spans, None)
         active = {key: span for key, span in active.items() if span[0] is None or span[0] > at}
         for offer_id, (_, offer) in active.items():
             if offer_id not in unknown and query.covers(offer):
                 yield rows.moment(at), offer
+
+
+def _span_of(row: Any) -> tuple[int, int | None, Offer]:
+    product, rates = row[: len(rows.PRODUCT)], row[len(rows.PRODUCT) : -6]
+    volatile = rows.Volatile(host_id=row.host_id)
+    offer = rows.offer_of(product, row.machine_id, row.usd_per_hour, rates, volatile)
+    return row.offer_id, row.until_at, offer

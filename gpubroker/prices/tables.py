@@ -122,7 +122,7 @@ offers = Table(
     Column("id", _Id, primary_key=True),
     Column("product_id", _Id, ForeignKey("products.id"), nullable=False),
     Column("machine_id", Text, nullable=False),
-    Column("host_id", Text, nullable=False),  # as last listed
+    Column("host_id", Text, nullable=False),  # as listed when it last came
     UniqueConstraint("product_id", "machine_id"),
 )
 
@@ -162,15 +162,28 @@ spans = Table(
     ),
 )
 
-# What is volatile, for offers with an open span only: a current read is bounded by what is current.
+# What is current: a row for each open span, with what a poll compares and a quote reads, so that neither
+# ever walks through the history.
 latest = Table(
     "latest",
     metadata,
     Column("offer_id", _Id, ForeignKey("offers.id"), primary_key=True, autoincrement=False),
     Column("product_id", _Id, ForeignKey("products.id"), nullable=False, index=True),
-    Column("details", Text, nullable=False),  # JSON: [listing_id, stock, reliability, disk_max_gb, details]
+    Column("machine_id", Text, nullable=False),  # these three: as in the offer and its open span
+    Column("rates_id", _Id, ForeignKey("rates.id"), nullable=False),
+    Column("usd_per_hour", Money, nullable=False),
     # NULL = the newest poll that covers the offer saw it; else the last poll that did.
     Column("confirmed_by", _Id, ForeignKey("polls.id")),
+)
+
+# What is volatile of the current offers. It changes for nearly all of them at every poll, and is read by GPU:
+# one JSON text a (provider, GPU) costs a third of a row an offer. rows.listings_json says what is in it.
+listings = Table(
+    "listings",
+    metadata,
+    Column("provider", Text, primary_key=True),
+    Column("gpu", Text, primary_key=True),
+    Column("offers", Text, nullable=False),
 )
 
 provider_state = Table(

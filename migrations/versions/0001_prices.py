@@ -127,10 +127,18 @@ def _create_spans():
         "latest",
         _reference("offers", primary_key=True, autoincrement=False),
         _reference("products"),
-        _text("details"),
+        _text("machine_id"),
+        _reference("rates", "rates_id"),
+        sa.Column("usd_per_hour", sa.BigInteger, nullable=False),
         _reference("polls", "confirmed_by", nullable=True),
     )
     op.create_index("ix_latest_product_id", "latest", ["product_id"])
+    op.create_table(
+        "listings",
+        sa.Column("provider", sa.Text, primary_key=True),
+        sa.Column("gpu", sa.Text, primary_key=True),
+        _text("offers"),
+    )
 
 
 def _create_state():

@@ -1,0 +1,108 @@
+"""The quote's way to the store: reads the SQLite file with sqlite3 alone, because importing SQLAlchemy takes
+
+longer than the whole quote may. Store.snapshot runs the same `read` over its own connection.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from gpubroker.model import Priced
+from gpubroker.prices.polls import COVERAGE_SQL, Coverage, ProviderState, kept_of, state_of
+from gpubroker.prices.rows import (
+    NOTHING,
+    PRODUCT,
+    RATES,
+    REVISION,
+    Volatile,
+    listings_of,
+    maybe_moment,
+    offer_of,
+)
+
+# Runs SQL with ? for its values.
+Run = Callable[[str, tuple[Any, ...]], Iterable[Sequence[Any]]]
+
+# CROSS JOIN keeps SQLite to the order products -> latest; PostgreSQL does not mind.
+_CURRENT_SQL = f"""
+SELECT {", ".join(f"p.{name}" for name in PRODUCT)}, {", ".join(f"r.{name}" for name in RATES)},
+       l.offer_id, l.machine_id, l.usd_per_hour, u.observed_at, u.source
+FROM products p
+CROSS JOIN latest l
+CROSS JOIN rates r
+LEFT JOIN polls u ON u.id = l.confirmed_by
+WHERE l.product_id = p.id AND r.id = l.rates_id
+"""  # noqa: S608  only names of columns go in
+_STATES_SQL = """
+SELECT provider, missing, unreachable_until, reason, tried_at FROM provider_state ORDER BY provider
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """The store at one moment, as far as a quote looks."""
+
+    live: list[Priced]  # current offers of the GPUs asked
+    states: Mapping[str, ProviderState]
+    coverage: Coverage
+
+
+def snapshot(path: str | Path, gpus: Collection[str] | None) -> Snapshot | None:
+    """Current offers of these GPUs (None = every one) from a SQLite file.
+
+    None when there is no such file, when its schema is not this code's, and when anything at all goes wrong:
+    Store knows what to do then, and says why.
+    """
+    try:
+        uri = f"file:{quote(str(path))}?mode=ro"
+        with closing(sqlite3.connect(uri, uri=True, timeout=1, isolation_level=None)) as connection:
+            connection.execute("BEGIN")
+            if connection.execute("SELECT version_num FROM alembic_version").fetchone() != (REVISION,):
+                return None
+            return read(connection.execute, gpus)
+    except (sqlite3.Error, ValueError, TypeError, KeyError):
+        return None
+
+
+def read(run: Run, gpus: Collection[str] | None) -> Snapshot:
+    """The same for any connection, within its transaction."""
+    where, names = where_gpus("p.gpu", gpus)
+    rows = run(f"{_CURRENT_SQL}{where} ORDER BY l.offer_id", names)
+    where, names = where_gpus("gpu", gpus)
+    listings: dict[int, Volatile] = {}
+    for (text,) in run(f"SELECT offers FROM listings WHERE 1 = 1{where}", names):  # noqa: S608
+        listings |= listings_of(text)
+    coverage = Coverage(map(kept_of, run(COVERAGE_SQL, ())))
+    return Snapshot(
+        live=[_priced(row, listings, coverage) for row in rows],
+        states={state.provider: state for state in map(state_of, run(_STATES_SQL, ()))},
+        coverage=coverage,
+    )
+
+
+def where_gpus(column: str, gpus: Collection[str] | None) -> tuple[str, tuple[str, ...]]:
+    """What to add to a WHERE, with its values."""
+    if gpus is None:
+        return "", ()
+    names = tuple(sorted(gpus))
+    return f" AND {column} IN ({', '.join('?' * len(names)) or 'NULL'})", names
+
+
+def _priced(row: Sequence[Any], listings: Mapping[int, Volatile], coverage: Coverage) -> Priced:
+    """One row of _CURRENT_SQL, with the poll that last confirmed it.
+
+    An offer that newer polls could not speak for keeps the poll that saw it (latest.confirmed_by).
+    """
+    product, rates = row[: len(PRODUCT)], row[len(PRODUCT) : -5]
+    offer_id, machine_id, usd_micros, frozen_at, source = row[-5:]
+    offer = offer_of(product, machine_id, usd_micros, rates, listings.get(offer_id, NOTHING))
+    as_of = maybe_moment(frozen_at)
+    if as_of is None and (kept := coverage.of(offer)) is not None:
+        as_of, source = kept.observed_at, kept.source
+    return Priced(offer=offer, source=source or "", as_of=as_of, live=True)
