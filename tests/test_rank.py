@@ -51,8 +51,7 @@ def test_equal_bills_go_to_what_cannot_be_preempted_then_to_what_is_live():
 @pytest.mark.parametrize(
     ("values", "ask", "reason"),
     [
-        pytest.param({"form_factor": "PCIe"}, {"gpus": (parse_request("h100-sxm"),)}, "H100 PCIe is not", id="form"),
-        pytest.param({"form_factor": "unstated"}, {"gpus": (parse_request("h100-sxm"),)}, "not what", id="unstated"),
+        pytest.param({"form_factor": "unstated"}, {"gpus": (parse_request("h100-sxm"),)}, "form factor not stated", id="unstated"),
         pytest.param({}, {"gpu_count": 2}, "has 1 of 2 GPUs", id="fewer never match"),
         pytest.param({}, {"min_vram_gib": 96}, "80 GiB a GPU, 96 wanted", id="memory"),
         pytest.param({}, {"markets": ("spot",)}, "market on_demand", id="market"),
@@ -67,6 +66,14 @@ def test_each_misfit_is_left_out_with_its_reason(values, ask, reason):
     asked = Ask(**{"work": WORK, "gpus": (parse_request("h100"),), **ask})
     assert reason in why_not(offer(**values), asked)
     assert [LeftOut] == [type(x) for x in rank([priced(**values)], asked, FEES).left_out]
+
+
+def test_other_cards_are_not_even_left_out():
+    """A PCIe card when SXM was asked for: nobody asked."""
+    asked = Ask(work=WORK, gpus=(parse_request("h100-sxm"),))
+    pcie = priced(form_factor="PCIe")
+    assert ((), ()) == (rank([pcie], asked, FEES).quotes, rank([pcie], asked, FEES).left_out)
+    assert "another card" == why_not(pcie.offer, asked)
 
 
 def test_any_host_takes_the_unverified():

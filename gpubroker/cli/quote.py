@@ -30,6 +30,9 @@ _CSV = (
     "usd_per_hour", "total_usd", "as_of", "source", "live", "stale",
 )  # fmt: skip
 
+# Lines that every bill has; the table names only what comes on top.
+_ALWAYS = ("compute", "start-up")
+
 
 @click.command(
     context_settings={"max_content_width": 100},
@@ -153,8 +156,8 @@ def _print_table(
     shown: Sequence[Quote], quotes: Sequence[Quote], ask: Ask, stale_before: datetime, now: datetime
 ) -> None:
     made = table(
-        "#", "provider", "GPU", "market", "region", "$/h", "total", "included", "price",
-        right=("#", "$/h", "total"),
+        "#", "provider", "GPU", "market", "region", "$/h", "total", "plus", "price",
+        right=("#", "$/h", "total"), whole=("#", "provider", "GPU", "market", "$/h", "total", "price"),
     )  # fmt: skip
     place = {id(q): i for i, q in enumerate(quotes, 1)}
     for q in shown:
@@ -166,11 +169,14 @@ def _print_table(
             q.offer.zone or q.offer.region or q.offer.cloud or "any",
             dollars(q.offer.usd_per_hour),
             dollars(q.bill.total_usd),
-            ", ".join(line.item for line in q.bill.lines),
+            ", ".join(line.item for line in q.bill.lines if line.item not in _ALWAYS),
             _price_age(q, stale_before, now),
         )
     out = console()
     out.print(made)
+    more = any(q.offer.gpu_count > ask.gpu_count for q in shown)
+    note = f" * has more GPUs than the {ask.gpu_count} asked: all of it is paid." if more else ""
+    out.print(f"Totals are compute and start-up, plus what the row says.{note}", style="dim")
     out.print()
     out.print(advice(quotes, ask, now))
 
@@ -188,8 +194,7 @@ def _summarise(left_out: Sequence[LeftOut]) -> None:
 def _gpu_text(q: Quote, asked: int) -> str:
     offer = q.offer
     form = "" if offer.form_factor == "unstated" else f" {offer.form_factor}"
-    text = f"{offer.gpu_count}x {offer.gpu}{form}"
-    return f"{text} (whole, {asked} asked)" if offer.gpu_count > asked else text
+    return f"{offer.gpu_count}x {offer.gpu}{form}{'*' if offer.gpu_count > asked else ''}"
 
 
 def _price_age(q: Quote, stale_before: datetime, now: datetime) -> str:

@@ -25,11 +25,13 @@ def console(*, stderr: bool = False) -> Console:
     return out
 
 
-def table(*columns: str, right: Sequence[str] = (), title: str | None = None) -> Table:
-    """An empty table in the house style; the columns named in `right` hold numbers."""
-    made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+def table(*columns: str, right: Sequence[str] = (), whole: Sequence[str] = ()) -> Table:
+    """An empty table in the house style; columns in `right` hold numbers, those in `whole` never wrap."""
+    made = Table(box=None, pad_edge=False, header_style="bold")
     for name in columns:
-        made.add_column(name, justify="right" if name in right else "left", overflow="fold")
+        made.add_column(
+            name, justify="right" if name in right else "left", overflow="fold", no_wrap=name in whole
+        )
     return made
 
 

@@ -68,10 +68,15 @@ class Ranking:
 
 
 def rank(offers: Iterable[Priced], ask: Ask, fees: FeeTable) -> Ranking:
-    """Price every offer that fits and sort by total."""
+    """Price every offer of the cards asked for that fits, and sort by total.
+
+    Other cards are not "left out": nobody asked for them.
+    """
     quotes, left_out = [], []
     for priced in offers:
         offer = priced.offer
+        if not is_asked_card(offer, ask):
+            continue
         reason = why_not(offer, ask)
         if reason is None:
             source = price_source(priced)
@@ -102,9 +107,17 @@ def why_not(offer: Offer, ask: Ask) -> str | None:
     return next(_misfits(offer, ask), None)
 
 
+def is_asked_card(offer: Offer, ask: Ask) -> bool:
+    """Whether the card may be one that was asked for; one in an unstated form may be."""
+    return not ask.gpus or any(
+        offer.gpu in g.names and offer.form_factor in (g.form_factor or offer.form_factor, "unstated")
+        for g in ask.gpus
+    )
+
+
 def _misfits(offer: Offer, ask: Ask) -> Iterator[str]:
     if ask.gpus and not any(g.matches(offer.gpu, offer.form_factor) for g in ask.gpus):
-        yield f"{offer.gpu} {offer.form_factor} is not what was asked"
+        yield "form factor not stated" if is_asked_card(offer, ask) else "another card"
     if offer.gpu_count < ask.gpu_count:
         yield f"has {offer.gpu_count} of {ask.gpu_count} GPUs"
     if ask.min_vram_gib is not None and offer.vram_gib < ask.min_vram_gib:
