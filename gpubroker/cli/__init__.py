@@ -49,9 +49,10 @@ class LazyGroup(click.Group):
             from difflib import get_close_matches
 
             near = get_close_matches(args[0], _COMMANDS, n=2)
-            if near:
-                error.message = f"No such command {args[0]!r}. Did you mean {' or '.join(near)}?"
-            raise
+            if not near:
+                raise
+            text = f"No such command {args[0]!r}. Did you mean {' or '.join(near)}?"
+            raise click.UsageError(text, ctx) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """From the table above, without importing the commands."""

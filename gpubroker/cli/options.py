@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from decimal import Decimal, InvalidOperation
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import click
 
@@ -17,7 +17,7 @@ from gpubroker.model import MARKETS, Market
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class Amount(click.ParamType):
+class Amount(click.ParamType[Decimal]):
     """A finite decimal number within bounds."""
 
     name = "number"
@@ -44,7 +44,7 @@ class Amount(click.ParamType):
         return amount
 
 
-class Duration(click.ParamType):
+class Duration(click.ParamType[int]):
     """45s, 30m, 2h, 1d -> seconds."""
 
     name = "duration"
@@ -59,7 +59,7 @@ class Duration(click.ParamType):
             self.fail(str(error).removeprefix("duration: "), param, ctx)
 
 
-class GpuName(click.ParamType):
+class GpuName(click.ParamType[GpuRequest]):
     """h100, h100-sxm, a100-80gb, 4090 -> the canonical cards meant."""
 
     name = "gpu"
@@ -74,7 +74,7 @@ class GpuName(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
-class MarketName(click.ParamType):
+class MarketName(click.ParamType[Market]):
     """spot, on-demand (or on_demand), serverless, reserved."""
 
     name = "market"
@@ -84,7 +84,7 @@ class MarketName(click.ParamType):
         market = re.sub(r"[-\s]", "_", str(value).lower())
         if market not in MARKETS:
             self.fail(f"{value!r} is not one of {', '.join(MARKETS)}", param, ctx)
-        return cast(Market, market)
+        return market
 
 
 def format_option(*formats: str) -> Callable[[F], F]:

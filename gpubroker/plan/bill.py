@@ -12,7 +12,7 @@ from decimal import ROUND_CEILING, Decimal
 
 from gpubroker.model import Offer
 from gpubroker.money import SECONDS_PER_HOUR, round_usd
-from gpubroker.plan.fees import UNKNOWN, FeeTable
+from gpubroker.plan.fees import UNKNOWN, Direction, FeeTable
 
 ZERO = Decimal(0)
 
@@ -149,22 +149,19 @@ def _disk(offer: Offer, work: Work, billed_h: Decimal, fees: FeeTable) -> list[C
 
 
 def _transfer(offer: Offer, work: Work, fees: FeeTable) -> list[CostLine]:
+    ways: tuple[tuple[Direction, Decimal, Decimal | None, Decimal], ...] = (
+        ("ingress", work.ingress_gb, offer.ingress_usd_per_gb, ZERO),
+        ("egress", work.egress_gb, offer.egress_usd_per_gb, work.egress_gb_this_month),
+    )
     lines = []
-    for item, gb, rate in (
-        ("ingress", work.ingress_gb, offer.ingress_usd_per_gb),
-        ("egress", work.egress_gb, offer.egress_usd_per_gb),
-    ):
+    for item, gb, rate, so_far_gb in ways:
         if not gb:
             continue
         if rate is not None:
             usd, how, source = round_usd(gb * rate), f"{gb:f} GB x ${rate:f}/GB", "the offer itself"
         else:
             charge = fees.transfer_usd(
-                offer.provider,
-                item,
-                gb,
-                region=offer.region,
-                month_so_far_gb=work.egress_gb_this_month if item == "egress" else ZERO,
+                offer.provider, item, gb, region=offer.region, month_so_far_gb=so_far_gb
             )
             usd, how, source = charge.usd, charge.how, charge.source_text
         lines.append(CostLine(item=item, usd=usd, how=how, source=source))

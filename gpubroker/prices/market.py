@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from gpubroker.config import Settings
 from gpubroker.doors import Clock, ThreadPool
 from gpubroker.errors import SchemaTooNew, StoreError
-from gpubroker.model import OfferQuery, Priced, Skipped
+from gpubroker.model import Market, OfferQuery, Priced, Skipped
 from gpubroker.prices import fastread
 from gpubroker.prices.polls import Coverage, ProviderState
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # A quote may wait this long for all the vendors together.
 REFRESH_S = 4.0
 # Reserved terms change by the month and are asked for by whole polls alone.
-_QUOTED_MARKETS = frozenset({"spot", "on_demand", "serverless"})
+_QUOTED_MARKETS: frozenset[Market] = frozenset({"spot", "on_demand", "serverless"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
