@@ -5,6 +5,7 @@ Plain SQL on tuples where 20,000 offers pass, SQLAlchemy where only the changed 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, TypeVar
@@ -27,7 +28,7 @@ from gpubroker.prices.rows import (
     listings_json,
     listings_of,
 )
-from gpubroker.prices.spans import Changes, Current, Known
+from gpubroker.prices.spans import Changes, CurrentRow, Known
 
 T = TypeVar("T")
 _CHUNK = 1000  # values in one statement: SQLite allows 32766, PostgreSQL 65535
@@ -63,23 +64,28 @@ class Keeping:
         self._connection = connection
         self._provider = provider
         self._query = query
-        self._product_ids = self._read_products()
+        self.product_ids = self._read_products()
 
-    def current(self) -> Iterator[Current]:
+    def current(self) -> list[CurrentRow]:
         """What is open within the scope's GPUs."""
         where, names = where_gpus("p.gpu", self._query.gpus)
-        found = self._run(_CURRENT_SQL + where, (self._provider, *names))
-        return map(Current._make, found.cursor.fetchall())
+        found: list[CurrentRow] = self._run(_CURRENT_SQL + where, (self._provider, *names)).cursor.fetchall()
+        return found
 
-    def known(self) -> Known:
-        """What the ids in current rows stand for."""
-        rates = self._run(
-            "SELECT id, digest, verified FROM rates WHERE id IN (SELECT rates_id FROM latest)"
-        ).all()
+    def known(self, current: Iterable[CurrentRow]) -> Known:
+        """What the ids in these rows stand for."""
+        rates = tables.rates.c
+        found = [
+            row
+            for chunk in _chunks({rates_id for _, _, _, rates_id, _, _ in current})
+            for row in self._connection.execute(
+                select(rates.id, rates.digest, rates.verified).where(rates.id.in_(chunk))
+            )
+        ]
         return Known(
-            products={product_id: product for product, product_id in self._product_ids.items()},
-            digests={rates_id: digest for rates_id, digest, _ in rates},
-            verified={rates_id: verified for rates_id, _, verified in rates},
+            products={product_id: product for product, product_id in self.product_ids.items()},
+            digests={rates_id: digest for rates_id, digest, _ in found},
+            verified={rates_id: verified for rates_id, _, verified in found},
         )
 
     def apply(self, changes: Changes, known: Known, at: int, poll_id: int) -> None:
@@ -108,7 +114,7 @@ class Keeping:
             [
                 (
                     offer_id,
-                    self._product_ids[new.product],
+                    self.product_ids[new.product],
                     new.offer.machine_id,
                     rates_ids[new.rates.digest],
                     new.usd_micros,
@@ -129,14 +135,16 @@ class Keeping:
         )
         self._many(
             "UPDATE latest SET confirmed_by = NULL WHERE offer_id = ?",
-            [(old.offer_id,) for old, _ in changes.seen if old.confirmed_by is not None],
+            [(old.offer_id,) for old in changes.confirmed],
         )
 
     def _write_listings(self, changes: Changes, opened: Sequence[tuple[int, Listed]], known: Known) -> None:
         """Rewrite what is volatile for each GPU that was seen; what the poll did not see of it stays."""
-        by_gpu: dict[str, list[tuple[int, Offer | Volatile]]] = {known.gpu(old): [] for old in changes.closed}
-        for offer_id, new in [*((old.offer_id, new) for old, new in changes.seen), *opened]:
-            by_gpu.setdefault(new.offer.gpu, []).append((offer_id, new.offer))
+        by_gpu: defaultdict[str, list[tuple[int, Offer | Volatile]]] = defaultdict(list)
+        for seen in (*changes.seen, *((offer_id, new.offer) for offer_id, new in opened)):
+            by_gpu[seen[1].gpu].append(seen)
+        for old in changes.closed:
+            by_gpu[known.gpu(old)] += ()
         unseen: dict[str, list[int]] = {}
         for old in [*(old for old, _ in changes.unknown), *changes.outside]:
             unseen.setdefault(known.gpu(old), []).append(old.offer_id)
@@ -160,11 +168,11 @@ class Keeping:
 
     def _find_offers(self, opened: Sequence[Listed]) -> list[tuple[int, Listed]]:
         """Each with its offer id, inserted where it was never seen before."""
-        missing = {new.product for new in opened} - set(self._product_ids)
+        missing = {new.product for new in opened} - set(self.product_ids)
         if missing:
             self._insert("products", PRODUCT, sorted(missing))
-            self._product_ids = self._read_products()
-        keys = {(self._product_ids[new.product], new.offer.machine_id): new for new in opened}
+            self.product_ids = self._read_products()
+        keys = {(self.product_ids[new.product], new.offer.machine_id): new for new in opened}
         self._many(_UPSERT_OFFER, [(*key, new.offer.host_id) for key, new in keys.items()])
         offers = tables.offers.c
         pair = tuple_(offers.product_id, offers.machine_id)

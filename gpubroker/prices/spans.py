@@ -25,6 +25,10 @@ class Current(NamedTuple):
     confirmed_by: int | None  # a poll, when newer ones could not speak for it
 
 
+# The same, as it is read: 20,000 at every poll, of which few need names.
+CurrentRow = tuple[int, int, str, int, int, int | None]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Known:
     """What the ids in current rows stand for."""
@@ -48,15 +52,16 @@ class Changes:
     """Every listed row is in opened or seen; every current one in seen, closed, unknown or outside."""
 
     opened: list[Listed] = field(default_factory=list)
-    seen: list[tuple[Current, Listed]] = field(default_factory=list)
+    seen: list[tuple[int, Offer]] = field(default_factory=list)  # by offer id
     changed: list[tuple[Current, Listed]] = field(default_factory=list)  # those seen at another price
+    confirmed: list[Current] = field(default_factory=list)  # those seen that were unknown before
     closed: list[Current] = field(default_factory=list)
     unknown: list[tuple[Current, Offer]] = field(default_factory=list)  # in a part that was not seen
     outside: list[Current] = field(default_factory=list)  # of the poll's scope
 
 
 def diff(
-    current: Iterable[Current],
+    current: Iterable[CurrentRow],
     listed: Mapping[Key, Listed],
     known: Known,
     query: OfferQuery,
@@ -64,23 +69,27 @@ def diff(
 ) -> Changes:
     """Compare what is open with what a poll of this scope listed."""
     changes = Changes()
-    products, digests = known.products, known.digests
+    digests = known.digests
     left = dict(listed)
-    for old in current:
-        new = left.pop((products[old.product_id], old.machine_id), None)
+    for row in current:
+        offer_id, product_id, machine_id, rates_id, usd_micros, confirmed_by = row
+        new = left.pop((product_id, machine_id), None)
         if new is None:
-            _not_listed(changes, old, known.offer(old), query, incomplete)
+            _not_listed(changes, Current._make(row), known, query, incomplete)
             continue
-        changes.seen.append((old, new))
-        if new.usd_micros != old.usd_micros or new.rates.digest != digests[old.rates_id]:
-            changes.changed.append((old, new))
+        changes.seen.append((offer_id, new.offer))
+        if new.usd_micros != usd_micros or new.rates.digest != digests[rates_id]:
+            changes.changed.append((Current._make(row), new))
+        if confirmed_by is not None:
+            changes.confirmed.append(Current._make(row))
     changes.opened = list(left.values())
     return changes
 
 
 def _not_listed(
-    changes: Changes, old: Current, offer: Offer, query: OfferQuery, incomplete: Sequence[Slice]
+    changes: Changes, old: Current, known: Known, query: OfferQuery, incomplete: Sequence[Slice]
 ) -> None:
+    offer = known.offer(old)
     if not query.covers(offer):
         changes.outside.append(old)
     elif any(part.covers(offer) for part in incomplete):

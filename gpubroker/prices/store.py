@@ -108,38 +108,38 @@ class Store:
         on: two polls are never at one moment, and spans never run backwards.
         """
         with self.database.read() as connection:
-            provider, query = _running(connection, poll_id)
-        with _collector_paused():
-            listed, left_out = rows.listing(parsed.offers, query)
-            with self.database.write(f"gpubroker keep {provider}") as connection:
-                _running(connection, poll_id)
-                keeping = Keeping(self.database, connection, provider, query)
-                known = keeping.known()
-                changes = diff(keeping.current(), listed, known, query, parsed.incomplete)
-                at = self._next_second(connection, provider)
-                keeping.apply(changes, known, at, poll_id)
-                result = KeepResult(
-                    observed_at=rows.moment(at),
-                    kept=len(listed),
-                    opened=len(changes.opened),
-                    changed=len(changes.changed),
-                    closed=len(changes.closed),
-                    unknown=len(changes.unknown),
-                    skipped=(*parsed.skipped, *left_out),
-                )
-                self._finish(
-                    connection,
-                    poll_id,
-                    observed_at=result.observed_at,
-                    fetched=parsed.fetched,
-                    kept=result.kept,
-                    skipped=len(result.skipped),
-                    skips=polls.skips_json(result.skipped),
-                    incomplete=polls.incomplete_json(parsed.incomplete),
-                    unknown_offers=json.dumps([old.offer_id for old, _ in changes.unknown]),
-                    source=parsed.source,
-                    notes=json.dumps(parsed.notes),
-                )
+            provider, _ = _running(connection, poll_id)
+        with _collector_paused(), self.database.write(f"gpubroker keep {provider}") as connection:
+            _, query = _running(connection, poll_id)
+            keeping = Keeping(self.database, connection, provider, query)
+            current = keeping.current()
+            known = keeping.known(current)
+            listed, left_out = rows.listing(parsed.offers, query, keeping.product_ids)
+            changes = diff(current, listed, known, query, parsed.incomplete)
+            at = self._next_second(connection, provider)
+            keeping.apply(changes, known, at, poll_id)
+            result = KeepResult(
+                observed_at=rows.moment(at),
+                kept=len(listed),
+                opened=len(changes.opened),
+                changed=len(changes.changed),
+                closed=len(changes.closed),
+                unknown=len(changes.unknown),
+                skipped=(*parsed.skipped, *left_out),
+            )
+            self._finish(
+                connection,
+                poll_id,
+                observed_at=result.observed_at,
+                fetched=parsed.fetched,
+                kept=result.kept,
+                skipped=len(result.skipped),
+                skips=polls.skips_json(result.skipped),
+                incomplete=polls.incomplete_json(parsed.incomplete),
+                unknown_offers=json.dumps([old.offer_id for old, _ in changes.unknown]),
+                source=parsed.source,
+                notes=json.dumps(parsed.notes),
+            )
         return result
 
     def fail_poll(self, poll_id: int, error: str) -> None:
