@@ -11,7 +11,6 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from gpubroker.model import Priced
 from gpubroker.prices.polls import COVERAGE_SQL, Coverage, ProviderState, kept_of, state_of
@@ -60,14 +59,18 @@ def snapshot(path: str | Path, gpus: Collection[str] | None) -> Snapshot | None:
     Store knows what to do then, and says why.
     """
     try:
-        uri = f"file:{quote(str(path))}?mode=ro"
-        with closing(sqlite3.connect(uri, uri=True, timeout=1, isolation_level=None)) as connection:
+        with closing(sqlite3.connect(_uri(path), uri=True, timeout=1, isolation_level=None)) as connection:
             connection.execute("BEGIN")
             if connection.execute("SELECT version_num FROM alembic_version").fetchone() != (REVISION,):
                 return None
             return read(connection.execute, gpus)
     except (sqlite3.Error, ValueError, TypeError, KeyError):
         return None
+
+
+def _uri(path: str | Path) -> str:
+    """By hand, because urllib is more than the rest of this file: these three mean something in a URI."""
+    return f"file:{str(path).replace('%', '%25').replace('?', '%3f').replace('#', '%23')}?mode=ro"
 
 
 def read(run: Run, gpus: Collection[str] | None) -> Snapshot:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from gpubroker.model import MARKETS, Offer, OfferQuery, Skipped, Slice
 from gpubroker.prices.rows import maybe_moment, moment
@@ -16,36 +16,11 @@ _SKIPPED_IDS = 5
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SkipCount:
+class SkipCount(NamedTuple):
     """How many rows were left out for one reason, and a few of them by id."""
 
-    count: int
+    rows: int
     ids: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Poll:
-    """One recorded poll.
-
-    finished_at None: still running, or its process died. observed_at None: nothing was kept.
-    """
-
-    id: int
-    provider: str
-    scope: OfferQuery
-    started_at: datetime
-    finished_at: datetime | None = None
-    observed_at: datetime | None = None
-    fetched: int = 0
-    kept: int = 0
-    skipped: int = 0
-    skips: Mapping[str, SkipCount] = field(default_factory=dict)  # reason -> rows
-    incomplete: tuple[Slice, ...] = ()
-    unknown_offers: frozenset[int] = frozenset()  # current offers it could not speak for
-    error: str | None = None  # None = it did not fail
-    source: str = ""
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,9 +181,7 @@ def skips_json(skipped: Iterable[Skipped]) -> str:
 
 def skips_of(text: str) -> dict[str, SkipCount]:
     """The counts that skips_json wrote."""
-    return {
-        reason: SkipCount(count=count, ids=tuple(ids)) for reason, (count, ids) in json.loads(text).items()
-    }
+    return {reason: SkipCount(count, tuple(ids)) for reason, (count, ids) in json.loads(text).items()}
 
 
 def kept_of(row: Sequence[Any]) -> Kept:
@@ -241,8 +214,8 @@ def _remembered(skips: Mapping[str, SkipCount]) -> Iterator[Skipped]:
     for reason, skip in skips.items():
         for row_id in skip.ids:
             yield Skipped(id=row_id, reason=reason)
-        if skip.count > len(skip.ids):
-            yield Skipped(id=f"and {skip.count - len(skip.ids)} more", reason=reason)
+        if skip.rows > len(skip.ids):
+            yield Skipped(id=f"and {skip.rows - len(skip.ids)} more", reason=reason)
 
 
 def _maybe_set(names: list[Any] | None) -> frozenset[Any] | None:

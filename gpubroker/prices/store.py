@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -19,12 +19,12 @@ from sqlalchemy import Connection, Row, func, select, update
 
 from gpubroker.doors import Clock
 from gpubroker.errors import StoreError
-from gpubroker.model import Offer, OfferQuery, Parsed, Priced, Skipped
+from gpubroker.model import Offer, OfferQuery, Parsed, Priced, Skipped, Slice
 from gpubroker.prices import fastread, polls, rows, tables
 from gpubroker.prices.database import Database
 from gpubroker.prices.fastread import Snapshot
 from gpubroker.prices.keeping import Keeping
-from gpubroker.prices.polls import Poll, ProviderState
+from gpubroker.prices.polls import ProviderState, SkipCount
 from gpubroker.prices.spans import diff
 
 
@@ -39,6 +39,30 @@ class KeepResult:
     closed: int  # no longer offered
     unknown: int  # may still be there: the poll could not see their part
     skipped: tuple[Skipped, ...]  # the provider's, and offers that were listed twice
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Poll:
+    """One recorded poll.
+
+    finished_at None: still running, or its process died. observed_at None: nothing was kept.
+    """
+
+    id: int
+    provider: str
+    scope: OfferQuery
+    started_at: datetime
+    finished_at: datetime | None = None
+    observed_at: datetime | None = None
+    fetched: int = 0
+    kept: int = 0
+    skipped: int = 0
+    skips: Mapping[str, SkipCount] = field(default_factory=dict)  # reason -> rows
+    incomplete: tuple[Slice, ...] = ()
+    unknown_offers: frozenset[int] = frozenset()  # current offers it could not speak for
+    error: str | None = None  # None = it did not fail
+    source: str = ""
+    notes: tuple[str, ...] = ()
 
 
 class _StateChanges(TypedDict, total=False):
