@@ -7,10 +7,11 @@ where it must, and whatever the database says no to becomes a StoreError that na
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import (
     URL,
@@ -29,6 +30,9 @@ from gpubroker.doors import Clock
 from gpubroker.errors import ConfigError, SchemaTooNew, StoreError
 from gpubroker.prices.rows import REVISION
 
+T = TypeVar("T")
+# Values or rows in one statement: SQLite allows 32766 values, PostgreSQL 65535.
+_CHUNK = 1000
 # How long a write waits for another process's: SQLite lets one write at a time.
 BUSY_S = 10
 _POSTGRES = ("postgres", "postgresql", "postgresql+psycopg")
@@ -154,6 +158,13 @@ class Database:
             yield
         except (exc.DBAPIError, sqlite3.Error) as error:
             raise StoreError(f"{self.where} {_next_step(error)}") from error
+
+
+def chunks(items: Iterable[T]) -> Iterator[list[T]]:
+    """As many at a time as one statement takes."""
+    rest = iter(items)
+    while chunk := list(islice(rest, _CHUNK)):
+        yield chunk
 
 
 def _next_step(error: Exception) -> str:

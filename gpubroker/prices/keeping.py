@@ -6,15 +6,14 @@ Plain SQL on tuples where 20,000 offers pass, SQLAlchemy where only the changed 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from sqlalchemy import Connection, select, tuple_
 
 from gpubroker.model import Offer, OfferQuery
 from gpubroker.prices import tables
-from gpubroker.prices.database import Database
+from gpubroker.prices.database import Database, chunks
 from gpubroker.prices.fastread import where_gpus
 from gpubroker.prices.polls import COVERAGE_SQL, Coverage, kept_of, scope_json
 from gpubroker.prices.rows import (
@@ -29,9 +28,6 @@ from gpubroker.prices.rows import (
     listings_of,
 )
 from gpubroker.prices.spans import Changes, CurrentRow, Known
-
-T = TypeVar("T")
-_CHUNK = 1000  # values in one statement: SQLite allows 32766, PostgreSQL 65535
 
 _CURRENT_SQL = """
 SELECT l.offer_id, l.product_id, l.machine_id, l.rates_id, l.usd_per_hour, l.confirmed_by
@@ -77,7 +73,7 @@ class Keeping:
         rates = tables.rates.c
         found = [
             row
-            for chunk in _chunks({rates_id for _, _, _, rates_id, _, _ in current})
+            for chunk in chunks({rates_id for _, _, _, rates_id, _, _ in current})
             for row in self._connection.execute(
                 select(rates.id, rates.digest, rates.verified).where(rates.id.in_(chunk))
             )
@@ -178,7 +174,7 @@ class Keeping:
         pair = tuple_(offers.product_id, offers.machine_id)
         return [
             (offer_id, keys[product_id, machine_id])
-            for chunk in _chunks(keys)
+            for chunk in chunks(keys)
             for offer_id, product_id, machine_id in self._connection.execute(
                 select(offers.id, offers.product_id, offers.machine_id).where(pair.in_(chunk))
             )
@@ -198,7 +194,7 @@ class Keeping:
         rates = tables.rates.c
         return {
             digest: rates_id
-            for chunk in _chunks(digests)
+            for chunk in chunks(digests)
             for digest, rates_id in self._connection.execute(
                 select(rates.digest, rates.id).where(rates.digest.in_(chunk))
             )
@@ -215,9 +211,3 @@ class Keeping:
     def _many(self, sql: str, rows: Sequence[tuple[Any, ...]]) -> None:
         if rows:
             self._database.run(self._connection, sql, rows)
-
-
-def _chunks(items: Iterable[T]) -> Iterator[list[T]]:
-    rest = iter(items)
-    while chunk := list(islice(rest, _CHUNK)):
-        yield chunk

@@ -51,7 +51,7 @@ class StoreLimiter:
                 blocked = slot.reason if slot.blocked_until_ms > now_ms else "other calls come first"
                 wait_s = (at_ms - now_ms) / 1000
                 raise Transient(
-                    provider, endpoint, f"{blocked}: not before {wait_s:.0f} s", retry_after_s=wait_s
+                    provider, endpoint, f"{blocked}; the next slot is in {wait_s:.0f} s", retry_after_s=wait_s
                 )
             return replace(slot, next_at_ms=at_ms + round(interval_s * 1000))
 
