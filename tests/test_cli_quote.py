@@ -10,7 +10,7 @@ import pytest
 
 from gpubroker.cli import main
 from gpubroker.prices import market
-from gpubroker.testing import Answer
+from gpubroker.testing import BROKEN, Answer, serving
 from tests.loopback import ok, vendor
 from tests.support import PAYLOADS
 
@@ -100,6 +100,48 @@ def test_a_live_vendor_is_polled_and_then_read_from_the_store(run, monkeypatch):
     live = [q for q in first["quotes"] if q["live"]]
     assert live
     assert all(not q["stale"] for q in live)
+
+
+def respond_as_all_vendors(request):
+    """vast, RunPod without a key, Lambda and the AWS feeds, on one port."""
+    bodies = {
+        "/api/v0/bundles/": "vast/bundles_synthetic.json",
+        "/graphql": "runpod/gpu_types_synthetic.json",
+        "/api/v1/instance-types": "lambda/instance_types.json",
+        "/spot.json": "aws/spot.json",
+        "/spot-advisor-data.json": "aws/spot-advisor-data.json",
+    }
+    if request.path not in bodies:
+        return Answer(status=404, body="not here")
+    return Answer(body=(PAYLOADS / bodies[request.path]).read_text())
+
+
+def test_four_vendors_on_loopback_are_polled_and_quoted(run, monkeypatch):
+    """The same command; what each sent, to the micro-dollar."""
+    monkeypatch.setenv("LAMBDA_API_KEY", "secret-key")
+    with serving(respond_as_all_vendors) as url:
+        for name in ("VAST", "RUNPOD", "LAMBDA", "AWS_FEEDS"):
+            monkeypatch.setenv(f"GPUBROKER_{name}_URL", url)
+        answer = quotes(run)
+    live = {q["provider"] for q in answer["quotes"] if q["live"]}
+    assert {"vast", "runpod", "lambda", "aws"} <= live
+    assert ["modal"] == [p["provider"] for p in answer["problems"] if "not set" in p["reason"]]
+    assert all(skip["reason"] and skip["id"] for skip in answer["skipped"])
+    assert not any(q["provider"] == "vast" and not q["live"] for q in answer["quotes"])
+
+
+@pytest.mark.parametrize("what", BROKEN, ids=lambda what: what.replace(" ", "-"))
+def test_vendors_that_answer_nonsense_are_problems_not_tracebacks(run, monkeypatch, what):
+    """HTML, cut JSON, nulls, 401, 429, 500 from every vendor at once: the price book answers."""
+    monkeypatch.setenv("LAMBDA_API_KEY", "secret-key")
+    with serving(lambda _: BROKEN[what]) as url:
+        for name in ("VAST", "RUNPOD", "LAMBDA", "AWS_FEEDS"):
+            monkeypatch.setenv(f"GPUBROKER_{name}_URL", url)
+        monkeypatch.setattr(market, "REFRESH_S", 1.0)
+        answer = quotes(run)
+    assert FIVE <= {q["provider"] for q in answer["quotes"]}
+    assert {"vast", "runpod", "lambda", "aws"} <= {p["provider"] for p in answer["problems"]}
+    assert "secret-key" not in json.dumps(answer)
 
 
 def test_a_hanging_vendor_costs_only_itself(run, monkeypatch):

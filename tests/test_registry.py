@@ -41,7 +41,7 @@ def install(tmp_path):
 
     def _install(dist, name, target, code=PLUGIN):
         (tmp_path / f"{target.split(':')[0]}.py").write_text(code)
-        info = tmp_path / f"{dist}-1.0.dist-info"
+        info = tmp_path / f"{dist.replace('-', '_')}-1.0.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {dist}\nVersion: 1.0\n")
         (info / "entry_points.txt").write_text(f"[gpubroker.providers]\n{name} = {target}\n")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
-import sys
 from typing import Any
 
 import click
@@ -85,7 +83,6 @@ def main(args: list[str] | None = None) -> Any:
     except BrokerError as error:
         click.echo(f"gpubroker: {error}", err=True)
         return error.exit_code
-    except BrokenPipeError:
-        # The reader (head, less) has gone: not an error, and nothing may be printed about it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except SystemExit:
+        # click's only way out in this mode: the reader of a pipe (head, less) has gone. That is no error.
         return 0
