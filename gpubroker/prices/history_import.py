@@ -1,220 +1,312 @@
 """Other people's price histories into the store: `gpubroker import-history FILE...`.
 
-Reads CSV or CSV.GZ line by line in two shapes, told apart by their header: prices, and availability. A line
-that is wrong is reported with its number and costs only itself; the same line twice is one observation.
+Reads a CSV or CSV.GZ file line by line, in one of two shapes that the header tells apart: prices, and
+availability. A line that is wrong is reported with its number and costs only itself; the same line twice is
+one observation.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
+import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cache
-from io import BufferedReader
+from functools import lru_cache
+from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, get_args
+
+from sqlalchemy import Connection
 
 from gpubroker import gpus
 from gpubroker.errors import ConfigError
-from gpubroker.model import MARKETS
+from gpubroker.model import MARKETS, FormFactor
 from gpubroker.money import parse_usd, to_micros
-from gpubroker.prices.database import chunks
+from gpubroker.prices.database import Database, chunks
 from gpubroker.prices.rows import seconds
 from gpubroker.prices.store import Store
 
-_GZIP = b"\x1f\x8b"
-_FORMS = ("SXM", "PCIe", "NVL", "unstated")
-# "mixed": the source does not tell spot from on demand.
-_MARKETS: Mapping[str, str] = {
-    **dict(zip(MARKETS, MARKETS, strict=True)),
-    "on-demand": "on_demand",
-    "mixed": "mixed",
-}
-_SERIES = ("provider", "sku", "gpu", "form_factor", "gpu_count", "market", "region", "stat", "source")
-_PRICES = {*_SERIES, "observed_at", "usd_per_hour", "n_offers"}
-_AVAILABILITY = {"observed_at", "provider", "sku", "region", "available"}
-_MARKS = ", ".join("?" * len(_SERIES))
-_ADD_SERIES = f"INSERT INTO series ({', '.join(_SERIES)}) VALUES ({_MARKS}) ON CONFLICT DO NOTHING"  # noqa: S608
-_FIND_SERIES = f"SELECT id FROM series WHERE ({', '.join(_SERIES)}) = ({_MARKS})"  # noqa: S608
-_ADD_OBSERVATION = """
-INSERT INTO observations (series_id, observed_at, usd_per_hour, available, n_offers) VALUES (?, ?, ?, ?, ?)
-ON CONFLICT DO NOTHING
-"""
-
-_Series = tuple[Any, ...]  # in the order of _SERIES
-
-
-class _Observation(NamedTuple):
-    series: _Series
-    observed_at: int
-    usd_micros: int | None
-    available: int | None
-    n_offers: int | None
+# PostgreSQL's indexes hold 2,700 bytes a row, and most of a line is the key of its series. The longest line
+# known has 200.
+_LONGEST_LINE = 2000
+_PRICE_COLUMNS = (
+    *("observed_at", "provider", "sku", "gpu", "form_factor", "gpu_count", "market", "region"),
+    *("usd_per_hour", "source", "stat", "n_offers"),
+)
+_AVAILABILITY_COLUMNS = ("observed_at", "provider", "sku", "region", "available")
+_HISTORY_MARKETS = (*MARKETS, "mixed")  # mixed: its source does not tell spot from on-demand
+_FORM_FACTORS = get_args(FormFactor)
+_YEARS = range(2000, 2100)
+_MOMENT = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d+)?(?P<zone>Z|[+-]\d\d:\d\d)?", re.ASCII)
+_WHOLE_NUMBER = re.compile(r"[0-9]{1,6}")
+_CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImportResult:
-    """rows = added + already there + malformed. Lines count from 1, which is the header."""
+    """What became of a file's lines: rows = added + already_there + len(malformed).
+
+    The header and blank lines are no rows. `malformed` holds (line number in the file from 1, reason).
+    """
 
     rows: int
     added: int
     already_there: int
-    malformed: list[tuple[int, str]]  # line number, what is wrong with it
+    malformed: tuple[tuple[int, str], ...]
+
+
+class _Series(NamedTuple):
+    provider: str
+    sku: str
+    gpu: str
+    form_factor: str
+    gpu_count: int
+    market: str
+    region: str
+    stat: str
+    source: str
+
+
+class _Observation(NamedTuple):
+    series: _Series
+    observed_at: int  # seconds since 1970
+    usd_micros: int | None = None
+    available: int | None = None
+    n_offers: int | None = None
+
+
+_Fields = Mapping[str, str]  # a line by its columns
+_Parse = Callable[[_Fields], _Observation]  # raises ValueError with the reason
+_INSERT_SERIES = f"""
+INSERT INTO series ({", ".join(_Series._fields)}) VALUES ({", ".join("?" * len(_Series._fields))})
+ON CONFLICT DO NOTHING
+"""  # noqa: S608  only names of columns go in
+_SERIES_ID = f"SELECT id FROM series WHERE {' AND '.join(f'{name} = ?' for name in _Series._fields)}"  # noqa: S608
+_INSERT_OBSERVATIONS = """
+INSERT INTO observations (series_id, observed_at, usd_per_hour, available, n_offers) VALUES (?, ?, ?, ?, ?)
+ON CONFLICT DO NOTHING
+"""
 
 
 def import_file(store: Store, path: Path) -> ImportResult:
-    """Store one file's observations. Raises ConfigError for a file that is no price history at all."""
+    """Store one file's observations, a thousand lines a transaction; a line that is there already stays.
+
+    Raises ConfigError for a file that cannot be read or is no such history. Of one that breaks off (a
+    download cut short) all that comes before is kept, and the last malformed entry says where it broke.
+    """
+    rows = added = 0
     malformed: list[tuple[int, str]] = []
     series_ids: dict[_Series, int] = {}
-    sound = added = 0
-    for batch in chunks(_observations(path, malformed)):
-        sound += len(batch)
-        added += _add(store, series_ids, batch)
+    with _opened(path) as file:
+        for batch in chunks(_entries(file, path)):
+            observations = [said for _, said in batch if isinstance(said, _Observation)]
+            malformed += [(number, said) for number, said in batch if isinstance(said, str)]
+            rows += len(batch)
+            added += _add(store.database, observations, series_ids)
     return ImportResult(
-        rows=sound + len(malformed), added=added, already_there=sound - added, malformed=malformed
+        rows=rows,
+        added=added,
+        already_there=rows - added - len(malformed),
+        malformed=tuple(malformed),
     )
 
 
-def _add(store: Store, series_ids: dict[_Series, int], batch: Sequence[_Observation]) -> int:
-    """How many were new."""
-    database = store.database
-    with database.write("gpubroker import") as connection:
-        for series in {row.series for row in batch} - series_ids.keys():
-            database.run(connection, _ADD_SERIES, series)
-            series_ids[series] = database.run(connection, _FIND_SERIES, series).scalar_one()
-        rows = [(series_ids[row.series], *row[1:]) for row in batch]
-        return int(database.run(connection, _ADD_OBSERVATION, rows).rowcount)
+def _add(database: Database, observations: Sequence[_Observation], series_ids: dict[_Series, int]) -> int:
+    """How many of them were new. `series_ids` learns the series they belong to."""
+    if not observations:
+        return 0
+    with database.write("gpubroker import-history") as connection:
+        for series in {row.series for row in observations} - series_ids.keys():
+            series_ids[series] = _series_id(database, connection, series)
+        values = [(series_ids[row.series], *row[1:]) for row in observations]
+        return int(database.run(connection, _INSERT_OBSERVATIONS, values).rowcount)
 
 
-def _observations(path: Path, malformed: list[tuple[int, str]]) -> Iterator[_Observation]:
-    """The sound lines; the others go to `malformed`."""
-    lines = _lines(path)
-    _, header = next(lines, (1, b""))
-    columns = _fields(header.removeprefix(b"\xef\xbb\xbf"))
-    parse = _parser(path, columns)
+def _series_id(database: Database, connection: Connection, series: _Series) -> int:
+    database.run(connection, _INSERT_SERIES, series)
+    return int(database.run(connection, _SERIES_ID, series).scalar_one())
+
+
+def _opened(path: Path) -> BufferedIOBase:
+    try:
+        return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _entries(file: BufferedIOBase, path: Path) -> Iterator[tuple[int, _Observation | str]]:
+    """Each data line's number, with what it says or with the reason why it says nothing."""
+    lines = enumerate(_lines(file), 1)
+    _, header = next(lines, (1, "it is empty"))
+    columns, parse = _shape(header, path)
     for number, line in lines:
         if isinstance(line, str):
-            malformed.append((number, line))
-            continue
+            yield number, line
+        elif line.strip():
+            try:
+                yield number, parse(_fields(line, columns))
+            except ValueError as error:
+                yield number, str(error)
+
+
+def _lines(file: BufferedIOBase) -> Iterator[bytes | str]:
+    """Line by line; in place of a line that cannot be read, the reason."""
+    while True:
         try:
-            fields = _fields(line)
-            if len(fields) != len(columns):
-                raise ValueError(f"{len(fields)} fields, not {len(columns)}")
-            observation = parse(dict(zip(columns, fields, strict=True)))
-        except (ValueError, csv.Error) as error:
-            malformed.append((number, str(error)))
+            line = file.readline(_LONGEST_LINE)
+            is_too_long = len(line) == _LONGEST_LINE
+            while len(line) == _LONGEST_LINE and not line.endswith(b"\n"):
+                line = file.readline(_LONGEST_LINE)
+        except (OSError, EOFError, zlib.error) as error:
+            yield f"the file breaks off here, nothing after it was read: {error}"
+            return
+        if is_too_long:
+            yield f"a line of {_LONGEST_LINE} bytes or more"
+        elif line:
+            yield line
         else:
-            yield observation
+            return
 
 
-def _lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """(number, line) of each that is not empty; where a compressed file breaks off, (number, why)."""
-    number = 0
+def _shape(header: bytes | str, path: Path) -> tuple[tuple[str, ...], _Parse]:
+    """The columns of the rest, and how to read them."""
+    if isinstance(header, str):
+        raise ConfigError(f"{path} is no price history: {header}")
     try:
-        with _opened(path) as stream:
-            for number, line in enumerate(stream, 1):
-                if line.strip():
-                    yield number, line
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        if number == 0:
-            raise ConfigError(f"{path}: {error}") from error
-        yield number + 1, f"the file breaks off here: {error}"
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from error
+        columns = tuple(_split(header.removeprefix(codecs.BOM_UTF8)))
+        return columns, _SHAPES[columns]
+    except (KeyError, ValueError):
+        known = " nor ".join(",".join(shape) for shape in _SHAPES)
+        raise ConfigError(f"{path} is no price history: its first line is neither {known}") from None
 
 
-def _opened(path: Path) -> gzip.GzipFile | BufferedReader:
-    with path.open("rb") as stream:
-        compressed = stream.read(len(_GZIP)) == _GZIP
-    return gzip.open(path) if compressed else path.open("rb")
+def _split(line: bytes) -> list[str]:
+    """A line's fields, each line for itself: an open quote must not swallow the lines after it."""
+    try:
+        text = line.decode().rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte 0x{line[error.start]:02x} is not UTF-8") from None
+    control = _CONTROL_CHARACTER.search(text)
+    if control:
+        raise ValueError(f"there is a control character, 0x{ord(control[0]):02x}")
+    try:
+        return [field.strip() for field in next(csv.reader([text], strict=True))]
+    except csv.Error as error:
+        raise ValueError(f"it is not CSV: {error}") from None
 
 
-def _fields(line: bytes) -> list[str]:
-    """One line by itself, so that a quote left open cannot swallow the lines after it."""
-    if b"\0" in line:
-        raise ValueError("a NUL character")
-    return next(csv.reader([line.decode("utf-8").rstrip("\r\n")], strict=True), [])
+def _fields(line: bytes, columns: tuple[str, ...]) -> _Fields:
+    fields = _split(line)
+    if len(fields) != len(columns):
+        raise ValueError(f"{len(fields)} fields instead of {len(columns)}")
+    return dict(zip(columns, fields, strict=True))
 
 
-def _parser(path: Path, columns: Sequence[str]) -> Callable[[Mapping[str, str]], _Observation]:
-    if set(columns) >= _PRICES:
-        return _price
-    if set(columns) >= _AVAILABILITY:
-        return _availability
-    raise ConfigError(
-        f"{path}: line 1 does not name the columns of a price history: {', '.join(sorted(_PRICES))}"
+def _price(fields: _Fields) -> _Observation:
+    gpu, form_factor = _canonical(
+        _required(fields, "gpu"), _one_of("form_factor", fields["form_factor"], _FORM_FACTORS)
+    )
+    return _Observation(
+        _Series(
+            provider=_required(fields, "provider"),
+            sku=fields["sku"],
+            gpu=gpu,
+            form_factor=form_factor,
+            gpu_count=_whole_number("gpu_count", fields["gpu_count"], at_least=1),
+            market=_one_of("market", fields["market"].lower().replace("-", "_"), _HISTORY_MARKETS),
+            region=fields["region"],
+            stat=_required(fields, "stat"),
+            source=_required(fields, "source"),
+        ),
+        _moment(fields["observed_at"]),
+        usd_micros=to_micros(parse_usd(fields["usd_per_hour"] or None)),
+        n_offers=_whole_number("n_offers", fields["n_offers"], at_least=0) if fields["n_offers"] else None,
     )
 
 
-def _price(row: Mapping[str, str]) -> _Observation:
-    series = (
-        _named(row, "provider"),
-        row["sku"],
-        _canonical(_named(row, "gpu")),
-        _one_of(row, "form_factor", {form: form for form in _FORMS}),
-        _whole(row, "gpu_count", 1),
-        _one_of(row, "market", _MARKETS),
-        row["region"],
-        row["stat"],
-        row["source"],
+def _availability(fields: _Fields) -> _Observation:
+    provider, sku = _required(fields, "provider"), _required(fields, "sku")
+    gpu, form_factor, gpu_count = _card(provider, sku)
+    return _Observation(
+        _Series(
+            provider=provider,
+            sku=sku,
+            gpu=gpu,
+            form_factor=form_factor,
+            gpu_count=gpu_count,
+            market="spot",
+            region=fields["region"],
+            stat="available",
+            source="",  # the file does not say, and its name may change between two imports
+        ),
+        _moment(fields["observed_at"]),
+        available=int(_one_of("available", fields["available"], ("0", "1"))),
     )
+
+
+# By the columns of the first line.
+_SHAPES: Mapping[tuple[str, ...], _Parse] = {_PRICE_COLUMNS: _price, _AVAILABILITY_COLUMNS: _availability}
+
+
+@lru_cache(maxsize=1024)
+def _canonical(gpu: str, form_factor: str) -> tuple[str, str]:
+    """The catalogue's name and, where only the name says it, the form; as they came if it is not one card."""
     try:
-        micros = to_micros(parse_usd(row["usd_per_hour"]))
-    except ValueError as error:
-        raise ValueError(f"usd_per_hour: {error}") from None
-    n_offers = _whole(row, "n_offers", 0) if row["n_offers"] else None
-    return _Observation(series, _observed_at(row), micros, None, n_offers)
+        request = gpus.parse_request(gpu)
+    except ConfigError:
+        return gpu, form_factor
+    if len(request.names) != 1:
+        return gpu, form_factor
+    (name,) = request.names
+    return name, (form_factor if form_factor != "unstated" else request.form_factor or form_factor)
 
 
-def _availability(row: Mapping[str, str]) -> _Observation:
-    """Whether a sku was to be had; what it is made of comes from its name, where that is known."""
-    provider, sku = _named(row, "provider"), _named(row, "sku")
-    available = int(_one_of(row, "available", {"0": "0", "1": "1"}))
-    series = (provider, sku, *_made_of(provider, sku), "", row["region"], "available", "")
-    return _Observation(series, _observed_at(row), None, available, None)
+@lru_cache(maxsize=1024)
+def _card(provider: str, sku: str) -> tuple[str, str, int]:
+    """GPU, form factor and count behind a sku; "", unstated and 0 where the catalogue does not say."""
+    match = gpus.resolve(provider, sku)
+    return (match.name, match.form_factor, match.gpu_count or 0) if match else ("", "unstated", 0)
 
 
-def _observed_at(row: Mapping[str, str]) -> int:
-    try:
-        return seconds(datetime.fromisoformat(row["observed_at"]))
-    except (ValueError, OverflowError) as error:
-        raise ValueError(f"observed_at: {error}") from None
+def _required(fields: _Fields, name: str) -> str:
+    if not fields[name]:
+        raise ValueError(f"{name} is empty")
+    return fields[name]
 
 
-def _named(row: Mapping[str, str], column: str) -> str:
-    if not row[column]:
-        raise ValueError(f"{column} is empty")
-    return row[column]
+def _one_of(name: str, text: str, known: Sequence[str]) -> str:
+    if text not in known:
+        raise ValueError(f"{name} {_excerpt(text)} is none of {', '.join(known)}")
+    return text
 
 
-def _whole(row: Mapping[str, str], column: str, least: int) -> int:
-    text = row[column]
-    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) >= least):
-        raise ValueError(f"{column}: {text[:40]!r} is not a whole number from {least}")
+def _whole_number(name: str, text: str, at_least: int) -> int:
+    if not _WHOLE_NUMBER.fullmatch(text) or int(text) < at_least:
+        raise ValueError(f"{name} {_excerpt(text)} is not a whole number from {at_least} to 999999")
     return int(text)
 
 
-def _one_of(row: Mapping[str, str], column: str, known: Mapping[str, str]) -> str:
+def _moment(text: str) -> int:
+    """Seconds since 1970. A time without a zone could be anybody's: it is refused."""
+    known = _MOMENT.fullmatch(text)
+    if not known:
+        raise ValueError(f"observed_at {_excerpt(text)} is no time such as 2026-07-05T23:04:21Z")
+    if not known["zone"]:
+        raise ValueError(f"observed_at {_excerpt(text)} has no time zone")
     try:
-        return known[row[column]]
-    except KeyError:
-        raise ValueError(f"{column}: {row[column][:40]!r} is none of {', '.join(known)}") from None
+        at = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise ValueError(f"observed_at {_excerpt(text)}: {error}") from None
+    if at.year not in _YEARS:
+        raise ValueError(
+            f"observed_at {_excerpt(text)} is not in the years {_YEARS.start} to {_YEARS.stop - 1}"
+        )
+    return seconds(at)
 
 
-@cache
-def _canonical(gpu: str) -> str:
-    """Our name of the card where there is one for it, the file's where not."""
-    try:
-        names = gpus.parse_request(gpu).names
-    except ConfigError:
-        return gpu
-    return gpu if gpu in names or len(names) > 1 else next(iter(names))
-
-
-@cache
-def _made_of(provider: str, sku: str) -> tuple[str, str, int]:
-    match = gpus.resolve(provider, sku)
-    return ("", "unstated", 0) if match is None else (match.name, match.form_factor, match.gpu_count or 1)
+def _excerpt(text: str) -> str:
+    return repr(text[:40])
