@@ -120,7 +120,8 @@ def quote(
     now = clock.now()
     stale_before = now - timedelta(seconds=max_age_s)
     if output == "json":
-        print_json(_json(ask, ranking.quotes, [*unread, *left_out], view.problems, stale_before))
+        problems = [*view.problems, *view.gaps]
+        print_json(_json(ask, ranking.quotes, [*unread, *left_out], problems, stale_before))
     elif output == "csv":
         records = (_record(q, stale_before) for q in ranking.quotes)
         print_csv(_CSV, ([record[name] for name in _CSV] for record in records))
@@ -132,7 +133,7 @@ def quote(
         else:
             _summarise(left_out)
     if output != "json":
-        for problem in view.problems:
+        for problem in (*view.problems, *(view.gaps if explain else ())):
             say(f"{problem.provider}: {problem.reason}")
     if not ranking.quotes:
         near = Counter(item.reason for item in ranking.left_out).most_common(3)

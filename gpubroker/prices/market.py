@@ -49,6 +49,7 @@ class View:
     live: list[Priced]
     covered: Mapping[tuple[str, str], datetime]
     problems: tuple[Problem, ...]
+    gaps: tuple[Problem, ...]  # parts of a market that a poll could not see
     skipped: tuple[tuple[str, Skipped], ...]
     providers: frozenset[str]  # every provider that the store has heard of
 
@@ -181,13 +182,17 @@ def _view_of(
     }
     problems |= {r.provider: r.reason for r in results if r.reason}
     live = [] if found is None else found.live
+    newest = [kept for kept in coverage.newest_for(wish.query) if wish.wants(kept.provider)]
     return View(
         live=[p for p in live if p.offer.provider not in settings.disabled_providers],
         covered=coverage.covered(wish.query),
         problems=tuple(Problem(provider=name, reason=reason) for name, reason in sorted(problems.items())),
-        skipped=tuple(
-            (kept.provider, skip) for kept in coverage.newest_for(wish.query) for skip in kept.skipped
+        gaps=tuple(
+            Problem(provider=kept.provider, reason=reason)
+            for kept in newest
+            for reason in dict.fromkeys(part.reason for part in kept.incomplete)
         ),
+        skipped=tuple((kept.provider, skip) for kept in newest for skip in kept.skipped),
         providers=frozenset(states),
     )
 

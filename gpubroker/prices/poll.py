@@ -25,6 +25,9 @@ REST_S = 60
 # A network that lets nobody connect within this time is taken for no network.
 FIRST_CONTACT_S = 0.75
 
+# The share of a poll's time that is kept back for giving up in order.
+HAND_OVER = 0.05
+
 State = Literal["ok", "no account", "unreachable", "failed", "late"]
 
 
@@ -100,7 +103,8 @@ def poll(
         job.poll_id = store.begin_poll(job.source.name, query)
 
     def fetch(job: _Job) -> Parsed:
-        left_s = deadline_s - (context.clock.monotonic_s() - start_s)
+        # A little less than the pool waits, so that a provider can still hand over what it has.
+        left_s = deadline_s - (context.clock.monotonic_s() - start_s) - deadline_s * HAND_OVER
         return job.source.offers(query, left_s)
 
     def on_done(outcome: Outcome[_Job, Parsed]) -> None:
