@@ -7,6 +7,7 @@ import pytest
 
 from tests.support import refuse_outside
 
+pytest_plugins = ["tests.database"]
 _REAL_CONNECT = socket.socket.connect
 _VENDOR_VARIABLES = ("VAST_", "RUNPOD_", "LAMBDA_", "MODAL_", "AWS_", "GPUBROKER_")
 

@@ -194,7 +194,7 @@ def _parse(url: str) -> URL:
 def _engine(url: URL) -> Engine:
     if url.get_backend_name() != "sqlite":
         try:
-            return create_engine(url, pool_pre_ping=True)
+            return create_engine(url, pool_pre_ping=True, connect_args={"client_encoding": "utf8"})
         except ImportError as error:
             raise ConfigError(
                 f"PostgreSQL needs its driver: pip install 'gpubroker[postgres]' ({error})"
