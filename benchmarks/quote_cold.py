@@ -1,4 +1,4 @@
-"""`gpubroker quote` as a cold process on 20,000 fresh offers, against importing what any such tool imports."""
+"""`gpubroker quote` as a cold process on 20,000 fresh offers, against the imports any such tool has."""
 
 from __future__ import annotations
 

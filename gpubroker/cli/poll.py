@@ -35,9 +35,7 @@ Examples:
 @click.option("--gpu", "gpus", type=GpuName(), multiple=True, help="Only this GPU. Repeat for several.")
 @click.option("--any-host", is_flag=True, help="Hosts that the vendor has not verified, too.")
 @click.option("--every", type=Duration(), help="Go on, polling this often: 5m, 1h.")
-@click.option(
-    "--timeout", type=Duration(), default="5m", help="For a whole round.  [default: 5m]"
-)
+@click.option("--timeout", type=Duration(), default="5m", help="For a whole round.  [default: 5m]")
 @format_option("table", "json", "csv")
 def poll_command(
     *,
