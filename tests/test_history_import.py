@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from sqlalchemy import func, select
 
 from gpubroker.cli.history import import_history
+from gpubroker.doors import ThreadPool
 from gpubroker.errors import BrokerError, ConfigError
 from gpubroker.gpus import catalogue
 from gpubroker.prices import tables
@@ -41,17 +42,8 @@ needs_public = pytest.mark.skipif(
 )
 
 
-def opened(folder):
-    store = Store.open(f"sqlite:///{folder}/prices.db", FakeClock())
-    store.migrate()
-    return store
-
-
-@pytest.fixture
-def store(tmp_path):
-    made = opened(tmp_path)
-    yield made
-    made.close()
+# For what is decided before a database is asked.
+on_sqlite = pytest.mark.parametrize("empty_url", ["sqlite"], indirect=True)
 
 
 @pytest.fixture
@@ -152,6 +144,7 @@ def test_availability_has_no_price_and_takes_the_gpu_from_its_sku(bring, store):
     assert expected == stored(store)
 
 
+@on_sqlite
 def test_availability_of_a_sku_nobody_knows_is_kept_without_a_gpu(bring, store):
     """Nothing is invented: no name, no form, no count."""
     content = AVAILABILITY.replace(b"p3.2xlarge", b"p99.huge")
@@ -226,6 +219,17 @@ def test_two_prices_at_one_moment_both_stay(bring, store):
     assert [Decimal("1.99"), Decimal("2.49")] == sorted(usd for _, _, usd, *_ in stored(store))
 
 
+def test_the_longest_line_fits_the_database(bring, store):
+    """An index of PostgreSQL holds 2,700 bytes a row and compresses what it can: this it cannot."""
+    dice = random.Random(7)
+    sku = "".join(dice.choices("ÄÖÜäöüßçéèêàâîôûñ", k=900))
+    content = line(sku=sku)
+    assert 1900 < len(content) < 2000
+    assert 1 == bring(HEADER + content).added
+    assert sku == only_series(store)["sku"]
+
+
+@on_sqlite
 def test_prices_are_rounded_once_half_to_even(bring, store):
     """To the micro-dollar, never through a float."""
     prices = ["0.2014814814814815", "1.0000005", "1.0000015"]
@@ -234,12 +238,14 @@ def test_prices_are_rounded_once_half_to_even(bring, store):
     assert expected == sorted(usd for _, _, usd, *_ in stored(store))
 
 
+@on_sqlite
 def test_a_time_with_an_offset_is_kept_as_utc(bring, store):
     """10:00 at +02:00 is 08:00 UTC; a fraction of a second is cut."""
     bring(HEADER + line(observed_at="2026-07-05 10:00:00.75+02:00"))
     assert "2026-07-05T08:00:00Z" == stored(store)[0][1]
 
 
+@on_sqlite
 @pytest.mark.parametrize(
     ("said", "kept"),
     [
@@ -258,12 +264,14 @@ def test_a_gpu_has_its_catalogue_name_where_it_has_one(bring, store, said, kept)
     assert kept == (found["gpu"], found["form_factor"])
 
 
+@on_sqlite
 def test_every_catalogue_name_stays_as_it_is(bring, store):
     """Whatever else it might be taken for."""
     bring(HEADER + b"".join(line(gpu=name, form_factor=form) for name, form in catalogue()))
     assert set(catalogue()) == {series[2:4] for series, *_ in stored(store)}
 
 
+@on_sqlite
 @pytest.mark.parametrize("market", ["on-demand", "on_demand", "On-Demand"])
 def test_markets_are_kept_in_one_spelling(bring, store, market):
     """However a source writes them."""
@@ -271,6 +279,7 @@ def test_markets_are_kept_in_one_spelling(bring, store, market):
     assert "on_demand" == only_series(store)["market"]
 
 
+@on_sqlite
 @pytest.mark.parametrize(
     ("broken", "reason"),
     [
@@ -322,6 +331,7 @@ def test_a_malformed_line_is_reported_with_its_number_and_costs_only_itself(brin
     assert len(said) < 200
 
 
+@on_sqlite
 @pytest.mark.parametrize("available", ["", "2", "yes", "-1"])
 def test_availability_is_yes_or_no(bring, available):
     """1 or 0; all else is malformed."""
@@ -330,11 +340,13 @@ def test_availability_is_yes_or_no(bring, available):
     assert 3 == result.added
 
 
+@on_sqlite
 def test_the_last_line_needs_no_line_end(bring):
     """Nor is one lost for it."""
     assert 7 == bring(PRICES.rstrip()).added
 
 
+@on_sqlite
 def test_a_header_alone_is_an_empty_history(bring):
     """No rows, no error."""
     assert ImportResult(rows=0, added=0, already_there=0, malformed=()) == bring(HEADER)
@@ -347,6 +359,16 @@ def long_history(lines):
     return HEADER + b"".join(rows)
 
 
+def test_two_imports_of_one_file_at_once_add_each_line_once(store, tmp_path):
+    """Whichever of them adds it."""
+    path = tmp_path / "history.csv"
+    path.write_bytes(long_history(3000))
+    outcomes = ThreadPool().map(lambda _: import_file(store, path), range(2), 60)
+    assert [None, None] == [outcome.error for outcome in outcomes]
+    assert 3000 == sum(outcome.value.added for outcome in outcomes) == store.counts()["observations"]
+
+
+@on_sqlite
 def test_a_truncated_gzip_keeps_what_came_before_and_says_where_it_broke(bring):
     """A download cut short: a line that is only half there does not go in."""
     whole = gzip.compress(long_history(2000))
@@ -360,6 +382,7 @@ def test_a_truncated_gzip_keeps_what_came_before_and_says_where_it_broke(bring):
     ) == bring(whole, "whole.csv.gz")
 
 
+@on_sqlite
 @pytest.mark.parametrize(
     "damage",
     [
@@ -374,6 +397,7 @@ def test_a_damaged_end_of_a_gzip_is_reported_after_its_last_line(bring, damage):
     assert (8, 7, 9) == (result.rows, result.added, result.malformed[0][0])
 
 
+@on_sqlite
 def test_damage_inside_a_gzip_never_ends_in_a_traceback(bring):
     """Any byte may be another: some lines go in, and the counts add up."""
     whole = gzip.compress(long_history(50))
@@ -387,6 +411,7 @@ def test_damage_inside_a_gzip_never_ends_in_a_traceback(bring):
         assert result.malformed
 
 
+@on_sqlite
 @pytest.mark.parametrize(
     ("content", "name", "reason"),
     [
@@ -413,6 +438,7 @@ def test_what_is_no_history_is_refused_in_one_sentence(bring, store, tmp_path, c
     assert 0 == store.counts()["series"]
 
 
+@on_sqlite
 @pytest.mark.parametrize(
     ("path", "reason"),
     [
@@ -429,6 +455,7 @@ def test_what_cannot_be_read_is_said_with_its_name(store, tmp_path, path, reason
         import_file(store, tmp_path / path)
 
 
+@on_sqlite
 def test_a_file_that_may_not_be_read_is_said_with_its_name(store, tmp_path, monkeypatch):
     """Root may read everything: the refusal is played."""
 
@@ -453,7 +480,8 @@ def test_the_command_reports_the_line_and_exits_2(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def shared_store(tmp_path_factory):
-    made = opened(tmp_path_factory.mktemp("fuzzed"))
+    made = Store.open(f"sqlite:///{tmp_path_factory.mktemp('fuzzed')}/prices.db", FakeClock())
+    made.migrate()
     yield made
     made.close()
 
