@@ -59,18 +59,14 @@ def snapshot(path: str | Path, gpus: Collection[str] | None) -> Snapshot | None:
     Store knows what to do then, and says why.
     """
     try:
-        with closing(sqlite3.connect(_uri(path), uri=True, timeout=1, isolation_level=None)) as connection:
+        uri = f"{Path(path).absolute().as_uri()}?mode=ro"
+        with closing(sqlite3.connect(uri, uri=True, timeout=1, isolation_level=None)) as connection:
             connection.execute("BEGIN")
             if connection.execute("SELECT version_num FROM alembic_version").fetchone() != (REVISION,):
                 return None
             return read(connection.execute, gpus)
-    except (sqlite3.Error, ValueError, TypeError, KeyError):
+    except (sqlite3.Error, ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
         return None
-
-
-def _uri(path: str | Path) -> str:
-    """By hand, because urllib is more than the rest of this file: these three mean something in a URI."""
-    return f"file:{str(path).replace('%', '%25').replace('?', '%3f').replace('#', '%23')}?mode=ro"
 
 
 def read(run: Run, gpus: Collection[str] | None) -> Snapshot:
