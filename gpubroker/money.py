@@ -49,6 +49,9 @@ def parse_usd(value: object, *, per_hour_factor: int | Decimal = 1, allow_zero: 
     if isinstance(value, bool) or not isinstance(value, Decimal | int | str):
         raise ValueError(f"price is a {type(value).__name__}, not a number")
     try:
+        # Decimal would take 1_0 for ten, and the digits of other scripts.
+        if isinstance(value, str) and ("_" in value or not value.isascii()):
+            raise InvalidOperation
         amount = Decimal(value.strip() if isinstance(value, str) else value)
     except InvalidOperation:
         raise ValueError(f"price {str(value)[:40]!r} is not a number") from None

@@ -33,6 +33,8 @@ def test_a_price_is_converted_first_and_rounded_once(sent, factor, expected):
         pytest.param(Decimal("NaN"), "NaN", id="NaN"),
         pytest.param(Decimal("Infinity"), "Infinity", id="infinite"),
         pytest.param("N/A*", "not a number", id="AWS's N/A*"),
+        pytest.param("1_0", "not a number", id="an underscore"),
+        pytest.param("\u0661", "not a number", id="digits of another script"),
         pytest.param(Decimal("1e12"), "beyond belief", id="1e12"),
         pytest.param(Decimal("1e999999"), "beyond belief", id="an exponent that would hang"),
         pytest.param(0, "zero", id="zero"),

@@ -10,6 +10,7 @@ from gpubroker import config
 from gpubroker.cli.options import format_option
 from gpubroker.cli.render import console, print_json, say, table
 from gpubroker.doors import SystemClock
+from gpubroker.errors import ConfigError
 from gpubroker.prices.history_import import import_file
 from gpubroker.prices.store import Store
 
@@ -30,7 +31,12 @@ def import_history(*, files: tuple[Path, ...], output: str) -> None:
     """
     store = Store.open(config.load().db_url, SystemClock())
     store.migrate()
-    results = [(path, import_file(store, path)) for path in files]
+    results, refused = [], []
+    for path in files:
+        try:
+            results.append((path, import_file(store, path)))
+        except ConfigError as error:
+            refused.append(str(error))
     for path, result in results:
         for number, reason in result.malformed:
             say(f"{path}:{number}: {reason}")
@@ -67,5 +73,7 @@ def import_history(*, files: tuple[Path, ...], output: str) -> None:
                 str(len(result.malformed)),
             )
         console().print(made)
+    if refused:
+        raise ConfigError("; ".join(refused))
     if any(result.malformed for _, result in results):
         raise click.exceptions.Exit(2)
