@@ -1,0 +1,90 @@
+"""Faults by script: what goes wrong, on which endpoint, how often."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, fields
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+Kind = Literal[
+    "delay",  # seconds
+    "drop_after",  # do it, then close the connection without an answer
+    "drop_before",  # close the connection, do nothing
+    "429",  # with Retry-After when `retry_after_s` is given
+    "5xx_before",  # `status`, nothing done
+    "5xx_after",  # do it, then `status`
+    "truncate",  # cut the JSON in the middle
+    "stale",  # listings as they were `seconds` ago (eventual consistency)
+    "duplicate",  # listing rows twice
+    "capacity",  # the vendor's own no-capacity answer
+]
+KINDS: tuple[str, ...] = Kind.__args__  # type: ignore[attr-defined]
+
+
+@dataclass(slots=True, kw_only=True)
+class Fault:
+    """One line of a fault script: for `count` matching requests after the first `skip`; -1 = for ever."""
+
+    endpoint: str  # "vast PUT /api/v0/asks/*": vendor, method and path, each with shell wildcards
+    kind: Kind
+    count: int = 1
+    skip: int = 0
+    seconds: float = 0.0
+    status: int = 500
+    retry_after_s: int | None = None
+    hits: int = field(default=0, init=False)
+
+    def matches(self, vendor: str, method: str, path: str) -> bool:
+        """Whether the request is one of those meant."""
+        return fnmatchcase(f"{vendor} {method} {path}", self.endpoint)
+
+
+class FaultScript:
+    """The faults in force, in order; the first that applies to a request is used up by it."""
+
+    def __init__(self) -> None:
+        self._faults: list[Fault] = []
+
+    def add(self, script: Any) -> int:
+        """Take a fault or a list of them, decoded from JSON. Raises ValueError that says what is wrong."""
+        entries = script if isinstance(script, list) else [script]
+        self._faults += [_parse(entry) for entry in entries]
+        return len(entries)
+
+    def clear(self) -> None:
+        """From now on nothing goes wrong."""
+        self._faults.clear()
+
+    def take(self, vendor: str, method: str, path: str) -> Fault | None:
+        """The fault that this request meets, counted; None = none."""
+        for fault in self._faults:
+            if not fault.matches(vendor, method, path):
+                continue
+            if fault.skip > 0:
+                fault.skip -= 1
+                continue
+            if fault.count == 0:
+                continue
+            fault.count -= fault.count > 0
+            fault.hits += 1
+            return fault
+        return None
+
+
+def load(spec: str) -> Any:
+    """The script of `--faults`: JSON itself, or the path of a file that holds it."""
+    text = spec if spec.lstrip().startswith(("[", "{")) else Path(spec).read_text(encoding="utf-8")
+    return json.loads(text)
+
+
+def _parse(entry: Any) -> Fault:
+    if not isinstance(entry, dict):
+        raise ValueError(f"a fault is an object, not {entry!r}")
+    known = {f.name for f in fields(Fault) if f.init}
+    if unknown := sorted(set(entry) - known):
+        raise ValueError(f"a fault has no {unknown[0]!r}; it has {', '.join(sorted(known))}")
+    if "endpoint" not in entry or entry.get("kind") not in KINDS:
+        raise ValueError(f"a fault needs an endpoint and a kind of {', '.join(KINDS)}")
+    return Fault(**entry)
