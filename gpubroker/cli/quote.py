@@ -110,6 +110,8 @@ def quote(
     listed = [p for p in book.load(_names(ask)) if p.offer.provider not in settings.disabled_providers]
     known = {p.offer.provider for p in listed} | {p.offer.provider for p in view.live} | set(view.providers)
     for name in providers:
+        if name in settings.disabled_providers:
+            raise ConfigError(f"provider {name} is disabled: disabled_providers in your config")
         if name not in known:
             raise ConfigError(f"no provider is called {name!r}; known: {', '.join(sorted(known))}")
     rows, superseded = merge(view.live, listed, view.covered)

@@ -10,6 +10,7 @@ import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpubroker.config import Settings
@@ -81,11 +82,13 @@ def view(settings: Settings, wish: Wish, *, max_age_s: int, offline: bool, clock
     """
     found = _read(settings, wish.names)
     oldest = clock.now() - timedelta(seconds=max_age_s)
-    if offline or (found is not None and not _due(found, wish, settings, oldest, clock.now())):
+    if found is not None and (offline or not _due(found, wish, settings, oldest, clock.now())):
         return _view_of(found, wish, settings, clock.now())
+    if offline and not _may_exist(settings):
+        return _view_of(None, wish, settings, clock.now())
     try:
         store, context = open_context(settings, os.environ, clock)
-        results = _refresh(store, context, found, wish, oldest)
+        results = [] if offline else _refresh(store, context, found, wish, oldest)
         found = store.snapshot(wish.names)
         store.close()
     except SchemaTooNew:
@@ -112,8 +115,19 @@ def open_context(settings: Settings, env: Mapping[str, str], clock: Clock) -> tu
 
 def _read(settings: Settings, names: Collection[str] | None) -> fastread.Snapshot | None:
     """The store as it is, the cheap way; None when there is none yet, or only the dear way can tell."""
+    path = _sqlite_path(settings)
+    return None if path is None else fastread.snapshot(path, names)
+
+
+def _may_exist(settings: Settings) -> bool:
+    """Whether a store may be there that the cheap way could not read."""
+    path = _sqlite_path(settings)
+    return path is None or Path(path).exists()
+
+
+def _sqlite_path(settings: Settings) -> str | None:
     path = settings.db_url.removeprefix("sqlite:///")
-    return None if path == settings.db_url else fastread.snapshot(path, names)
+    return None if path == settings.db_url else path
 
 
 def _due(

@@ -1,0 +1,124 @@
+"""The view behind a quote: fresh from the store, refreshed where it is not, and honest where it cannot be."""
+
+import json
+import sqlite3
+
+import pytest
+
+from gpubroker.cli import main
+from gpubroker.testing import Answer
+from tests.loopback import vendor
+from tests.support import PAYLOADS
+
+TYPES = Answer(body=(PAYLOADS / "lambda/instance_types.json").read_text())
+ROUTE = ("GET", "/api/v1/instance-types")
+
+
+@pytest.fixture
+def quote(monkeypatch, capsys, empty_url):
+    """Quote on either kind of database, Lambda alone unless the test says else."""
+    monkeypatch.setenv("GPUBROKER_DB_URL", empty_url)
+    monkeypatch.setenv("GPUBROKER_LAMBDA_URL", "http://127.0.0.1:9")
+
+    def _quote(*args, code=0):
+        words = ["quote", "--gpu", "h100", "--hours", "8", "--provider", "lambda", "--format", "json", *args]
+        assert code == main(words)
+        captured = capsys.readouterr()
+        return json.loads(captured.out) if code == 0 else captured.err
+
+    return _quote
+
+
+@pytest.fixture
+def sells(monkeypatch):
+    """A Lambda that answers; gives the server."""
+    monkeypatch.setenv("LAMBDA_API_KEY", "secret-key")
+    with vendor({ROUTE: TYPES}) as server:
+        monkeypatch.setenv("GPUBROKER_LAMBDA_URL", server.url)
+        yield server
+
+
+def live(answer):
+    return [q for q in answer["quotes"] if q["live"]]
+
+
+def test_prices_younger_than_max_age_are_not_asked_for_again(quote, sells):
+    """On SQLite by the fast way, on PostgreSQL by the store; both tell the same."""
+    first, second = quote(), quote()
+    assert 1 == len(sells.asked)
+    assert live(first)
+    assert first["quotes"] == second["quotes"]
+
+
+def test_older_ones_are(quote, sells):
+    """--max-age 0s asks every time."""
+    quote()
+    quote("--max-age", "0s")
+    assert 2 == len(sells.asked)
+
+
+def test_offline_reads_what_is_stored_and_marks_what_is_old(quote, sells):
+    """Never asks, whatever the age."""
+    quote()
+    answer = quote("--offline", "--max-age", "0s")
+    assert 1 == len(sells.asked)
+    assert {True} == {q["stale"] for q in live(answer)}
+
+
+def test_a_refresh_for_one_gpu_does_not_end_the_others(quote, sells, capsys):
+    """Its scope is that GPU: the rest is unknown, not gone."""
+    main(["poll", "--provider", "lambda"])
+    capsys.readouterr()
+    quote("--max-age", "0s")
+    main(["offers", "--provider", "lambda", "--format", "json"])
+    offers = json.loads(capsys.readouterr().out)["offers"]
+    assert {"H100", "GH200"} <= {o["gpu"] for o in offers if o["live"]}
+
+
+def test_a_key_that_is_set_later_is_noticed_at_once(quote, sells, monkeypatch):
+    """Not when the price book's half hour is over."""
+    monkeypatch.delenv("LAMBDA_API_KEY")
+    answer = quote()
+    assert "LAMBDA_API_KEY is not set" in answer["problems"][0]["reason"]
+    assert [] == live(answer)
+    monkeypatch.setenv("LAMBDA_API_KEY", "secret-key")
+    assert live(quote())
+
+
+def test_a_provider_that_is_disabled_is_neither_asked_nor_quoted(quote, sells, monkeypatch):
+    """disabled_providers."""
+    monkeypatch.setenv("GPUBROKER_DISABLED_PROVIDERS", "lambda")
+    assert "lambda is disabled" in quote(code=2)
+    assert [] == sells.asked
+
+
+def test_a_store_that_cannot_be_used_is_a_problem_and_the_book_answers(quote, monkeypatch, tmp_path):
+    """A quote needs no database."""
+    broken = tmp_path / "broken.db"
+    broken.write_bytes(b"this is no database" * 100)
+    monkeypatch.setenv("GPUBROKER_DB_URL", f"sqlite:///{broken}")
+    answer = quote()
+    assert ["store"] == [p["provider"] for p in answer["problems"]]
+    assert answer["quotes"]
+
+
+def test_a_newer_database_is_refused(quote, monkeypatch, tmp_path):
+    """Exit 2, and what to do."""
+    path = tmp_path / "newer.db"
+    monkeypatch.setenv("GPUBROKER_DB_URL", f"sqlite:///{path}")
+    quote()
+    with sqlite3.connect(path) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = '9999'")
+    connection.close()
+    for args in ([], ["--offline"]):
+        error = quote(*args, code=2)
+        assert "newer than this gpubroker" in error
+        assert "upgrade gpubroker" in error
+
+
+def test_skipped_rows_are_told_with_the_poll_and_after_it(quote, sells):
+    """Which and why, also when the answer comes from the store."""
+    first, second = quote(), quote()
+    reasons = [(s["id"], s["reason"]) for s in first["skipped"]]
+    assert ("cpu_4x_general", "gpus: 0, a CPU instance is out of scope") in reasons
+    assert first["skipped"] == second["skipped"]
