@@ -1,0 +1,78 @@
+"""What tests of the test cloud share: a clock moved by hand, nodes without processes, a host to rent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from decimal import Decimal
+
+from gpubroker.testcloud.clock import SimClock
+from gpubroker.testcloud.world import Host, HostTruth
+
+HOST = Host(
+    id="h1",
+    vendor="lambda",
+    sku="gpu_1x_a10",
+    gpu="A10",
+    form_factor="PCIe",
+    gpu_count=1,
+    vram_gib=24,
+    region="us-east-1",
+    usd_per_hour=Decimal("1.29"),
+    capacity=2,
+    truth=HostTruth(gpu_name="NVIDIA A10", gpu_count=1, memory_mib=23028),
+)
+
+
+class HandClock(SimClock):
+    """Stands still until it is moved."""
+
+    def __init__(self, start_s: float = 1_900_000_000.0) -> None:
+        super().__init__(start_s=start_s)
+        self._at_s = start_s
+
+    def now_s(self) -> float:
+        return self._at_s
+
+    def pass_s(self, seconds: float) -> None:
+        self._at_s += seconds
+
+    async def sleep(self, sim_s: float) -> None:
+        self._at_s += sim_s
+
+
+class NoNode:
+    """A node that only counts."""
+
+    def __init__(self, port: int, home: str) -> None:
+        self.ssh_port, self.home, self.alive, self.signals = port, home, True, list[int]()
+
+    async def run(self, argv: list[str], env: Mapping[str, str]) -> tuple[int, bytes, bytes]:
+        return 0, b"", b""
+
+    async def notice(self, signal_number: int) -> None:
+        self.signals.append(signal_number)
+
+    async def kill(self) -> None:
+        self.alive = False
+
+
+class NoNodes:
+    """A NodeHost without processes: what was started, with which keys."""
+
+    def __init__(self) -> None:
+        self.started: dict[str, NoNode] = {}
+        self.keys: dict[str, list[str]] = {}
+        self.envs: dict[str, Mapping[str, str]] = {}
+        self.forgotten: list[str] = []
+
+    async def start(
+        self, rental_id: str, truth: HostTruth, authorized_keys: Iterable[str], env: Mapping[str, str]
+    ) -> NoNode:
+        node = NoNode(20_000 + len(self.started), f"/home/{rental_id}")
+        self.started[rental_id] = node
+        self.keys[rental_id] = list(authorized_keys)
+        self.envs[rental_id] = env
+        return node
+
+    async def forget(self, rental_id: str) -> None:
+        self.forgotten.append(rental_id)
