@@ -199,6 +199,24 @@ class World:
         self.record(rental, "running")
         self._enter(rental, "running", "")
 
+    def resume(self, rental: Rental) -> None:
+        """A stopped rental is to run again; `boot` starts its node, which finds its home as it was."""
+        if rental.state == "stopped":
+            self._enter(rental, "pending", "")
+
+    async def restart(
+        self, rental: Rental, authorized_keys: Iterable[str] = (), env: Mapping[str, str] | None = None
+    ) -> None:
+        """Its processes die and it comes up anew; it stays running, and is billed on."""
+        if rental.node is None:
+            return
+        await self._kill_node(rental)
+        node = await self.nodes.start(rental.id, rental.host.truth, authorized_keys, env or {})
+        if rental.state != "running" or rental.node is not None:
+            await node.kill()
+            return
+        rental.node = node
+
     async def stop(self, rental: Rental, reason: str) -> None:
         """Processes die at once, the disk stays."""
         if rental.state in ("stopped", "ended"):
