@@ -6,6 +6,7 @@ Knows nothing of HTTP: the vendors' files translate. Knows nothing of processes:
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import random
 import uuid
@@ -92,6 +93,8 @@ class Rental:
     events: list[Event] = field(default_factory=list)
     node: Node | None = None
     published_by: str = ""  # the attempt that last published a checkpoint from here
+    # Starting and killing its node take turns: what is stopped while it starts dies when it has started.
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock, repr=False)
 
     @property
     def vendor(self) -> Vendor:
@@ -191,13 +194,22 @@ class World:
         self, rental: Rental, authorized_keys: Iterable[str] = (), env: Mapping[str, str] | None = None
     ) -> None:
         """Start the node; running from when it is there, unless the rental has gone on meanwhile."""
-        node = await self.nodes.start(rental.id, rental.host.truth, authorized_keys, env or {})
-        if rental.state != "pending":
-            await node.kill()
-            return
-        rental.node = node
-        self.record(rental, "running")
-        self._enter(rental, "running", "")
+        async with rental.turn:
+            if rental.state != "pending" or rental.node is not None:
+                return
+            before = len(rental.events)
+            node = await self.nodes.start(rental.id, rental.host.truth, authorized_keys, env or {})
+            if any(event.kind in ("stopped", "ended") for event in rental.events[before:]):
+                await node.kill()
+                return
+            rental.node = node
+            self.record(rental, "running")
+            self._enter(rental, "running", "")
+
+    def reprice(self, rental: Rental, usd_per_hour: Decimal) -> None:
+        """From now on it costs this."""
+        rental.usd_per_hour = usd_per_hour
+        self.record(rental, "rate", usd_per_hour=usd_per_hour)
 
     def resume(self, rental: Rental) -> None:
         """A stopped rental is to run again; `boot` starts its node, which finds its home as it was."""
@@ -248,9 +260,10 @@ class World:
         rental.state, rental.since_s, rental.reason = state, self.clock.now_s(), reason
 
     async def _kill_node(self, rental: Rental) -> None:
-        node, rental.node = rental.node, None
-        if node is not None:
-            await node.kill()
+        async with rental.turn:
+            node, rental.node = rental.node, None
+            if node is not None:
+                await node.kill()
 
 
 class PriceSeries:
