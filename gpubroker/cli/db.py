@@ -19,18 +19,18 @@ def db() -> None:
 @db.command(epilog="Example: gpubroker db upgrade")
 def upgrade() -> None:
     """Migrate to this version's schema. The first use does it too; a newer database is refused."""
-    store = Store.open(config.load().db_url, SystemClock())
-    store.migrate()
-    click.echo(f"{store.where}: revision {store.revision()}")
+    with Store.open(config.load().db_url, SystemClock()) as store:
+        store.migrate()
+        click.echo(f"{store.where}: revision {store.revision()}")
 
 
 @db.command(epilog="Example: gpubroker db info --format json")
 @format_option("table", "json")
 def info(*, output: str) -> None:
     """Where it is, its revision, and how much it holds."""
-    store = Store.open(config.load().db_url, SystemClock())
-    store.migrate()
-    facts = {"where": store.where, "revision": store.revision(), **store.counts()}
+    with Store.open(config.load().db_url, SystemClock()) as store:
+        store.migrate()
+        facts = {"where": store.where, "revision": store.revision(), **store.counts()}
     if output == "json":
         print_json(facts)
         return

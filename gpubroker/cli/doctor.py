@@ -72,20 +72,24 @@ def check(env: Mapping[str, str], clock: Clock, *, offline: bool) -> list[Findin
         )
     ]
     try:
-        store, context = open_context(settings, env, clock)
-        detail = f"{store.where} at revision {store.revision()}"
-        found.append(Finding(what="database", verdict="ok", detail=detail))
+        with open_context(settings, env, clock) as (store, context):
+            detail = f"{store.where} at revision {store.revision()}"
+            found.append(Finding(what="database", verdict="ok", detail=detail))
+            if not offline:
+                found += _check_remote(settings, context)
     except BrokerError as error:
-        return [*found, Finding(what="database", verdict="bad", detail=str(error))]
-    if offline:
-        return found
+        found.append(Finding(what="database", verdict="bad", detail=str(error)))
+    return found
+
+
+def _check_remote(settings: Settings, context: ProviderContext) -> list[Finding]:
     sources = [name for name in names() if name not in settings.disabled_providers]
     outcomes = context.pool.map(lambda name: _check_provider(name, context), sources, _CHECK_S)
-    for outcome in outcomes:
-        late = Finding(what=outcome.item, verdict="warn", detail=f"no answer within {_CHECK_S:g} s")
-        found.append(outcome.value or late)
-    found.append(_check_clock(settings, context))
-    return found
+    found = [
+        outcome.value or Finding(what=outcome.item, verdict="warn", detail=f"no answer within {_CHECK_S:g} s")
+        for outcome in outcomes
+    ]
+    return [*found, _check_clock(settings, context)]
 
 
 def _check_provider(name: str, context: ProviderContext) -> Finding:

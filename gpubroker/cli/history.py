@@ -29,14 +29,14 @@ def import_history(*, files: tuple[Path, ...], output: str) -> None:
 
     A malformed line is reported with its number; the rest still goes in, and the exit code is 2.
     """
-    store = Store.open(config.load().db_url, SystemClock())
-    store.migrate()
     results, refused = [], []
-    for path in files:
-        try:
-            results.append((path, import_file(store, path)))
-        except ConfigError as error:
-            refused.append(str(error))
+    with Store.open(config.load().db_url, SystemClock()) as store:
+        store.migrate()
+        for path in files:
+            try:
+                results.append((path, import_file(store, path)))
+            except ConfigError as error:
+                refused.append(str(error))
     for path, result in results:
         for number, reason in result.malformed:
             say(f"{path}:{number}: {reason}")

@@ -19,6 +19,7 @@ from gpubroker.prices.market import open_context
 from gpubroker.prices.poll import PollResult, poll
 from gpubroker.provider import names as installed
 
+_FAILED = ("failed", "late", "unreachable")
 _COLUMNS = ("provider", "state", "fetched", "kept", "skipped", "opened", "closed", "took_s", "reason")
 
 
@@ -61,20 +62,18 @@ def poll_command(
     query = OfferQuery(
         gpus=frozenset().union(*(g.names for g in gpus)) if gpus else None, verified_only=not any_host
     )
-    store, context = open_context(settings, os.environ, SystemClock())
+    with open_context(settings, os.environ, SystemClock()) as (store, context):
 
-    def one_round() -> list[PollResult]:
-        with _progress(wanted) as on_result:
-            return poll(store, context, wanted, query, timeout, on_result=on_result)
+        def one_round() -> list[PollResult]:
+            with _progress(wanted) as on_result:
+                results = poll(store, context, wanted, query, timeout, on_result=on_result)
+            _print(results, output)
+            return results
 
-    if every is None:
-        results = one_round()
-        _print(results, output)
-        failed = [r.provider for r in results if r.state in ("failed", "late", "unreachable")]
-        if failed:
+        if every is not None:
+            _run_every(every, one_round)
+        elif any(result.state in _FAILED for result in one_round()):
             raise click.exceptions.Exit(4)
-        return
-    _run_every(every, lambda: _print(one_round(), output))
 
 
 def _run_every(seconds: int, work: Any) -> None:

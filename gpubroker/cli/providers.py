@@ -11,10 +11,12 @@ import click
 from gpubroker import config
 from gpubroker.cli.options import format_option
 from gpubroker.cli.render import age, console, iso, print_csv, print_json, table
+from gpubroker.config import Settings
 from gpubroker.doors import SystemClock
 from gpubroker.errors import BrokerError
 from gpubroker.prices.market import open_context
-from gpubroker.provider import load, names
+from gpubroker.prices.store import Store
+from gpubroker.provider import ProviderContext, load, names
 
 _COLUMNS = ("provider", "prices", "missing", "without", "last_poll", "offers", "problem")
 
@@ -27,30 +29,31 @@ def providers(*, output: str) -> None:
     """Every installed provider: live prices or the price book, its last poll, and what to set."""
     settings = config.load()
     clock = SystemClock()
-    store, context = open_context(settings, os.environ, clock)
-    rows = []
-    for name in names():
-        last = store.last_poll(name)
-        row: dict[str, Any] = {
-            "provider": name,
-            "prices": "disabled" if name in settings.disabled_providers else "live",
-            "missing": "",
-            "without": "",
-            "last_poll": last.observed_at if last else None,
-            "offers": store.open_offers(name),
-            "problem": (last.error or "") if last else "",
-        }
-        try:
-            access = load(name, context).access()
-        except BrokerError as error:
-            row |= {"prices": "unusable", "problem": str(error)}
-        else:
-            if access.missing:
-                row |= {"missing": access.missing, "without": access.without}
-                if not access.live_without and row["prices"] == "live":
-                    row["prices"] = "price book"
-        rows.append(row)
+    with open_context(settings, os.environ, clock) as (store, context):
+        rows = [_row(name, settings, store, context) for name in names()]
     _print(rows, output, clock.now())
+
+
+def _row(name: str, settings: Settings, store: Store, context: ProviderContext) -> dict[str, Any]:
+    last = store.last_poll(name)
+    row: dict[str, Any] = {
+        "provider": name,
+        "prices": "disabled" if name in settings.disabled_providers else "live",
+        "missing": "",
+        "without": "",
+        "last_poll": last.observed_at if last else None,
+        "offers": store.open_offers(name),
+        "problem": (last.error or "") if last else "",
+    }
+    try:
+        access = load(name, context).access()
+    except BrokerError as error:
+        return row | {"prices": "unusable", "problem": str(error)}
+    if access.missing:
+        row |= {"missing": access.missing, "without": access.without}
+        if not access.live_without and row["prices"] == "live":
+            row["prices"] = "price book"
+    return row
 
 
 def _print(rows: list[dict[str, Any]], output: str, now: datetime) -> None:

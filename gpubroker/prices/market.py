@@ -7,7 +7,8 @@ only when a price is too old and somebody has to be asked.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -87,10 +88,9 @@ def view(settings: Settings, wish: Wish, *, max_age_s: int, offline: bool, clock
     if offline and not _may_exist(settings):
         return _view_of(None, wish, settings, clock.now())
     try:
-        store, context = open_context(settings, os.environ, clock)
-        results = [] if offline else _refresh(store, context, found, wish, oldest)
-        found = store.snapshot(wish.names)
-        store.close()
+        with open_context(settings, os.environ, clock) as (store, context):
+            results = [] if offline else _refresh(store, context, found, wish, oldest)
+            found = store.snapshot(wish.names)
     except SchemaTooNew:
         raise
     except StoreError as error:
@@ -99,18 +99,22 @@ def view(settings: Settings, wish: Wish, *, max_age_s: int, offline: bool, clock
     return _view_of(found, wish, settings, clock.now(), results)
 
 
-def open_context(settings: Settings, env: Mapping[str, str], clock: Clock) -> tuple[Store, ProviderContext]:
+@contextmanager
+def open_context(
+    settings: Settings, env: Mapping[str, str], clock: Clock
+) -> Iterator[tuple[Store, ProviderContext]]:
     """The migrated store, and what providers are built with."""
     from gpubroker.prices.limits import StoreLimiter
     from gpubroker.prices.store import Store
     from gpubroker.provider import ProviderContext
 
-    store = Store.open(settings.db_url, clock)
-    store.migrate()
-    context = ProviderContext(
-        env=env, settings=settings, clock=clock, pool=ThreadPool(), limiter=StoreLimiter(store, clock)
-    )
-    return store, context
+    with Store.open(settings.db_url, clock) as store:
+        store.migrate()
+        limiter = StoreLimiter(store, clock)
+        yield (
+            store,
+            ProviderContext(env=env, settings=settings, clock=clock, pool=ThreadPool(), limiter=limiter),
+        )
 
 
 def _read(settings: Settings, names: Collection[str] | None) -> fastread.Snapshot | None:

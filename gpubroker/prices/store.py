@@ -106,6 +106,12 @@ class Store:
         """Give the connections back."""
         self.database.close()
 
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def migrate(self) -> None:
         """Bring the tables up to this code; at once for any number of processes. Raises SchemaTooNew."""
         self.database.migrate()
