@@ -5,24 +5,28 @@ Lambda and AWS hand out an IP and mean port 22. A node listens on some port of 1
     client -> 127.a.b.c:22 -> Front -> 127.0.0.1:<the node's port>
 
 All of 127.0.0.0/8 is this machine. Who may not open port 22 (no root) gets FALLBACK_PORT instead, on the same
-addresses: `Front.port` says which, and `testcloud up` tells its clients. Where the machine has no such addresses
-(macOS), a front is 127.0.0.1 with the node's own port.
+addresses: `ssh_port()` says which, and `testcloud up` tells its clients. Where the machine has no such
+addresses (macOS), a front is 127.0.0.1 with the node's own port.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import itertools
+import os
+import socket
 from dataclasses import dataclass
+from functools import cache
+from ipaddress import IPv4Address
 
 SSH_PORT = 22
 FALLBACK_PORT = 2222
 _CHUNK_BYTES = 1 << 16
-_TAKEN = (errno.EADDRINUSE,)
-# 127.64.0.1 and on: far from 127.0.0.1 and from what resolvers use. A count for the process: no address twice.
-_numbers = itertools.count(1)
+_TRIES = 50
+# Far from 127.0.0.1 and from what resolvers use; each process begins elsewhere, no address comes twice.
+_FIRST = "127.64.0.0"
+_numbers = itertools.count((os.getpid() % 16384 << 8) + 1)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -49,20 +53,24 @@ async def open_front(node_port: int) -> Front:
             writer.close()
             return
         await asyncio.gather(_pump(reader, inner_writer), _pump(inner_reader, writer))
+        inner_writer.close()
+        writer.close()
 
-    for _ in range(1000):
-        address = _address(next(_numbers))
-        for port in (SSH_PORT, FALLBACK_PORT):
-            try:
-                server = await asyncio.start_server(pass_on, address, port)
-            except PermissionError:
-                continue
-            except OSError as error:
-                if error.errno in _TAKEN:
-                    break  # another test cloud has it: the next address
-                return Front(address="127.0.0.1", port=node_port)
-            return Front(address=address, port=port, server=server)
+    for _ in range(_TRIES):
+        address = _next_address()
+        with contextlib.suppress(OSError):
+            server = await asyncio.start_server(pass_on, address, ssh_port())
+            return Front(address=address, port=ssh_port(), server=server)
     return Front(address="127.0.0.1", port=node_port)
+
+
+@cache
+def ssh_port() -> int:
+    """22 where this process may listen on it, else FALLBACK_PORT; the same for all fronts."""
+    with contextlib.suppress(OSError), socket.socket() as probe:
+        probe.bind((_next_address(), SSH_PORT))
+        return SSH_PORT
+    return FALLBACK_PORT
 
 
 async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -71,9 +79,12 @@ async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
         while chunk := await reader.read(_CHUNK_BYTES):
             writer.write(chunk)
             await writer.drain()
-    with contextlib.suppress(OSError):
-        writer.close()
+        writer.write_eof()
 
 
-def _address(number: int) -> str:
-    return f"127.{64 + (number >> 16) % 64}.{(number >> 8) & 255}.{number & 255}"
+def _next_address() -> str:
+    """Never a network's first or last one, which some systems treat as their own."""
+    number = next(_numbers)
+    if number % 256 in (0, 255):
+        return _next_address()
+    return str(IPv4Address(_FIRST) + number)

@@ -4,17 +4,17 @@ Site (web.py) -> RunPod's handlers -> shapes.py -> Catalog (runpod_catalog.py) a
                  POST /graphql     -> runpod_graphql.py, with the same pods behind it
 
 As the vendor's document and docs have it: 422 for a body of the wrong form (any unknown key, so
-`interruptible`), 400 for a broken rule and for no capacity alike, 402 without an hour's credit, 404 for what is
-gone, 409 for an action that the status does not allow. There is no spot and no idempotency key; names need not be
-unique. A terminated pod is gone at once. `ssh.direct` is the node itself; `ssh.proxy` names a host that does not
-exist. The container's `args` run beside the SSH server, which there an image's own command would have to start.
+`interruptible`), 400 for a broken rule and for no capacity alike, 402 without an hour's credit, 404 for
+what is gone, 409 for an action that the status does not allow. There is no spot and no idempotency key;
+names need not be unique. A terminated pod is gone at once. `ssh.direct` is the node itself; `ssh.proxy`
+names a host that does not exist. The container's `args` run beside the SSH server, which there an image's
+own command would have to start.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
@@ -163,7 +163,6 @@ class Pod:
     locked: bool = False
     started_s: float | None = None
     boots: int = 0  # which of several boots is the one that counts
-    booting: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property
     def gpu_count(self) -> int:
@@ -564,16 +563,14 @@ class RunPod:
 
     async def _boot(self, pod: Pod, boot: int) -> None:
         await self.world.clock.sleep(self._boot_s(pod))
-        async with pod.booting:
-            if pod.boots != boot or pod.rental.state != "pending":
-                return
-            await self.world.boot(pod.rental, self.authorized_keys(pod), self._environment(pod))
+        if pod.boots != boot or pod.rental.state != "pending":
+            return  # it was stopped meanwhile
+        await self.world.boot(pod.rental, self.authorized_keys(pod), self._environment(pod))
         pod.started_s = self.world.clock.now_s()
         await self._run_args(pod)
 
     async def _restart(self, pod: Pod) -> None:
-        async with pod.booting:
-            await self.world.restart(pod.rental, self.authorized_keys(pod), self._environment(pod))
+        await self.world.restart(pod.rental, self.authorized_keys(pod), self._environment(pod))
         pod.started_s = self.world.clock.now_s()
         await self._run_args(pod)
 

@@ -220,14 +220,16 @@ class World:
         self, rental: Rental, authorized_keys: Iterable[str] = (), env: Mapping[str, str] | None = None
     ) -> None:
         """Its processes die and it comes up anew; it stays running, and is billed on."""
-        if rental.node is None:
-            return
-        await self._kill_node(rental)
-        node = await self.nodes.start(rental.id, rental.host.truth, authorized_keys, env or {})
-        if rental.state != "running" or rental.node is not None:
+        async with rental.turn:
+            node, rental.node = rental.node, None
+            if node is None:
+                return
             await node.kill()
-            return
-        rental.node = node
+            node = await self.nodes.start(rental.id, rental.host.truth, authorized_keys, env or {})
+            if rental.state == "running":
+                rental.node = node
+            else:
+                await node.kill()
 
     async def stop(self, rental: Rental, reason: str) -> None:
         """Processes die at once, the disk stays."""
