@@ -1,0 +1,211 @@
+"""What each vendor would charge for a rental, by its own rules, from its events alone.
+
+Rental.events -> lines -> up.py and control.py (GET /bill), vast.py (its charges)
+
+    vast    GPU by the second while running, at the rate then in force; the disk from creation to destroy in
+            every state, dearer while nothing runs; bytes both ways at the host's prices
+    runpod  GPU and container disk by the second while running; the volume disk in every state, double when
+            stopped; network volumes by the hour begun
+    lambda  by the minute begun, from active to terminate
+    aws     by the second from running, 60 s at least for each start; a spot instance that AWS takes back in
+            its first hour is free; the volume by the second in every state
+    modal   GPU, CPU and RAM by the second from creation to end, times the region's factor
+
+It is written after the vendors' rules and not after the planner: nothing of `gpubroker.plan` is imported, so
+that agreement between the two means something. Amounts keep twelve digits; rounding to cents is
+the reader's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+
+from gpubroker.testcloud.world import Event, Rental, State, Vendor
+
+_HOUR_S = Decimal(3600)
+_MONTH_H = Decimal(30 * 24)
+_GB = Decimal(10**9)
+_DIGITS = 12  # behind the point; far below what anybody is charged
+# The vendor says "typically higher" and lets each host set it, without a field: a third more is assumed.
+VAST_STOPPED_DISK = Decimal(4) / 3
+# USD per GB and month.
+_RUNPOD_CONTAINER, _RUNPOD_VOLUME, _RUNPOD_VOLUME_STOPPED = Decimal("0.10"), Decimal("0.10"), Decimal("0.20")
+_RUNPOD_FIRST_GB, _RUNPOD_FIRST, _RUNPOD_BEYOND = 1000, Decimal("0.07"), Decimal("0.05")
+_EBS_GP3 = Decimal("0.08")
+# USD per second: a physical core, a GiB, of a sandbox.
+_MODAL_CORE, _MODAL_GIB = Decimal("0.00003942"), Decimal("0.00000667")
+_AWS_LEAST_S = 60
+_AWS_FREE_S = 3600
+RECLAIMED = "Server.SpotInstanceTermination"  # the reason of an end that is AWS's own doing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """One item of a bill."""
+
+    item: str  # gpu, cpu, ram, disk, volume, bytes_in, bytes_out, network_volume
+    usd: Decimal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """A stretch of time in which nothing changed."""
+
+    start_s: Decimal
+    end_s: Decimal
+    state: State
+    usd_per_hour: Decimal
+    closed: bool  # False = it goes on
+    ended_by: str = ""  # the reason of the event that closed it
+
+    @property
+    def seconds(self) -> Decimal:
+        """How long."""
+        return self.end_s - self.start_s
+
+    @property
+    def hours(self) -> Decimal:
+        """How long."""
+        return self.seconds / _HOUR_S
+
+
+def lines(rental: Rental, now_s: float) -> list[Line]:
+    """The bill of one rental until now, one line an item, without empty ones."""
+    totals: dict[str, Decimal] = {}
+    for line in _RULES[rental.vendor](rental, list(spans(rental.events, now_s))):
+        totals[line.item] = totals.get(line.item, Decimal(0)) + line.usd
+    return [Line(item=item, usd=usd) for item, sum_ in totals.items() if (usd := round(sum_, _DIGITS))]
+
+
+def total(rental: Rental, now_s: float) -> Decimal:
+    """USD until now."""
+    return sum((line.usd for line in lines(rental, now_s)), Decimal(0))
+
+
+def network_volume(sizes: Sequence[tuple[float, int]], now_s: float) -> Decimal:
+    """A RunPod network volume, by (since when, GB), 0 = deleted: by the hour begun, cheaper beyond 1 TB.
+
+    An hour costs what the volume had when the hour began.
+    """
+    if not sizes:
+        return Decimal(0)
+    began_s, usd = sizes[0][0], Decimal(0)
+    gone_s = next((at_s for at_s, size_gb in sizes if size_gb == 0), now_s)
+    for hour in range(math.ceil((min(gone_s, now_s) - began_s) / 3600)):
+        size_gb = next(gb for at_s, gb in reversed(sizes) if at_s <= began_s + 3600 * hour)
+        first_gb = min(size_gb, _RUNPOD_FIRST_GB)
+        usd += (first_gb * _RUNPOD_FIRST + (size_gb - first_gb) * _RUNPOD_BEYOND) / _MONTH_H
+    return round(usd, _DIGITS)
+
+
+def spans(events: Iterable[Event], now_s: float) -> Iterator[Span]:
+    """The history of a rental as stretches of one state and one rate; a transfer changes neither."""
+    state: State = "pending"
+    rate = Decimal(0)
+    since: Decimal | None = None
+    for event in events:
+        if event.kind == "transfer":
+            continue
+        at = Decimal(str(event.at_s))
+        if since is not None and at > since:
+            yield Span(
+                start_s=since, end_s=at, state=state, usd_per_hour=rate, closed=True, ended_by=event.reason
+            )
+        since = at
+        rate = rate if event.usd_per_hour is None else event.usd_per_hour
+        if event.kind in ("running", "stopped", "ended"):
+            state = event.kind
+    now = Decimal(str(now_s))
+    if since is not None and state != "ended" and now > since:
+        yield Span(start_s=since, end_s=now, state=state, usd_per_hour=rate, closed=False)
+
+
+def _vast(rental: Rental, history: list[Span]) -> Iterator[Line]:
+    facts = rental.host.facts
+    disk = Decimal(rental.disk_gb) * Decimal(facts["storage_cost"]) / _MONTH_H
+    for span in history:
+        factor = VAST_STOPPED_DISK if span.state == "stopped" else 1
+        yield Line(item="disk", usd=disk * span.hours * factor)
+        if span.state == "running":
+            yield Line(item="gpu", usd=span.usd_per_hour * span.hours)
+    received, sent = _bytes(rental.events)
+    yield Line(item="bytes_in", usd=received / _GB * Decimal(facts["inet_down_cost"]))
+    yield Line(item="bytes_out", usd=sent / _GB * Decimal(facts["inet_up_cost"]))
+
+
+def _runpod(rental: Rental, history: list[Span]) -> Iterator[Line]:
+    mounts = rental.wish.get("mounts") or {}
+    volume_gb = Decimal((mounts.get("persistent") or {}).get("size", 0))
+    for span in history:
+        if span.state == "running":
+            yield Line(item="gpu", usd=span.usd_per_hour * span.hours)
+            yield Line(item="disk", usd=rental.disk_gb * _RUNPOD_CONTAINER / _MONTH_H * span.hours)
+        monthly = _RUNPOD_VOLUME_STOPPED if span.state == "stopped" else _RUNPOD_VOLUME
+        yield Line(item="volume", usd=volume_gb * monthly / _MONTH_H * span.hours)
+
+
+def _lambda(rental: Rental, history: list[Span]) -> Iterator[Line]:
+    active = sum((span.seconds for span in history if span.state == "running"), Decimal(0))
+    minutes = -(-active // 60)
+    yield Line(item="gpu", usd=rental.usd_per_hour * minutes / 60)
+
+
+def _aws(rental: Rental, history: list[Span]) -> Iterator[Line]:
+    for span in history:
+        yield Line(item="volume", usd=rental.disk_gb * _EBS_GP3 / _MONTH_H * span.hours)
+    for run in _runs(history):
+        ran_s = sum((span.seconds for span in run), Decimal(0))
+        taken_back = rental.market == "spot" and run[-1].ended_by == RECLAIMED
+        if taken_back and run[0] is _first_run(history) and ran_s < _AWS_FREE_S:
+            continue
+        for span in run:
+            yield Line(item="gpu", usd=span.usd_per_hour * span.hours)
+        missing_s = max(Decimal(0), _AWS_LEAST_S - ran_s)
+        if run[-1].closed:
+            yield Line(item="gpu", usd=run[-1].usd_per_hour * missing_s / _HOUR_S)
+
+
+def _modal(rental: Rental, history: list[Span]) -> Iterator[Line]:
+    factor = Decimal(str(rental.wish.get("region_multiplier", 1)))
+    cores = Decimal(str(rental.wish.get("cpu_cores", "0.125")))
+    gib = Decimal(str(rental.wish.get("memory_mib", 128))) / 1024
+    for span in history:
+        if span.state == "running":
+            yield Line(item="gpu", usd=span.usd_per_hour * span.hours * factor)
+            yield Line(item="cpu", usd=cores * _MODAL_CORE * span.seconds * factor)
+            yield Line(item="ram", usd=gib * _MODAL_GIB * span.seconds * factor)
+
+
+def _runs(history: list[Span]) -> Iterator[list[Span]]:
+    """Neighbouring running spans as one: a change of rate is no new start."""
+    run: list[Span] = []
+    for span in history:
+        if span.state == "running":
+            run.append(span)
+        elif run:
+            yield run
+            run = []
+    if run:
+        yield run
+
+
+def _first_run(history: list[Span]) -> Span | None:
+    return next((span for span in history if span.state == "running"), None)
+
+
+def _bytes(events: Iterable[Event]) -> tuple[Decimal, Decimal]:
+    """(received, sent) by the node, in any state."""
+    moved = [event for event in events if event.kind == "transfer"]
+    return Decimal(sum(e.bytes_in for e in moved)), Decimal(sum(e.bytes_out for e in moved))
+
+
+_RULES: Mapping[Vendor, Callable[[Rental, list[Span]], Iterator[Line]]] = {
+    "vast": _vast,
+    "runpod": _runpod,
+    "lambda": _lambda,
+    "aws": _aws,
+    "modal": _modal,
+}
