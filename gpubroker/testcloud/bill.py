@@ -149,7 +149,7 @@ def _runpod(rental: Rental, history: list[Span]) -> Iterator[Line]:
 
 def _lambda(rental: Rental, history: list[Span]) -> Iterator[Line]:
     active = sum((span.seconds for span in history if span.state == "running"), Decimal(0))
-    minutes = -(-active // 60)
+    minutes = math.ceil(active / 60)
     yield Line(item="gpu", usd=rental.usd_per_hour * minutes / 60)
 
 
