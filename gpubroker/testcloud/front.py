@@ -16,6 +16,7 @@ import contextlib
 import itertools
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from ipaddress import IPv4Address
@@ -37,23 +38,21 @@ class Front:
     port: int
     server: asyncio.Server | None = None
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """No more connections; those that are open end with the node."""
         if self.server is not None:
             self.server.close()
 
 
-async def open_front(node_port: int) -> Front:
-    """A front for the node that listens on 127.0.0.1:node_port."""
+async def open_front(port_of: Callable[[], int | None]) -> Front:
+    """A front for a node, whose port on 127.0.0.1 is asked at each connection: a restart may change it."""
 
     async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", node_port)
-        except OSError:
-            writer.close()
-            return
-        await asyncio.gather(_pump(reader, inner_writer), _pump(inner_reader, writer))
-        inner_writer.close()
+        with contextlib.suppress(OSError):
+            if port := port_of():
+                inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", port)
+                await asyncio.gather(_pump(reader, inner_writer), _pump(inner_reader, writer))
+                inner_writer.close()
         writer.close()
 
     for _ in range(_TRIES):
@@ -61,7 +60,7 @@ async def open_front(node_port: int) -> Front:
         with contextlib.suppress(OSError):
             server = await asyncio.start_server(pass_on, address, ssh_port())
             return Front(address=address, port=ssh_port(), server=server)
-    return Front(address="127.0.0.1", port=node_port)
+    return Front(address="127.0.0.1", port=port_of() or 0)
 
 
 @cache

@@ -20,6 +20,7 @@ from decimal import Decimal
 from typing import Any
 
 from gpubroker.testcloud import shapes
+from gpubroker.testcloud.keys import usable_keys
 from gpubroker.testcloud.runpod_catalog import (
     COMPLIANCE,
     DATA_CENTERS,
@@ -585,8 +586,8 @@ class RunPod:
 
     def authorized_keys(self, pod: Pod) -> list[str]:
         """Those in its PUBLIC_KEY; else the account's, when it was created with startSsh."""
-        own = [line for line in pod.spec["env"].get("PUBLIC_KEY", "").splitlines() if line.strip()]
-        return own or (list(self.ssh_keys) if pod.spec["startSsh"] else [])
+        own = usable_keys(pod.spec["env"].get("PUBLIC_KEY", "").splitlines())
+        return own or (usable_keys(self.ssh_keys) if pod.spec["startSsh"] else [])
 
     def _environment(self, pod: Pod) -> dict[str, str]:
         env = {
