@@ -26,6 +26,7 @@ _FORM_WORDS: Mapping[str, FormFactor] = {
 }
 _BRANDS = frozenset(("nvidia", "amd", "geforce", "tesla", "instinct", "generation"))
 _LONGEST_NAME = 100
+_MOST_NEAR = 5
 # Beside this file, not through importlib.resources: that import alone costs a tenth of a cold quote.
 _DATA = os.path.join(os.path.dirname(__file__), "data")
 # nvidia-smi and vast report 24564 or 24576 MiB for the same 24 GB card, 22888 to 24576 with ECC or
@@ -252,10 +253,13 @@ def _typed() -> Mapping[str, tuple[dict[str, str], ...]]:
 
 
 def _near(wanted: str) -> str:
+    """What begins with the words comes first, the shortest ahead; then what is spelled alike."""
     from difflib import get_close_matches
 
-    close = get_close_matches(wanted, _typed(), n=8, cutoff=0.5)
-    names = list(dict.fromkeys(row["name"] for typed in close for row in _typed()[typed]))
+    begun = sorted((typed for typed in _typed() if wanted and typed.startswith(wanted)), key=len)
+    close = get_close_matches(wanted, _typed(), n=_MOST_NEAR, cutoff=0.5)
+    meant = dict.fromkeys(row["name"] for typed in (*begun, *close) for row in _typed()[typed])
+    names = list(meant)[:_MOST_NEAR]
     if not names:
         return "gpubroker offers --gpus lists the names"
     return f"did you mean {', '.join(names)}?"

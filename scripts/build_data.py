@@ -64,6 +64,7 @@ class Report:
     counts: dict[str, int] = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)
     broken: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
 
     def each(self, table: str, rows: Iterable[Row], parse: Callable[[Row], Row]) -> list[Row]:
         """Every row parsed; one that cannot be is noted with its line, not raised."""
@@ -104,10 +105,12 @@ def build(shared: Path, today: date) -> tuple[dict[str, str], Report]:
     report.broken += gaps(fees)
     startups = report.each("startup.csv", read(OWN / "startup.csv"), dates.parse_startup)
     report.unique("startup", startups, "provider", "market")
+    disks = report.each("lambda_disks.csv", read(OWN / "lambda_disks.csv"), parse_disk)
+    report.unique("lambda_disks", disks, "sku")
     listed = report.each(
         "pricebook.csv", read_public(shared / "pricebook.csv"), PriceRows(cards, dates).parse
     )
-    listed = newest(listed, report)
+    listed = with_disks(newest(listed, report), disks, report)
     if report.broken:
         return {}, report
     prices = expand(listed, ModalFees.of(fees), report)
@@ -338,6 +341,8 @@ UNITS = {
     "_hours": ("h",),
     "_gb_per_month": ("GB",),
     "_multiplier": ("x",),
+    "_included_gib": ("GiB",),
+    "_gib_per_ram_gib": ("GiB/GiB",),
 }
 REGION = re.compile(r"[a-z]{2}(-[a-z]+)+-\d")
 
@@ -498,6 +503,7 @@ class PriceRows:
             "billing_increment_s": str(whole(row["billing_increment_s"], "billing_increment_s", 1, 3600)),
             "minimum_s": minimum_s(row, market),
             "disk_included_gb": str(VAST_DISK_GB if provider == "vast" and market == "on_demand" else 0),
+            "disk_max_gb": "",
             "cpu_usd_per_core_hour": "",
             "ram_usd_per_gib_hour": "",
             "as_of": row["as_of"],
@@ -584,6 +590,28 @@ def newest(rows: Iterable[Row], report: Report) -> list[Row]:
     return list(best.values())
 
 
+def parse_disk(row: Row) -> Row:
+    """The local SSD of one of Lambda's instance types, as its API states it."""
+    stated(row, "sku", "source")
+    whole(row["storage_gib"], "storage_gib", 100, 100_000)
+    return row
+
+
+def with_disks(rows: Iterable[Row], disks: Iterable[Row], report: Report) -> list[Row]:
+    """Lambda's rows with the local SSD that their price includes; there is no larger one to rent."""
+    known = {row["sku"]: str(int(row["storage_gib"]) * 2**30 // 10**9) for row in disks}
+    rows = list(rows)
+    skus = {row["sku"] for row in rows if row["provider"] == "lambda"}
+    report.unknown += [f"the disk of lambda {sku}" for sku in sorted(skus - known.keys())]
+    report.broken += [f"lambda_disks: {sku} has no price" for sku in sorted(known.keys() - skus)]
+    return [
+        {**row, "disk_included_gb": known[row["sku"]], "disk_max_gb": known[row["sku"]]}
+        if row["provider"] == "lambda" and row["sku"] in known
+        else row
+        for row in rows
+    ]
+
+
 @dataclass(frozen=True)
 class ModalFees:
     """What Modal bills beside the GPU, and by how much a region makes it all dearer."""
@@ -661,6 +689,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"left out: {line}")
     for line in report.broken:
         print(f"BROKEN: {line}")
+    for line in report.unknown:
+        print(f"not known: {line}")
     for name, count in report.counts.items():
         print(f"{name}: {count} rows")
     if report.broken:

@@ -93,6 +93,14 @@ def test_vast_rows_carry_the_names_and_the_disk_of_vast():
     assert only("vast", "H100 SXM", region="MY", market="spot").offer.disk_included_gb == 0
 
 
+def test_lambda_rents_no_larger_disk_than_the_one_in_its_price():
+    """2816 GiB are 3023 GB; of a type whose disk nobody states, it is unknown."""
+    stated, unstated = (only("lambda", f"gpu_1x_{name}").offer for name in ("h100_sxm5", "b200_sxm6"))
+    assert (stated.disk_included_gb, stated.disk_max_gb) == (3023, 3023)
+    assert (unstated.disk_included_gb, unstated.disk_max_gb) == (0, None)
+    assert {p.offer.provider for p in ALL if p.offer.disk_max_gb is not None} == {"lambda"}
+
+
 def test_an_undated_price_says_so():
     """Lambda's two-GPU instance has a source without a date."""
     assert only("lambda", "gpu_2x_h100_sxm5", count=2).as_of is None

@@ -1,6 +1,7 @@
 """The script that builds the packaged tables: what it lets through, what it changes, what stops it."""
 
 import csv
+import json
 import re
 from datetime import date
 from decimal import Decimal
@@ -17,8 +18,10 @@ from scripts.build_data import (
     Report,
     expand,
     newest,
+    parse_disk,
     place,
     read,
+    with_disks,
 )
 from tests.support import SHARED
 
@@ -136,6 +139,7 @@ def test_a_price_row_becomes_the_packaged_row(rows):
         "billing_increment_s": "1",
         "minimum_s": "60",
         "disk_included_gb": "0",
+        "disk_max_gb": "",
         "cpu_usd_per_core_hour": "",
         "ram_usd_per_gib_hour": "",
         "as_of": "2026-11-09",
@@ -247,6 +251,80 @@ def test_two_prices_of_one_thing_on_one_day_stop_the_build(rows):
     report = Report()
     newest([rows.parse(listed()), rows.parse(listed(usd_per_hour="54"))], report)
     assert "twice on 2026-11-09" in report.broken[0]
+
+
+def disk(**changes):
+    return {"sku": "gpu_1x_h100_pcie", "storage_gib": "1024", "source": "a page", **changes}
+
+
+def lambda_row(rows, sku="gpu_1x_h100_pcie"):
+    return rows.parse(
+        listed(provider="lambda", sku=sku, form_factor="PCIe", gpu_count="1", region="", usd_per_hour="3.29")
+    )
+
+
+def test_a_disk_of_lambda_is_in_the_price_and_there_is_no_larger_one(rows):
+    """1024 GiB are 1099.511627776 GB: whole gigabytes are promised; other vendors' rows stay as they are."""
+    report = Report()
+    aws = rows.parse(listed())
+    joined = with_disks([lambda_row(rows), aws], [disk()], report)
+    assert joined == [{**lambda_row(rows), "disk_included_gb": "1099", "disk_max_gb": "1099"}, aws]
+    assert (report.broken, report.unknown) == ([], [])
+
+
+def test_a_disk_that_nobody_states_is_reported_as_unknown(rows):
+    """An instance type without a row of its own keeps an empty column."""
+    report = Report()
+    assert with_disks([lambda_row(rows, "gpu_1x_new")], [], report) == [lambda_row(rows, "gpu_1x_new")]
+    assert (report.broken, report.unknown) == ([], ["the disk of lambda gpu_1x_new"])
+
+
+def test_a_disk_without_a_price_stops_the_build(rows):
+    """A misspelt instance type would leave the right one unknown."""
+    report = Report()
+    with_disks([lambda_row(rows)], [disk(), disk(sku="gpu_1x_h100")], report)
+    assert report.broken == ["lambda_disks: gpu_1x_h100 has no price"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        pytest.param({"sku": ""}, "sku is empty", id="sku"),
+        pytest.param({"source": ""}, "source is empty", id="source"),
+        pytest.param({"storage_gib": ""}, "storage_gib ''", id="empty"),
+        pytest.param({"storage_gib": "1.5"}, "storage_gib '1.5'", id="fraction"),
+        pytest.param({"storage_gib": "0"}, "storage_gib '0'", id="none"),
+        pytest.param({"storage_gib": "1000000"}, "storage_gib '1000000'", id="bytes or MiB"),
+    ],
+)
+def test_a_broken_disk_row_says_what_is_wrong(changes, said):
+    """Every column is checked."""
+    assert parse_disk(disk()) == disk()
+    with pytest.raises(ValueError, match=re.escape(said)):
+        parse_disk(disk(**changes))
+
+
+@needs_shared
+def test_the_disks_of_lambda_are_what_its_api_states():
+    """Copied by hand from a fixture of the vendor's answer: every row is still in it."""
+    sample = SHARED / "reference" / "specs" / "sample-lambda-instance-types.json"
+    types = json.loads(sample.read_text())["data"]
+    assert {row["sku"]: int(row["storage_gib"]) for row in read(build_data.OWN / "lambda_disks.csv")} == {
+        name: row["instance_type"]["specs"]["storage_gib"]
+        for name, row in types.items()
+        if name not in ("gpu_8x_v100", "cpu_4x_general")
+    }
+
+
+@needs_shared
+def test_the_build_says_which_disks_are_not_known():
+    """The fixture lacks three of the types that have a list price."""
+    _, report = build_data.build(PRICES, TODAY)
+    assert report.unknown == [
+        "the disk of lambda gpu_1x_b200_sxm6",
+        "the disk of lambda gpu_2x_b200_sxm6",
+        "the disk of lambda gpu_8x_v100_n",
+    ]
 
 
 MODAL = ModalFees(
@@ -401,6 +479,7 @@ def test_the_command_writes_checks_and_fails(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(build_data, "PACKAGED", tmp_path)
     command = [str(PRICES), "--today", "2026-11-24"]
     assert build_data.main([*command, "--check"]) == 1
+    assert "not known: the disk of lambda gpu_8x_v100_n\n" in capsys.readouterr().out
     assert build_data.main(command) == 0
     assert build_data.main([*command, "--check"]) == 0
     (tmp_path / "fees.csv").write_text("provider\n")

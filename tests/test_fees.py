@@ -241,6 +241,8 @@ def test_single_figures_are_exact():
     """Rates per second are finer than a micro-dollar and stay so."""
     assert TABLE.get("modal", "cpu_sandbox_usd_per_core_second") == Decimal("0.00003942")
     assert TABLE.get("modal", "region_multiplier_narrow") == Decimal("1.75")
+    assert TABLE.get("modal", "ephemeral_disk_included_gib") == 512
+    assert TABLE.get("modal", "ephemeral_disk_gib_per_ram_gib") == 20
     assert TABLE.get("local", "electricity_usd_per_kwh") == Decimal("0.17")
     assert TABLE.get("modal", "no such item") is None
     assert FeeTable.load({("local", "electricity_usd_per_kwh"): Decimal("0.4")}).get(

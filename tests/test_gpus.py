@@ -214,6 +214,11 @@ def test_every_canonical_name_can_be_typed():
     ("text", "said"),
     [
         pytest.param("h1000", "did you mean H100", id="typing error"),
+        pytest.param("mi300", "did you mean MI300X,", id="the beginning of a name"),
+        pytest.param("b30", "did you mean B300, GB300,", id="its beginning before its middle"),
+        pytest.param(
+            "a", "did you mean A10, A16, A30, A40, A100-40GB?", id="five at most, the nearest first"
+        ),
         pytest.param("rtx 6000", "RTX6000Ada", id="three cards could be meant"),
         pytest.param("gb200-sxm", "GB200 is not made as SXM", id="no such form"),
         pytest.param("a10-sxm", "only as PCIe", id="another form"),

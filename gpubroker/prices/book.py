@@ -48,6 +48,7 @@ def _priced(row: Mapping[str, str]) -> Priced:
         disk_included_gb=int(row["disk_included_gb"]),
         cpu_usd_per_core_hour=_amount(row["cpu_usd_per_core_hour"]),
         ram_usd_per_gib_hour=_amount(row["ram_usd_per_gib_hour"]),
+        disk_max_gb=int(row["disk_max_gb"]) if row["disk_max_gb"] else None,
         details={"note": row["note"]} if row["note"] else {},
     )
     return Priced(offer=offer, source=row["source"], as_of=_day(row["as_of"]), live=False)
