@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gpubroker.errors import ConfigError
+from gpubroker.gpus import catalogue, parse_request
 
 # Variables that have a meaning of their own and are not settings.
 _NOT_SETTINGS = re.compile(r"GPUBROKER_(CONFIG|DB_URL|\w+_URL|TEST_\w+)")
@@ -45,6 +46,11 @@ class Settings:
     ram_gib_per_gpu: Decimal = Decimal(16)
     egress_gb_this_month: Decimal = Decimal(0)  # already used: where a tier is account-monthly
     fees: Mapping[tuple[str, str], Decimal] = field(default_factory=dict)  # (provider, item) -> override
+
+    @property
+    def asks_with(self) -> str:
+        """What of the settings shapes the providers' answers: stored ones are out of date when it changes."""
+        return repr((self.local_usd_per_kwh, self.local_gpus, self.aws_regions))
 
 
 def parse_duration_s(text: object, name: str = "duration") -> int:
@@ -82,7 +88,7 @@ def load(env: Mapping[str, str] | None = None) -> Settings:
         raise ConfigError(f"{path}: {error}") from error
     values = _Values(path, table, env)
     settings = Settings(
-        db_url=values.text("db_url") or _default_db_url(),
+        db_url=values.db_url() or _default_db_url(),
         cache_dir=Path(values.text("cache_dir") or _default_cache_dir()),
         max_age_s=values.duration_s("max_age", 1800),
         disabled_providers=frozenset(values.words("disabled_providers")),
@@ -131,6 +137,16 @@ class _Values:
             raise ConfigError(f"{where} must be text")
         return value or None
 
+    def db_url(self) -> str | None:
+        where, value = self._take("db_url")
+        if value is not None and not (isinstance(value, str) and "://" in value):
+            raise ConfigError(f"{where} must be a database URL")
+        if value is not None and (value.rstrip("/") == "sqlite:" or value.endswith(":memory:")):
+            raise ConfigError(
+                f"{where}: {value} names no file; one that does is sqlite:////home/me/prices.db"
+            )
+        return value or None
+
     def duration_s(self, key: str, default: int) -> int:
         where, value = self._take(key)
         return default if value is None else parse_duration_s(value, where)
@@ -154,23 +170,8 @@ class _Values:
         if value is None:
             return ()
         if isinstance(value, str):
-            value = [{"gpu": word} for word in value.split(",") if word.strip()]
-        gpus = []
-        for entry in value if isinstance(value, list) else [value]:
-            if isinstance(entry, str):
-                entry = {"gpu": entry}  # noqa: PLW2901  a bare name is the short form of a table
-            if not isinstance(entry, dict) or not isinstance(entry.get("gpu"), str):
-                raise ConfigError(f'{where}: each needs gpu = "name", and may have count and watts')
-            count, watts = entry.get("count", 1), entry.get("watts")
-            unknown = set(entry) - {"gpu", "count", "watts"}
-            if unknown:
-                raise ConfigError(f"{where}: unknown key {sorted(unknown)[0]!r}")
-            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-                raise ConfigError(f"{where}: count must be a whole number of GPUs, 1 or more")
-            if watts is not None and (not isinstance(watts, int) or watts < 1):
-                raise ConfigError(f"{where}: watts must be a whole number")
-            gpus.append(LocalGpu(gpu=entry["gpu"].strip(), count=count, watts=watts))
-        return tuple(gpus)
+            value = [word for word in value.split(",") if word.strip()]
+        return tuple(_local_gpu(where, entry) for entry in (value if isinstance(value, list) else [value]))
 
     def fees(self) -> dict[tuple[str, str], Decimal]:
         """[fees.runpod] egress_usd_per_gb = "0.05", or GPUBROKER_FEES_RUNPOD_EGRESS_USD_PER_GB."""
@@ -193,6 +194,33 @@ class _Values:
         strange = [v for v in self._env if not _NOT_SETTINGS.fullmatch(v)]
         if strange:
             raise ConfigError(f"{sorted(strange)[0]}: there is no such setting")
+
+
+def _local_gpu(where: str, entry: object) -> LocalGpu:
+    """One entry of local_gpus: a table, or its short form "name", "name:count" or "name:count:watts"."""
+    if isinstance(entry, str):
+        name, *numbers = (part.strip() for part in entry.split(":"))
+        if len(numbers) > 2 or not all(number.isdecimal() for number in numbers):
+            raise ConfigError(f"{where}: {entry!r} is not name, name:count or name:count:watts")
+        entry = {"gpu": name, **dict(zip(("count", "watts"), map(int, numbers), strict=False))}
+    if not isinstance(entry, dict) or not isinstance(entry.get("gpu"), str):
+        raise ConfigError(f'{where}: each needs gpu = "name", and may have count and watts')
+    if unknown := sorted(set(entry) - {"gpu", "count", "watts"}):
+        raise ConfigError(f"{where}: unknown key {unknown[0]!r}")
+    count, watts = entry.get("count", 1), entry.get("watts")
+    if type(count) is not int or count < 1:
+        raise ConfigError(f"{where}: count must be a whole number of GPUs, 1 or more")
+    if watts is not None and (type(watts) is not int or watts < 1):
+        raise ConfigError(f"{where}: watts must be a whole number")
+    try:
+        card = parse_request(entry["gpu"])
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    forms = [form for name, form in catalogue() if name in card.names and card.matches(name, form)]
+    if len(forms) != 1:
+        example = "h100-pcie or a100-80gb-sxm"
+        raise ConfigError(f"{where}: {entry['gpu']!r} is {len(forms)} cards; say which, such as {example}")
+    return LocalGpu(gpu=entry["gpu"].strip(), count=count, watts=watts)
 
 
 def _amount(where: str, value: object) -> Decimal:

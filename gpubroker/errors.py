@@ -9,7 +9,7 @@ BrokerError                          exit code
 │ ├ Unreachable                      4   no connection: the network or the host is away
 │ ├ AuthFailed                       4   stop asking this provider
 │ └ PayloadChanged(path)             4   never retry, tell a person
-└ StoreError                         4   the database said no
+└ StoreError                         2   the database said no
   └ SchemaTooNew                     2   this gpubroker is older than its database
 """
 
@@ -90,7 +90,7 @@ class PayloadChanged(ProviderError):
 class StoreError(BrokerError):
     """The price database could not be read or written."""
 
-    exit_code = 4
+    exit_code = 2
 
 
 class SchemaTooNew(StoreError):

@@ -126,6 +126,23 @@ def test_cpu_and_ram_are_lines_where_they_are_billed_apart():
     assert Decimal("7.683840") == items(bill)["ram"]
 
 
+def test_a_disk_that_modal_has_no_fee_for_raises_its_ram():
+    """20 GiB of disk beyond the included 512 need 1 GiB of RAM: 1 TB is 931.3 GiB, so 47 GiB."""
+    fees = FeeTable(
+        [
+            fee("modal", "ephemeral_disk_included_gib", "512", "GiB"),
+            fee("modal", "ephemeral_disk_gib_per_ram_gib", "20", "GiB"),
+            fee("modal", "storage_running_usd_per_gb_month", "0", "USD/GB-month"),
+        ]
+    )
+    modal = offer(provider="modal", ram_usd_per_gib_hour=Decimal("0.01"))
+    small, large = (
+        bill_for(modal, Work(hours=Decimal(1), disk_gb=Decimal(gb)), fees, price_source="x")
+        for gb in (500, 1000)
+    )
+    assert (Decimal("0.16"), Decimal("0.47")) == (items(small)["ram"], items(large)["ram"])
+
+
 def test_the_hosts_own_fees_win_over_the_table():
     """vast hosts set storage and transfer themselves, in both directions."""
     host = offer(

@@ -173,7 +173,7 @@ def test_explain_shows_arithmetic_and_what_was_left_out(run):
     text = " ".join(out.split())
     assert "8 h x $" in text
     assert "Left out:" in text
-    assert "has 1 of 8 GPUs" in text
+    assert "too few GPUs: 1 of 8" in text
 
 
 def test_csv_has_a_header_and_a_row_a_quote(run):
@@ -222,4 +222,4 @@ def test_nothing_feasible_is_exit_3_and_says_why(run):
     """64 H100 in one offer: nobody sells that."""
     code, out, err = run("quote", "--gpu", "h100", "--hours", "8", "--count", "64", "--offline")
     assert (3, "") == (code, out)
-    assert "has 8 of 64 GPUs" in err
+    assert "too few GPUs: 8 of 64" in err

@@ -55,13 +55,13 @@ def test_the_environment_wins_over_the_file(write):
     env = write('max_age = "45m"') | {
         "GPUBROKER_MAX_AGE": "10s",
         "GPUBROKER_DISABLED_PROVIDERS": "aws, modal",
-        "GPUBROKER_LOCAL_GPUS": "rtx3090",
+        "GPUBROKER_LOCAL_GPUS": "rtx3090, h100-pcie:2:300",
         "GPUBROKER_FEES_RUNPOD_EGRESS_USD_PER_GB": "0.1",
     }
     settings = load(env)
     assert 10 == settings.max_age_s
     assert frozenset({"aws", "modal"}) == settings.disabled_providers
-    assert (LocalGpu(gpu="rtx3090"),) == settings.local_gpus
+    assert (LocalGpu(gpu="rtx3090"), LocalGpu(gpu="h100-pcie", count=2, watts=300)) == settings.local_gpus
     assert {("runpod", "egress_usd_per_gb"): Decimal("0.1")} == settings.fees
 
 
@@ -75,6 +75,10 @@ def test_the_environment_wins_over_the_file(write):
         pytest.param("local_usd_per_kwh = -1", "zero or more", id="negative"),
         pytest.param("local_gpus = [{ count = 2 }]", "gpu", id="a GPU without its name"),
         pytest.param("local_gpus = [{ gpu = 'h100', count = 0 }]", "1 or more", id="no GPUs"),
+        pytest.param("local_gpus = ['rtx9999']", "no GPU is called", id="an unknown GPU"),
+        pytest.param("local_gpus = ['a100-80gb']", "is 2 cards; say which", id="a GPU in two forms"),
+        pytest.param("local_gpus = ['rtx4090:two']", "name:count", id="a short form that is none"),
+        pytest.param("db_url = 'sqlite://'", "names no file", id="a database in memory"),
         pytest.param("fees = 3", "tables", id="fees that are no table"),
         pytest.param("[", "config.toml", id="not TOML"),
         pytest.param("aws_regions = [1]", "list of names", id="numbers for names"),

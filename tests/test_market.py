@@ -98,8 +98,33 @@ def test_a_store_that_cannot_be_used_is_a_problem_and_the_book_answers(quote, mo
     broken.write_bytes(b"this is no database" * 100)
     monkeypatch.setenv("GPUBROKER_DB_URL", f"sqlite:///{broken}")
     answer = quote()
-    assert ["store"] == [p["provider"] for p in answer["problems"]]
+    assert "store" == answer["problems"][0]["provider"]
     assert answer["quotes"]
+
+
+def test_without_a_usable_store_the_vendors_are_asked_all_the_same(quote, sells, monkeypatch, tmp_path):
+    """A read-only home: live prices, not kept."""
+    folder = tmp_path / "a file, not a folder"
+    folder.write_text("")
+    monkeypatch.setenv("GPUBROKER_DB_URL", f"sqlite:///{folder}/prices.db")
+    answer = quote()
+    assert "store" == answer["problems"][0]["provider"]
+    assert live(answer)
+
+
+def test_settings_that_shape_the_answers_make_stored_ones_old(quote, monkeypatch, capsys):
+    """A new price of electricity counts at once, not in half an hour."""
+
+    def own_usd_per_hour():
+        words = ["quote", "--gpu", "4090", "--hours", "1", "--provider", "local", "--format", "json"]
+        assert 0 == main(words)
+        return json.loads(capsys.readouterr().out)["quotes"][0]["usd_per_hour"]
+
+    monkeypatch.setenv("GPUBROKER_LOCAL_GPUS", "rtx4090:1:400")
+    monkeypatch.setenv("GPUBROKER_LOCAL_USD_PER_KWH", "0.28")
+    assert "0.112000" == own_usd_per_hour()
+    monkeypatch.setenv("GPUBROKER_LOCAL_USD_PER_KWH", "0.90")
+    assert "0.360000" == own_usd_per_hour()
 
 
 def test_a_newer_database_is_refused(quote, monkeypatch, tmp_path):

@@ -52,13 +52,13 @@ def test_equal_bills_go_to_what_cannot_be_preempted_then_to_what_is_live():
     ("values", "ask", "reason"),
     [
         pytest.param({"form_factor": "unstated"}, {"gpus": (parse_request("h100-sxm"),)}, "form factor not stated", id="unstated"),
-        pytest.param({}, {"gpu_count": 2}, "has 1 of 2 GPUs", id="fewer never match"),
-        pytest.param({}, {"min_vram_gib": 96}, "80 GiB a GPU, 96 wanted", id="memory"),
-        pytest.param({}, {"markets": ("spot",)}, "market on_demand", id="market"),
+        pytest.param({}, {"gpu_count": 2}, "too few GPUs: 1 of 2", id="fewer never match"),
+        pytest.param({}, {"min_vram_gib": 96}, "too little memory: 80 of 96 GiB a GPU", id="memory"),
+        pytest.param({}, {"markets": ("spot",)}, "another market: on_demand", id="market"),
         pytest.param({}, {"providers": ("vast",)}, "provider not asked for", id="provider"),
-        pytest.param({"region": "eu-west-1"}, {"regions": ("us",)}, "in eu-west-1", id="region"),
+        pytest.param({"region": "eu-west-1"}, {"regions": ("us",)}, "another region: eu-west-1", id="region"),
         pytest.param({"verified": False}, {}, "not verified", id="unverified"),
-        pytest.param({"disk_max_gb": 10}, {"work": Work(hours=Decimal(1))}, "only 10 GB of disk, 50", id="disk"),
+        pytest.param({"disk_max_gb": 10}, {"work": Work(hours=Decimal(1))}, "too little disk: 10 of 50 GB", id="disk"),
     ],
 )  # fmt: skip
 def test_each_misfit_is_left_out_with_its_reason(values, ask, reason):
@@ -91,6 +91,10 @@ def test_any_host_takes_the_unverified():
         pytest.param({"region": "us-east-1"}, "us-east", True, id="a longer part"),
         pytest.param({"region": "us-east-1"}, "us-e", False, id="not by letters"),
         pytest.param({}, "us", False, id="no region stated"),
+        pytest.param({"region": "BG"}, "eu", True, id="a country of Europe"),
+        pytest.param({"region": "eu-central-1"}, "europe", True, id="europe is eu"),
+        pytest.param({"details": {"data_centers": "EUR-IS-1"}}, "eu", True, id="RunPod's EUR"),
+        pytest.param({"region": "US"}, "eu", False, id="not of Europe"),
     ],
 )  # fmt: skip
 def test_regions(place, region, inside):
@@ -137,6 +141,19 @@ def test_the_table_has_the_best_of_each_vendor_then_the_next_best():
     assert 7 == len(best_of_each(quotes, 100))
 
 
+def test_rows_that_look_the_same_are_shown_once():
+    """Modal's H100 and H100! differ in what may be given, not in anything the table shows."""
+    rows = [priced(sku="H100"), priced(sku="H100!"), priced(sku="else", usd_per_hour=Decimal(3))]
+    quotes = rank(rows, ASK, FEES).quotes
+    assert ["H100", "else"] == [q.offer.sku for q in best_of_each(quotes, 10)]
+
+
+def test_what_can_be_taken_away_is_said_even_when_nothing_firm_is_there():
+    """--market spot."""
+    quotes = rank([priced(market="spot", preemptible=True)], ASK, FEES).quotes
+    assert "It can be taken away at any time." in advice(quotes, ASK, NOW)
+
+
 def test_ones_own_gpu_is_named_first():
     """Even when renting would be cheaper, which is then said."""
     own = priced(provider="local", usd_per_hour=Decimal("0.119"))
@@ -152,7 +169,7 @@ def test_the_sentence_says_what_to_take_why_and_what_is_firm():
     quotes = rank([spot, priced(provider="other")], ASK, FEES).quotes
     assert (
         "Take cloud 1x H100 SXM spot in US: $8.05 for 8 h, the cheapest of 2 offers, $7.95 less than the best of "
-        "other. It can be taken away; other 1x H100 SXM on-demand cannot, for $7.95 more."
+        "other. It can be taken away at any time; other 1x H100 SXM on-demand cannot, for $7.95 more."
     ) == advice(quotes, ASK, NOW)
 
 

@@ -77,12 +77,19 @@ def main(args: list[str] | None = None) -> Any:
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except click.Abort:
-        click.echo("gpubroker: interrupted", err=True)
-        return 130
-    except BrokerError as error:
-        click.echo(f"gpubroker: {error}", err=True)
-        return error.exit_code
     except SystemExit:
         # click's only way out in this mode: the reader of a pipe (head, less) has gone. That is no error.
         return 0
+    except (click.Abort, BrokerError, OSError) as error:
+        code, text = _told(error)
+        click.echo(f"gpubroker: {text}", err=True)
+        return code
+
+
+def _told(error: click.Abort | BrokerError | OSError) -> tuple[int, str]:
+    """Exit code and sentence."""
+    if isinstance(error, BrokerError):
+        return error.exit_code, str(error)
+    if isinstance(error, OSError):
+        return 1, f"cannot write: {error.strerror or error}"
+    return 130, "interrupted"

@@ -6,7 +6,7 @@ import click
 
 from gpubroker import config
 from gpubroker.cli.options import format_option
-from gpubroker.cli.render import console, print_json, table
+from gpubroker.cli.render import console, print_csv, print_json, table
 from gpubroker.doors import SystemClock
 from gpubroker.prices.store import Store
 
@@ -25,7 +25,7 @@ def upgrade() -> None:
 
 
 @db.command(epilog="Example: gpubroker db info --format json")
-@format_option("table", "json")
+@format_option("table", "json", "csv")
 def info(*, output: str) -> None:
     """Where it is, its revision, and how much it holds."""
     with Store.open(config.load().db_url, SystemClock()) as store:
@@ -33,6 +33,9 @@ def info(*, output: str) -> None:
         facts = {"where": store.where, "revision": store.revision(), **store.counts()}
     if output == "json":
         print_json(facts)
+        return
+    if output == "csv":
+        print_csv(("what", "value"), facts.items())
         return
     made = table("what", "value")
     for name, value in facts.items():

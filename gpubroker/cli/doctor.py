@@ -64,18 +64,19 @@ def check(env: Mapping[str, str], clock: Clock, *, offline: bool) -> list[Findin
     except BrokerError as error:
         return [Finding(what="configuration", verdict="bad", detail=str(error))]
     path = config.config_path(env)
-    found = [
-        Finding(
-            what="configuration",
-            verdict="ok",
-            detail=str(path) if path.exists() else f"defaults; {path} does not exist",
-        )
-    ]
+    detail = str(path) if path.exists() else f"defaults; {path} does not exist"
+    found = [Finding(what="configuration", verdict="ok", detail=detail)]
+    named = settings.disabled_providers | {provider for provider, _ in settings.fees}
+    if strangers := sorted(named - set(names())):
+        detail = f"it names {', '.join(strangers)}; installed providers are {', '.join(names())}"
+        found.append(Finding(what="configuration", verdict="warn", detail=detail))
     try:
         with open_context(settings, env, clock) as (store, context):
             detail = f"{store.where} at revision {store.revision()}"
             found.append(Finding(what="database", verdict="ok", detail=detail))
-            if not offline:
+            if offline:
+                found += [_check_account(name, context) for name in names()]
+            else:
                 found += _check_remote(settings, context)
     except BrokerError as error:
         found.append(Finding(what="database", verdict="bad", detail=str(error)))
@@ -92,14 +93,25 @@ def _check_remote(settings: Settings, context: ProviderContext) -> list[Finding]
     return [*found, _check_clock(settings, context)]
 
 
+def _check_account(name: str, context: ProviderContext) -> Finding:
+    """Without asking anybody."""
+    try:
+        access = load(name, context).access()
+    except BrokerError as error:
+        return Finding(what=name, verdict="bad", detail=str(error))
+    if access.missing:
+        detail = f"{access.missing} is not set: {access.without}"
+        return Finding(what=name, verdict="warn", detail=detail)
+    return Finding(what=name, verdict="ok", detail="credentials are set; not tried")
+
+
 def _check_provider(name: str, context: ProviderContext) -> Finding:
     try:
-        source = load(name, context)
-        access = source.access()
-        if access.missing:
-            detail = f"{access.missing} is not set: {access.without}"
-            return Finding(what=name, verdict="warn", detail=detail)
-        return Finding(what=name, verdict="ok", detail=source.check(_CHECK_S - 1))
+        account = _check_account(name, context)
+        if account.verdict != "ok":
+            return account
+        detail = load(name, context).check(_CHECK_S - 1)
+        return Finding(what=name, verdict="ok", detail=detail)
     except (Unreachable, MissingCredentials) as error:
         return Finding(what=name, verdict="warn", detail=str(error))
     except BrokerError as error:

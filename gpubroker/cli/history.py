@@ -8,7 +8,7 @@ import click
 
 from gpubroker import config
 from gpubroker.cli.options import format_option
-from gpubroker.cli.render import console, print_json, say, table
+from gpubroker.cli.render import console, print_csv, print_json, say, table
 from gpubroker.doors import SystemClock
 from gpubroker.errors import ConfigError
 from gpubroker.prices.history_import import import_file
@@ -23,9 +23,12 @@ from gpubroker.prices.store import Store
 @click.argument(
     "files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path)
 )
-@format_option("table", "json")
+@format_option("table", "json", "csv")
 def import_history(*, files: tuple[Path, ...], output: str) -> None:
     """Import CSV or CSV.GZ price histories. Importing a file again adds nothing.
+
+    Columns: observed_at, provider, sku, gpu, form_factor, gpu_count, market, region, usd_per_hour (for all
+    the GPUs), source, stat, n_offers; or observed_at, provider, sku, region, available.
 
     A malformed line is reported with its number; the rest still goes in, and the exit code is 2.
     """
@@ -54,6 +57,11 @@ def import_history(*, files: tuple[Path, ...], output: str) -> None:
                     for path, result in results
                 ]
             }
+        )
+    elif output == "csv":
+        print_csv(
+            ("file", "rows", "added", "already_there", "malformed"),
+            ((str(path), r.rows, r.added, r.already_there, len(r.malformed)) for path, r in results),
         )
     else:
         made = table(

@@ -87,6 +87,16 @@ class MarketName(click.ParamType[Market]):
         return market
 
 
+class Lower(click.ParamType[str]):
+    """A name that may be typed in capitals."""
+
+    name = "name"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """See click."""
+        return str(value).strip().lower()
+
+
 def format_option(*formats: str) -> Callable[[F], F]:
     """--format, the first being the default. JSON goes to standard output alone."""
     return click.option(
@@ -109,7 +119,9 @@ def filter_options(command: F) -> F:
                 multiple=True,
                 help="h100 (every form), h100-sxm, a100-80gb, 4090 … Repeat for several.",
             ),
-            click.option("--count", type=click.IntRange(1, 1024), default=1, help="GPUs needed."),
+            click.option(
+                "--count", type=click.IntRange(1, 1024), default=1, show_default=True, help="GPUs needed."
+            ),
             click.option(
                 "--market",
                 "markets",
@@ -117,12 +129,18 @@ def filter_options(command: F) -> F:
                 multiple=True,
                 help="spot, on-demand, serverless or reserved. Repeat for several.",
             ),
-            click.option("--provider", "providers", multiple=True, help="Only this one. Repeat for several."),
+            click.option(
+                "--provider",
+                "providers",
+                type=Lower(),
+                multiple=True,
+                help="Only this one. Repeat for several.",
+            ),
             click.option(
                 "--region",
                 "regions",
                 multiple=True,
-                help="A region or a part of the world as the vendor names it: us, us-east-1, DE.",
+                help="A region or a part of the world: us, eu, us-east-1, DE. Repeat for several.",
             ),
             click.option("--min-vram", type=click.IntRange(1, 10_000), help="GiB a GPU at least."),
             click.option(

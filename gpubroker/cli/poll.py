@@ -89,6 +89,8 @@ def _run_every(seconds: int, work: Any) -> None:
             say(f"gpubroker: {error}")
 
     def stop(signum: int, frame: object) -> None:
+        if not scheduler.running:  # in the first round, before the schedule starts
+            raise SystemExit(0)
         scheduler.shutdown(wait=False)
 
     signal.signal(signal.SIGTERM, stop)

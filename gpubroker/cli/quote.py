@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime, timedelta
@@ -9,7 +10,8 @@ from decimal import Decimal
 from typing import Any
 
 import click
-from rich.markup import escape
+from rich.padding import Padding
+from rich.text import Text
 
 from gpubroker import config
 from gpubroker.cli.options import Amount, Duration, filter_options, format_option
@@ -26,8 +28,8 @@ from gpubroker.plan.sentence import advice
 from gpubroker.prices import book, market
 
 _CSV = (
-    "provider", "sku", "gpu", "form_factor", "gpu_count", "market", "preemptible", "region", "zone",
-    "usd_per_hour", "total_usd", "as_of", "source", "live", "stale",
+    "provider", "sku", "gpu", "form_factor", "gpu_count", "market", "preemptible", "region", "zone", "cloud",
+    "stock", "usd_per_hour", "total_usd", "as_of", "source", "live", "stale",
 )  # fmt: skip
 
 # Lines that every bill has; the table names only what comes on top.
@@ -44,10 +46,24 @@ Examples:
 )
 @filter_options
 @click.option("--hours", type=Amount(above=0, most=100_000), required=True, help="Useful GPU work.")
-@click.option("--disk-gb", type=Amount(least=0, most=1_000_000), default="50", help="Disk while it runs.")
-@click.option("--egress-gb", type=Amount(least=0, most=10_000_000), default="0", help="Leaves the vendor.")
-@click.option("--ingress-gb", type=Amount(least=0, most=10_000_000), default="0", help="Goes in.")
-@click.option("--top", type=click.IntRange(1, 1000), default=10, help="Rows to show.")
+@click.option(
+    "--disk-gb",
+    type=Amount(least=0, most=1_000_000),
+    default="50",
+    show_default=True,
+    help="Disk while it runs.",
+)
+@click.option(
+    "--egress-gb", type=Amount(least=0, most=10_000_000), default="0", help="GB that leave the vendor."
+)
+@click.option("--ingress-gb", type=Amount(least=0, most=10_000_000), default="0", help="GB that go in.")
+@click.option(
+    "--top",
+    type=click.IntRange(1, 1000),
+    default=10,
+    show_default=True,
+    help="Rows of the table; json and csv hold all.",
+)
 @click.option("--max-age", type=Duration(), help="Refresh prices older than this first.  [default: 30m]")
 @click.option("--offline", is_flag=True, help="Never ask a vendor: stored prices and the price book.")
 @click.option("--explain", is_flag=True, help="Show every line's arithmetic and all that was left out.")
@@ -106,6 +122,7 @@ def quote(
         max_age_s=max_age_s,
         offline=offline,
         clock=clock,
+        on_ask=_say_who_is_asked,
     )
     listed = [p for p in book.load(_names(ask)) if p.offer.provider not in settings.disabled_providers]
     known = {p.offer.provider for p in listed} | {p.offer.provider for p in view.live} | set(view.providers)
@@ -131,16 +148,22 @@ def quote(
         shown = best_of_each(ranking.quotes, top)
         _print_table(shown, ranking.quotes, ask, stale_before, now)
         if explain:
-            _explain(shown, [*unread, *left_out])
+            _explain(shown, ranking.quotes, [*unread, *left_out])
         else:
             _summarise(left_out)
     if output != "json":
         for problem in (*view.problems, *(view.gaps if explain else ())):
             say(f"{problem.provider}: {problem.reason}")
     if not ranking.quotes:
-        near = Counter(item.reason for item in ranking.left_out).most_common(3)
+        near = Counter(item.reason for item in ranking.left_out).most_common(4)
         why = "; ".join(f"{n} left out: {reason}" for reason, n in near) or "no price is known for it"
         raise NoFeasibleOffer(f"nothing fits: {why}")
+
+
+def _say_who_is_asked(names: list[str]) -> None:
+    """A person at a terminal waits up to four seconds: for whom?"""
+    if names and sys.stderr.isatty():
+        say(f"asking {', '.join(names)} …")
 
 
 def _names(ask: Ask) -> frozenset[str]:
@@ -160,7 +183,7 @@ def _print_table(
 ) -> None:
     made = table(
         "#", "provider", "GPU", "market", "region", "$/h", "total", "plus", "price",
-        right=("#", "$/h", "total"), whole=("#", "provider", "GPU", "market", "$/h", "total", "price"),
+        right=("#", "$/h", "total"), whole=("provider", "market", "region", "price"),
     )  # fmt: skip
     place = {id(q): i for i, q in enumerate(quotes, 1)}
     for q in shown:
@@ -188,7 +211,7 @@ def _summarise(left_out: Sequence[LeftOut]) -> None:
     """The commonest reasons in one line."""
     if not left_out:
         return
-    most = Counter(item.reason for item in left_out).most_common(3)
+    most = Counter(item.reason.partition(":")[0] for item in left_out).most_common(3)
     rest = len(left_out) - sum(n for _, n in most)
     parts = [f"{n} {reason}" for reason, n in most] + ([f"{rest} for other reasons"] if rest else [])
     console().print(f"Left out: {'; '.join(parts)}. --explain lists them.")
@@ -212,17 +235,25 @@ def _is_stale(q: Quote, stale_before: datetime) -> bool:
     return q.priced.as_of is None or q.priced.as_of < stale_before
 
 
-def _explain(shown: Sequence[Quote], left_out: Sequence[LeftOut]) -> None:
+def _explain(shown: Sequence[Quote], quotes: Sequence[Quote], left_out: Sequence[LeftOut]) -> None:
+    """Every line's arithmetic, then all that was left out, alike ones together."""
     out = console()
+    place = {id(q): i for i, q in enumerate(quotes, 1)}
     for q in shown:
-        out.print(f"\n[bold]{q.offer.provider} {escape(row_id(q.offer))}[/bold]: {dollars(q.bill.total_usd)}")
+        what = f"{_gpu_text(q, q.offer.gpu_count)} {q.offer.market.replace('_', '-')}"
+        head = f"{place[id(q)]}. {q.offer.provider} {what}, {row_id(q.offer)}: {dollars(q.bill.total_usd)}"
+        out.print(Text(f"\n{head}", style="bold"))
         for line in q.bill.lines:
-            text = f"  {line.item:<12} ${usd_text(line.usd):>12}  {line.how}  [{line.source}]"
-            out.print(text, markup=False)
+            text = f"{line.item:<12} ${usd_text(line.usd):>12}  {line.how}  [{line.source}]"
+            out.print(Padding(Text(text), (0, 0, 0, 2)))
     if left_out:
         out.print("\nLeft out:")
+    groups: dict[tuple[str, str], Counter[str]] = {}
     for item in left_out:
-        out.print(f"  {item.provider} {item.id}: {item.reason}", markup=False)
+        groups.setdefault((item.provider, item.reason), Counter())[item.id] += 1
+    for (provider, reason), ids in groups.items():
+        some = ", ".join(f"{name} (x{n})" if n > 1 else name for name, n in ids.items())
+        out.print(Padding(Text(f"{provider}: {reason}: {some}"), (0, 0, 0, 2)))
 
 
 def _json(

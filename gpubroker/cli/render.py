@@ -26,11 +26,21 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def table(*columns: str, right: Sequence[str] = (), whole: Sequence[str] = ()) -> Table:
-    """An empty table in the house style; columns in `right` hold numbers, those in `whole` never wrap."""
+    """An empty table in the house style.
+
+    Columns in `right` hold numbers and never wrap; those in `whole` do only where the terminal is narrower
+    than 100 columns.
+    """
     made = Table(box=None, pad_edge=False, header_style="bold")
+    is_narrow = console().width < WIDTH
     for name in columns:
+        keep = name in right or (name in whole and not is_narrow)
         made.add_column(
-            name, justify="right" if name in right else "left", overflow="fold", no_wrap=name in whole
+            name,
+            justify="right" if name in right else "left",
+            overflow="fold",
+            no_wrap=keep,
+            min_width=None if keep else min(len(name), 4),
         )
     return made
 

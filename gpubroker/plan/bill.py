@@ -84,7 +84,7 @@ def bill_for(offer: Offer, work: Work, fees: FeeTable, *, price_source: str) -> 
                 source=price_source,
             )
         )
-    lines += _cpu_and_ram(offer, work, billed_h, price_source)
+    lines += _cpu_and_ram(offer, work, billed_h, fees, price_source)
     lines += _disk(offer, work, billed_h, fees)
     lines += _transfer(offer, work, fees)
     return Bill(lines=tuple(lines), total_usd=sum((line.usd for line in lines), ZERO), billed_s=billed_s)
@@ -106,15 +106,19 @@ def _unit_text(offer: Offer, extra_s: Decimal) -> str:
     return f"{what}: {extra_s:f} s x ${offer.usd_per_hour:f}/h"
 
 
-def _cpu_and_ram(offer: Offer, work: Work, billed_h: Decimal, source: str) -> list[CostLine]:
+def _cpu_and_ram(offer: Offer, work: Work, billed_h: Decimal, fees: FeeTable, source: str) -> list[CostLine]:
     """Where they are billed beside the GPU, by the assumption that the work carries."""
     lines = []
     for item, rate, per_gpu, unit in (
         ("cpu", offer.cpu_usd_per_core_hour, work.cpu_cores_per_gpu, "cores"),
         ("ram", offer.ram_usd_per_gib_hour, work.ram_gib_per_gpu, "GiB"),
     ):
-        if rate is not None and per_gpu:
-            amount = per_gpu * offer.gpu_count
+        if rate is None:
+            continue
+        amount = per_gpu * offer.gpu_count
+        if item == "ram":
+            amount = max(amount, _ram_for_disk_gib(offer, work, fees))
+        if amount:
             lines.append(
                 CostLine(
                     item=item,
@@ -124,6 +128,16 @@ def _cpu_and_ram(offer: Offer, work: Work, billed_h: Decimal, source: str) -> li
                 )
             )
     return lines
+
+
+def _ram_for_disk_gib(offer: Offer, work: Work, fees: FeeTable) -> Decimal:
+    """Modal has no disk fee: a disk larger than the included one raises the RAM that is billed."""
+    per_ram_gib = fees.get(offer.provider, "ephemeral_disk_gib_per_ram_gib")
+    included_gib = fees.get(offer.provider, "ephemeral_disk_included_gib") or ZERO
+    disk_gib = work.disk_gb * 10**9 / 2**30
+    if not per_ram_gib or disk_gib <= included_gib:
+        return ZERO
+    return (disk_gib / per_ram_gib).to_integral_value(rounding=ROUND_CEILING)
 
 
 def _disk(offer: Offer, work: Work, billed_h: Decimal, fees: FeeTable) -> list[CostLine]:
@@ -142,10 +156,16 @@ def _disk(offer: Offer, work: Work, billed_h: Decimal, fees: FeeTable) -> list[C
         CostLine(
             item="disk",
             usd=round_usd(extra_gb * rate * billed_h / month_h),
-            how=f"{extra_gb:f} GB x ${rate:f}/GB-month x {_hours(billed_h)} h / {month_h} h",
+            how=f"{_disk_text(offer, work)} x ${rate:f}/GB-month x {_hours(billed_h)} h / {month_h} h",
             source=source,
         )
     ]
+
+
+def _disk_text(offer: Offer, work: Work) -> str:
+    if not offer.disk_included_gb:
+        return f"{work.disk_gb:f} GB"
+    return f"({work.disk_gb:f} - {offer.disk_included_gb} included) GB"
 
 
 def _transfer(offer: Offer, work: Work, fees: FeeTable) -> list[CostLine]:

@@ -16,6 +16,14 @@ from gpubroker.plan.bill import Bill, Work, bill_for
 from gpubroker.plan.fees import FeeTable
 
 OWN = "local"
+# ISO 3166 codes of countries in Europe.
+_EUROPE = frozenset(
+    (
+        "ad", "al", "at", "ba", "be", "bg", "by", "ch", "cy", "cz", "de", "dk", "ee", "es", "fi", "fo", "fr",
+        "gb", "gg", "gi", "gr", "hr", "hu", "ie", "im", "is", "it", "je", "li", "lt", "lu", "lv", "mc", "md",
+        "me", "mk", "mt", "nl", "no", "pl", "pt", "ro", "rs", "se", "si", "sk", "sm", "ua", "uk", "va", "xk",
+    )
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,28 +127,32 @@ def _misfits(offer: Offer, ask: Ask) -> Iterator[str]:
     if ask.gpus and not any(g.matches(offer.gpu, offer.form_factor) for g in ask.gpus):
         yield "form factor not stated" if is_asked_card(offer, ask) else "another card"
     if offer.gpu_count < ask.gpu_count:
-        yield f"has {offer.gpu_count} of {ask.gpu_count} GPUs"
+        yield f"too few GPUs: {offer.gpu_count} of {ask.gpu_count}"
     if ask.min_vram_gib is not None and offer.vram_gib < ask.min_vram_gib:
-        yield f"{offer.vram_gib} GiB a GPU, {ask.min_vram_gib} wanted"
+        yield f"too little memory: {offer.vram_gib} of {ask.min_vram_gib} GiB a GPU"
     if ask.markets and offer.market not in ask.markets:
-        yield f"market {offer.market}"
+        yield f"another market: {offer.market}"
     if ask.providers and offer.provider not in ask.providers:
         yield "provider not asked for"
     if ask.regions and not any(in_region(offer, region) for region in ask.regions):
-        yield f"in {offer.zone or offer.region or 'a region that is not stated'}"
+        yield f"another region: {offer.zone or offer.region or 'not stated'}"
     if ask.verified_only and offer.verified is False:
         yield "host not verified (--any-host takes it)"
     if offer.disk_max_gb is not None and offer.disk_max_gb < ask.work.disk_gb:
-        yield f"only {offer.disk_max_gb} GB of disk, {ask.work.disk_gb:f} wanted"
+        yield f"too little disk: {offer.disk_max_gb} of {ask.work.disk_gb:f} GB"
 
 
 def in_region(offer: Offer, region: str) -> bool:
-    """Whether the offer lies in a region or in a part of it: us covers us-east-1, US and US-KS-2."""
-    wanted = region.lower()
-    places = [offer.region, offer.zone, *offer.details.get("data_centers", "").split(",")]
-    return any(
-        place == wanted or place.startswith(f"{wanted}-") for place in (p.strip().lower() for p in places)
-    )
+    """Whether the offer lies in a region or in a part of it: us covers us-east-1, US and US-KS-2.
+
+    eu (or europe) also covers the country codes of Europe, by which vast names its hosts.
+    """
+    wanted = "eu" if region.lower() == "europe" else region.lower()
+    named = (offer.region, offer.zone, *offer.details.get("data_centers", "").split(","))
+    places = [place.strip().lower() for place in named]
+    if wanted == "eu" and any(place in _EUROPE or place.startswith(("europe", "eur-")) for place in places):
+        return True
+    return any(place == wanted or place.startswith(f"{wanted}-") for place in places)
 
 
 def merge(
@@ -169,11 +181,8 @@ def merge(
             if moment is not None
         ]
         if seen and (priced.as_of is None or max(seen) >= priced.as_of):
-            left_out.append(
-                LeftOut(
-                    provider=offer.provider, id=row_id(offer), reason="list price: there is a newer live one"
-                )
-            )
+            reason = "list price older than the vendor's live answer"
+            left_out.append(LeftOut(provider=offer.provider, id=row_id(offer), reason=reason))
         else:
             rows.append(priced)
     return rows, left_out
@@ -181,15 +190,27 @@ def merge(
 
 def best_of_each(quotes: Sequence[Quote], top: int) -> list[Quote]:
     """The rows for a table: the best of every vendor, then the next best up to `top`, in order."""
-    seen: set[str] = set()
-    chosen: list[int] = []
-    for index, quote in enumerate(quotes):
-        if quote.offer.provider not in seen:
-            seen.add(quote.offer.provider)
-            chosen.append(index)
-    others = [i for i in range(len(quotes)) if i not in set(chosen)] if len(chosen) < top else []
-    chosen += others[: max(0, top - len(chosen))]
-    return [quotes[i] for i in sorted(chosen)]
+    distinct = list({_looks(quote): index for index, quote in reversed(list(enumerate(quotes)))}.values())
+    distinct.sort()
+    best = {quotes[index].offer.provider: index for index in reversed(distinct)}
+    chosen = set(best.values())
+    others = [index for index in distinct if index not in chosen]
+    return [quotes[index] for index in sorted([*chosen, *others[: max(0, top - len(chosen))]])]
+
+
+def _looks(quote: Quote) -> tuple[object, ...]:
+    """What a person would see of the row: two that look the same are shown once."""
+    offer = quote.offer
+    return (
+        offer.provider,
+        offer.gpu,
+        offer.form_factor,
+        offer.gpu_count,
+        offer.market,
+        offer.zone or offer.region or offer.cloud,
+        quote.bill.total_usd,
+        quote.has_stock,
+    )
 
 
 def row_id(offer: Offer) -> str:

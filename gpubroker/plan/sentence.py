@@ -30,9 +30,10 @@ def advice(quotes: Sequence[Quote], ask: Ask, now: datetime) -> str:
     best = rented[0]
     text = f"Take {_name(best)}: {_usd(best.bill.total_usd)} for {ask.work.hours:f} h, {_why(rented)}"
     firm = next((q for q in rented if not q.offer.preemptible), None)
-    if best.offer.preemptible and firm is not None:
-        more = firm.bill.total_usd - best.bill.total_usd
-        text += f". It can be taken away; {_name(firm)} cannot, for {_usd(more)} more"
+    if best.offer.preemptible:
+        text += ". It can be taken away at any time"
+        if firm is not None:
+            text += f"; {_name(firm)} cannot, for {_difference(firm, best)} more"
     return f"{text}.{_caution(best, now)}"
 
 
@@ -41,9 +42,14 @@ def _why(rented: Sequence[Quote]) -> str:
     other = next((q for q in rented if q.offer.provider != best.offer.provider), None)
     if other is None:
         return f"the cheapest of {len(rented)} offers" if len(rented) > 1 else "the only offer"
-    difference = other.bill.total_usd - best.bill.total_usd
-    dearer = f"{_usd(difference)} less than the best of {other.offer.provider}"
-    return f"the cheapest of {len(rented)} offers, {dearer}"
+    less = f"{_difference(other, best)} less than the best of {other.offer.provider}"
+    return f"the cheapest of {len(rented)} offers, {less}"
+
+
+def _difference(dear: Quote, cheap: Quote) -> str:
+    """Of the totals as they are shown, so that a person who subtracts finds the same."""
+    cent = Decimal("0.01")
+    return _usd(dear.bill.total_usd.quantize(cent) - cheap.bill.total_usd.quantize(cent))
 
 
 def _name(quote: Quote) -> str:

@@ -39,7 +39,8 @@ LEFT JOIN polls u ON u.id = l.confirmed_by
 WHERE l.product_id = p.id AND r.id = l.rates_id
 """  # noqa: S608  only names of columns go in
 _STATES_SQL = """
-SELECT provider, missing, unreachable_until, reason, tried_at FROM provider_state ORDER BY provider
+SELECT provider, missing, unreachable_until, reason, tried_at, asked_with
+FROM provider_state ORDER BY provider
 """
 
 
@@ -58,8 +59,16 @@ def snapshot(path: str | Path, gpus: Collection[str] | None) -> Snapshot | None:
     None when there is no such file, when its schema is not this code's, and when anything at all goes wrong:
     Store knows what to do then, and says why.
     """
+    # Where its folder may not be written SQLite cannot make the -shm file: read the database as it lies.
+    for mode in ("mode=ro", "mode=ro&immutable=1"):
+        found = _snapshot(f"{Path(path).absolute().as_uri()}?{mode}", gpus)
+        if found is not None:
+            return found
+    return None
+
+
+def _snapshot(uri: str, gpus: Collection[str] | None) -> Snapshot | None:
     try:
-        uri = f"{Path(path).absolute().as_uri()}?mode=ro"
         with closing(sqlite3.connect(uri, uri=True, timeout=1, isolation_level=None)) as connection:
             connection.execute("BEGIN")
             if connection.execute("SELECT version_num FROM alembic_version").fetchone() != (REVISION,):

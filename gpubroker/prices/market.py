@@ -7,7 +7,7 @@ only when a price is too old and somebody has to be asked.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -76,10 +76,19 @@ class Wish:
         return not self.providers or provider in self.providers
 
 
-def view(settings: Settings, wish: Wish, *, max_age_s: int, offline: bool, clock: Clock) -> View:
+def view(
+    settings: Settings,
+    wish: Wish,
+    *,
+    max_age_s: int,
+    offline: bool,
+    clock: Clock,
+    on_ask: Callable[[list[str]], None] = lambda names: None,
+) -> View:
     """Offers no older than `max_age_s` where they can be had within four seconds, older ones where not.
 
-    Raises SchemaTooNew; any other trouble with the store is told as a problem.
+    `on_ask` hears whom a person has to wait for. Raises SchemaTooNew; any other trouble with the store is
+    told as a problem, and what the vendors answer is then used without being kept.
     """
     found = _read(settings, wish.names)
     oldest = clock.now() - timedelta(seconds=max_age_s)
@@ -88,14 +97,32 @@ def view(settings: Settings, wish: Wish, *, max_age_s: int, offline: bool, clock
     if offline and not _may_exist(settings):
         return _view_of(None, wish, settings, clock.now())
     try:
-        with open_context(settings, os.environ, clock) as (store, context):
-            results = [] if offline else _refresh(store, context, found, wish, oldest)
-            found = store.snapshot(wish.names)
+        return _dear_view(settings, found, wish, oldest, offline, clock, on_ask)
     except SchemaTooNew:
         raise
     except StoreError as error:
-        seen = _view_of(found, wish, settings, clock.now())
+        unkept = replace(settings, db_url="sqlite://")
+        seen = (
+            _view_of(found, wish, settings, clock.now())
+            if offline or found is not None
+            else _dear_view(unkept, None, wish, oldest, offline, clock, on_ask)
+        )
         return replace(seen, problems=(Problem(provider="store", reason=str(error)), *seen.problems))
+
+
+def _dear_view(
+    settings: Settings,
+    found: fastread.Snapshot | None,
+    wish: Wish,
+    oldest: datetime,
+    offline: bool,
+    clock: Clock,
+    on_ask: Callable[[list[str]], None],
+) -> View:
+    """Through the store, with whoever is due asked first."""
+    with open_context(settings, os.environ, clock) as (store, context):
+        results = [] if offline else _refresh(store, context, found, wish, oldest, on_ask)
+        found = store.snapshot(wish.names)
     return _view_of(found, wish, settings, clock.now(), results)
 
 
@@ -151,6 +178,8 @@ def _due(
         if state.missing:
             if _is_set(state.missing, os.environ):
                 due.append(name)
+        elif state.asked_with != settings.asks_with:
+            due.append(name)
         elif not _is_resting(state, now):
             last = fresh.get(name)
             if last is None or last < oldest:
@@ -169,7 +198,12 @@ def _is_resting(state: ProviderState, now: datetime) -> bool:
 
 
 def _refresh(
-    store: Store, context: ProviderContext, found: fastread.Snapshot | None, wish: Wish, oldest: datetime
+    store: Store,
+    context: ProviderContext,
+    found: fastread.Snapshot | None,
+    wish: Wish,
+    oldest: datetime,
+    on_ask: Callable[[list[str]], None],
 ) -> list[PollResult]:
     """Ask whoever is due, all at once."""
     from gpubroker.prices.poll import FIRST_CONTACT_S, poll
@@ -181,6 +215,7 @@ def _refresh(
     due = _due(found, wish, settings, oldest, now) if found.states else []
     new = [name for name in names() if name not in found.states]
     asked = [name for name in (*due, *new) if wish.wants(name) and name not in settings.disabled_providers]
+    on_ask(asked)
     return poll(store, context, asked, wish.query, REFRESH_S, first_contact_s=FIRST_CONTACT_S)
 
 

@@ -86,7 +86,13 @@ def poll(
             continue
         reason = _no_account(source.access())
         missing = source.access().missing if reason else ""
-        store.set_provider_state(name, missing=missing, reason=reason, tried_at=context.clock.now())
+        store.set_provider_state(
+            name,
+            missing=missing,
+            reason=reason,
+            tried_at=context.clock.now(),
+            asked_with=context.settings.asks_with,
+        )
         if reason:
             settle(PollResult(provider=name, state="no account", reason=reason))
         else:

@@ -32,6 +32,7 @@ class ProviderState:
     unreachable_until: datetime | None = None  # None = it answered, or was never asked
     reason: str = ""  # why the last attempt failed, in words
     tried_at: datetime | None = None  # None = never
+    asked_with: str = ""  # Settings.asks_with then
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,13 +201,14 @@ def kept_of(row: Sequence[Any]) -> Kept:
 
 def state_of(row: Sequence[Any]) -> ProviderState:
     """One row of provider_state."""
-    provider, missing, unreachable_until, reason, tried_at = row
+    provider, missing, unreachable_until, reason, tried_at, asked_with = row
     return ProviderState(
         provider=provider,
         missing=missing,
         unreachable_until=maybe_moment(unreachable_until),
         reason=reason,
         tried_at=maybe_moment(tried_at),
+        asked_with=asked_with,
     )
 
 

@@ -70,6 +70,7 @@ class _StateChanges(TypedDict, total=False):
     unreachable_until: datetime | None
     reason: str
     tried_at: datetime | None
+    asked_with: str
 
 
 class Store:

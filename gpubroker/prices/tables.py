@@ -194,6 +194,7 @@ provider_state = Table(
     Column("unreachable_until", Moment),
     _text("reason"),
     Column("tried_at", Moment),
+    _text("asked_with"),  # Settings.asks_with at the last attempt
 )
 
 limits = Table(

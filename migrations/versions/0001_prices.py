@@ -149,6 +149,7 @@ def _create_state():
         sa.Column("unreachable_until", sa.BigInteger),
         _text("reason", ""),
         sa.Column("tried_at", sa.BigInteger),
+        sa.Column("asked_with", sa.Text, nullable=False, server_default=""),
     )
     op.create_table(
         "limits",
