@@ -7,6 +7,7 @@ import json
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import aiohttp
@@ -98,11 +99,14 @@ class Room:
         assert [] == self.vendor.site.bugs
 
 
+_market = cache(default_market)
+
+
 @contextmanager
 def room(make: Callable[[World], Any], checker: Checker | None = None, *, seed: int = 0) -> Iterator[Room]:
     """A vendor with the default market, a clock moved by hand and nodes without processes."""
     world = World(HandClock(), NoNodes(), seed=seed)
-    for host in default_market(seed):
+    for host in _market(seed):
         world.add_host(host)
     loop = asyncio.new_event_loop()
     try:

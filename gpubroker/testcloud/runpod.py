@@ -21,6 +21,7 @@ from typing import Any
 
 from gpubroker.testcloud import shapes
 from gpubroker.testcloud.keys import usable_keys
+from gpubroker.testcloud.runpod_billing import account_report, pod_report, volume_report
 from gpubroker.testcloud.runpod_catalog import (
     COMPLIANCE,
     DATA_CENTERS,
@@ -294,6 +295,9 @@ class RunPod:
             ("POST", "/v2/registries", self._create_registry),
             ("GET", "/v2/registries/{id}", self._show_registry),
             ("DELETE", "/v2/registries/{id}", self._delete_registry),
+            ("GET", "/v2/billing", self._bill),
+            ("GET", "/v2/billing/pods", self._bill_pods),
+            ("GET", "/v2/billing/network-volumes", self._bill_volumes),
         )
         for method, path, handler in routes:
             # A pod's own key reaches that pod and nothing else.
@@ -801,6 +805,52 @@ class RunPod:
             return self.registries[call.path("id")]
         except KeyError:
             raise gone("Registry") from None
+
+    # --- billing ---
+
+    async def _bill(self, call: Call) -> Reply:
+        query = self._billing_query(call)
+        return Reply(body=account_report(self._pod_report(query), self._volume_report(query), query))
+
+    async def _bill_pods(self, call: Call) -> Reply:
+        return Reply(body=self._pod_report(self._billing_query(call, "podId")))
+
+    async def _bill_volumes(self, call: Call) -> Reply:
+        return Reply(body=self._volume_report(self._billing_query(call, "networkVolumeId")))
+
+    def _pod_report(self, query: Mapping[str, Any]) -> dict[str, Any]:
+        wanted = query.get("podId")
+        rentals = [pod.rental for pod in self.pods.values() if wanted in (None, pod.rental.id)]
+        return pod_report(rentals, query, self.world.clock.now_s())
+
+    def _volume_report(self, query: Mapping[str, Any]) -> dict[str, Any]:
+        wanted = query.get("networkVolumeId")
+        every = [*self.old_volumes, *self.volumes.values()]
+        volumes = [(v.id, v.tier, v.sizes) for v in every if wanted in (None, v.id)]
+        return volume_report(volumes, query, self.world.clock.now_s())
+
+    def _billing_query(self, call: Call, *ids: str) -> dict[str, Any]:
+        """What was asked, with its defaults filled in. Raises Refused."""
+        sizes = _words(call, "bucketSize", ("hour", "day", "week", "month", "year")) or ["day"]
+        if not (call.query("lastN", "1").isascii() and call.query("lastN", "1").isdigit()):
+            raise rule_broken("lastN: expected an integer")
+        now_s = self.world.clock.now_s()
+        query: dict[str, Any] = {
+            "startTime": call.query("startTime", stamp(now_s - 30 * 86400)),
+            "endTime": call.query("endTime", stamp(now_s)),
+            "bucketSize": sizes[0],
+        }
+        for name in ("startTime", "endTime"):
+            if not _is_time(query[name]):
+                raise rule_broken(f"{name}: expected a time such as 2026-01-01T00:00:00Z")
+        return query | {name: call.query(name) or None for name in ids}
+
+
+def _is_time(text_: str) -> bool:
+    try:
+        return datetime.strptime(text_, "%Y-%m-%dT%H:%M:%S%z").year >= 1
+    except ValueError:
+        return False
 
 
 def stamp(at_s: float) -> str:
