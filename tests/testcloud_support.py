@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from decimal import Decimal
+from typing import Any
+
+import aiohttp
+from yarl import URL
 
 from gpubroker.testcloud.clock import SimClock
+from gpubroker.testcloud.web import dumps
 from gpubroker.testcloud.world import Host, HostTruth
+from tests.openapi import Exchange
 
 HOST = Host(
     id="h1",
@@ -76,3 +83,36 @@ class NoNodes:
 
     async def forget(self, rental_id: str) -> None:
         self.forgotten.append(rental_id)
+
+
+class Client:
+    """An HTTP client of one site, who shows every exchange to a checker of documents when there is one."""
+
+    def __init__(self, url: str, key: str, http: aiohttp.ClientSession, checker: Any = None) -> None:
+        self._url, self._http, self._checker = url, http, checker
+        self.headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self.answer_headers: Mapping[str, str] = {}
+
+    async def ask(self, method: str, path: str, body: Any = None, **query: str) -> tuple[int, Any]:
+        """(status, decoded answer or its text)."""
+        data = None if body is None else dumps(body).encode()
+        url = URL(self._url + path).with_query(query) if query else URL(self._url + path)
+        headers = {**self.headers, **({"Content-Type": "application/json"} if data else {})}
+        async with self._http.request(method, url, data=data, headers=headers) as response:
+            raw = await response.read()
+            self.answer_headers = response.headers
+            if self._checker is not None:
+                self._checker.see(
+                    Exchange(
+                        method=method,
+                        url=str(url),
+                        request_body=data or b"",
+                        status=response.status,
+                        content_type=response.headers.get("Content-Type", ""),
+                        body=raw,
+                        headers=response.headers,
+                    )
+                )
+            if response.content_type.endswith("json"):
+                return response.status, json.loads(raw, parse_float=Decimal)
+            return response.status, raw.decode()

@@ -1,0 +1,872 @@
+"""vast.ai's API in the test cloud: a market of single machines, rented on demand or by bid.
+
+Call -> Vast -> World (rentals, bids against the market) -> vast_rows.py -> Reply
+
+Facts are from vast's OpenAPI description and from what public clients met:
+- an ask id lives for minutes; the machine stays;
+- a create without `price` rents on demand, whatever was searched for;
+- a bid that is too low, without `cancel_unavail`, leaves a stopped instance whose disk is billed, and the
+  error carries its id in `new_contract`;
+- the outbid are stopped, keep their (billed) disk, and run again when their bid wins; renters on demand
+  outrank every bid;
+- one who asks too often gets plain text, with the endpoint's interval in it.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+import re
+import shlex
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from itertools import pairwise
+from typing import Any
+
+import asyncssh
+
+from gpubroker.testcloud import bill, vast_rows
+from gpubroker.testcloud.shapes import (
+    boolean,
+    choice,
+    complaints,
+    items,
+    nullable,
+    record,
+    table,
+    text,
+)
+from gpubroker.testcloud.vast_rows import BadQuery
+from gpubroker.testcloud.web import Call, Handler, Limit, Manners, Refused, Reply, Site
+from gpubroker.testcloud.world import Host, Rental, State, World
+
+VENDOR = "vast"
+ASK_LIFE_S = 240  # an ask id is replaced so often
+ASK_GRACE_S = 60  # and can still be rented for so long
+RECLAIM_S = 600  # who was preempted by hand stays outbid for so long
+_SETTLE_S = 10.0  # bids are compared with the market so often
+_FIRST_CONTRACT = 20_000_001
+_PAGE = 25
+_USER_ID = 424242
+_KINDS = {"ondemand": "ondemand", "on-demand": "ondemand", "bid": "bid", "reserved": "reserved"}
+_NOT_FILTERS = frozenset(("type", "order", "limit", "allocated_storage", "disable_bundling"))
+_DEFAULT_FILTERS: dict[str, Any] = {
+    "verified": {"eq": True},
+    "rentable": {"eq": True},
+    "rented": {"eq": False},
+}
+_OUTBID, _BY_USER, _BID_TOO_LOW, _WAITS = "outbid", "stopped by its user", "bid too low", "waits for a GPU"
+
+_LIMITS = {
+    "create": Limit("create", 4.5, penalty_s=12.0),
+    "show": Limit("show", 2.0),
+    "list": Limit("list", 1.0),
+    "manage": Limit("manage", 1.0),
+    "destroy": Limit("destroy", 3.0),
+    "bid": Limit("bid", 5.5),
+    "reboot": Limit("reboot", 1.0),
+    "recycle": Limit("recycle", 1.0),
+    "deposit": Limit("deposit", 3.0),
+    "detach": Limit("detach", 2.0),
+    "charges": Limit("charges", 1.0),
+    "new key": Limit("new key", 1.0),
+    "new secret": Limit("new secret", 3.0),
+    "secrets": Limit("secrets", 5.0),
+}
+
+
+def _error(status: int, error: str, message: str, **more: Any) -> Reply:
+    return Reply(status=status, body={"success": False, "error": error, "msg": message, **more})
+
+
+MANNERS = Manners(
+    unauthorized=_error(401, "auth_error", "Invalid user key"),
+    forbidden=_error(403, "auth_error", "This key may not do that"),
+    not_found=_error(404, "not_found", "No such endpoint"),
+    bad_request=_error(400, "invalid_request", "Invalid json body"),
+    no_capacity=_error(
+        410, "no_such_ask", "error 410/3907: no_such_ask Instance type is no longer available."
+    ),
+    too_often=lambda limit: Reply(
+        status=429, body=f"API requests too frequent endpoint threshold={limit.interval_s:.1f}"
+    ),
+    broken=lambda status: Reply(
+        status=status, body="<html><h1>Server Error</h1></html>", content_type="text/html"
+    ),
+)
+
+
+def _number(least: str, most: str) -> Callable[[Any, str], Iterator[str]]:
+    def check(value: Any, where: str) -> Iterator[str]:
+        if isinstance(value, bool) or not isinstance(value, int | Decimal):
+            yield f"{where}: expected a number"
+        elif not Decimal(least) <= value <= Decimal(most):
+            yield f"{where}: expected {least} to {most}"
+
+    return check
+
+
+def _anything(value: Any, where: str) -> Iterator[str]:
+    yield from ()
+
+
+def _scalar(value: Any, where: str) -> Iterator[str]:
+    if not isinstance(value, str | int | Decimal):
+        yield f"{where}: expected a string"
+    elif isinstance(value, str):
+        yield from text()(value, where)
+
+
+def _env(value: Any, where: str) -> Iterator[str]:
+    """Docker flags in one string, as the document has it, or an object, as every client sends."""
+    yield from (text() if isinstance(value, str) else table(_scalar))(value, where)
+    if isinstance(value, str):
+        try:
+            shlex.split(value)
+        except ValueError as error:
+            yield f"{where}: {error}"
+
+
+_CREATE = record(
+    {},
+    {
+        "image": nullable(text(1, 1024)),
+        "template_hash_id": nullable(text(1, 64)),
+        "label": nullable(text(0, 1024)),
+        "disk": nullable(_number("1", "100000")),
+        "runtype": nullable(text(1, 64)),
+        "target_state": nullable(choice("running", "stopped")),
+        "env": nullable(_env),
+        "cancel_unavail": nullable(boolean),
+        "onstart": nullable(text(0, 4048)),
+        "args": nullable(items(text())),
+    },
+    closed=False,
+)
+_MANAGE = record({}, {"state": choice("running", "stopped"), "label": text(0, 1024)}, closed=False)
+_SECRET = record({"key": text(1, 128, r"[A-Za-z_]\w*\Z"), "value": text(0, 4096)}, {}, closed=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """An id under which a host can be rented, until then."""
+
+    host_id: str
+    until_s: float
+
+
+@dataclass(slots=True, kw_only=True)
+class Extra:
+    """What this API knows of an instance beyond the world's rental."""
+
+    keys: dict[int, str] = field(default_factory=dict)  # SSH keys attached to it alone
+    authorized: list[str] = field(default_factory=list)  # what its node accepts; the node reads it each time
+    log: bytes = b""  # what its onstart printed
+    outbid_until_s: float = 0.0  # preempted by hand
+
+
+class Vast:
+    """The vendor: `start` serves it, `preempt` outbids somebody by hand."""
+
+    vendor = VENDOR
+
+    def __init__(self, world: World, *, daily_searches: int | None = None) -> None:
+        self.world = world
+        self.daily_searches = daily_searches  # the search quota of a key; None = no end
+        self.site = Site(world, "vast", MANNERS)
+        self._asks: dict[int, Ask] = {}
+        self._extras: dict[str, Extra] = {}
+        self._next_contract = _FIRST_CONTRACT
+        self._next_key = 1001
+        self._ssh_keys: dict[int, tuple[str, datetime]] = {}
+        self._secrets: dict[str, str] = {}
+        self._searches: dict[tuple[str, str], int] = {}
+        self._settled_s = 0.0
+        self._routes()
+        world.on_tick.append(self._tick)
+
+    async def start(self, port: int = 0) -> str:
+        """Serve on loopback; the base URL."""
+        return await self.site.start(port)
+
+    async def close(self) -> None:
+        """Serve no more."""
+        await self.site.close()
+
+    async def preempt(self, rental: Rental, notice_s: float | None) -> None:
+        """Somebody bids more, without a notice: this vendor gives none."""
+        self._extra(rental).outbid_until_s = self.world.clock.now_s() + RECLAIM_S
+        await self.world.stop(rental, _OUTBID)
+
+    def _routes(self) -> None:
+        instance, key = "/api/v0/instances/{id}", "/api/v0/ssh/{key_id}"
+        self._add("POST", "/api/v0/bundles", self._search, public=True)
+        self._add("PUT", "/api/v0/search/asks", self._search_new, public=True)
+        self._add("PUT", "/api/v0/asks/{id}", self._create, "create")
+        self._add("GET", "/api/v1/instances", self._list, "list")
+        self._add("GET", "/api/v0/instances", self._old_list)
+        self._add("DELETE", "/api/v0/instances", self._destroy_many, "destroy")
+        self._add("GET", instance, self._show, "show", own="id")
+        self._add("PUT", instance, self._manage, "manage", own="id")
+        self._add("DELETE", instance, self._destroy, "destroy", own="id")
+        self._add("PUT", "/api/v0/instances/bid_price/{id}", self._change_bid, "bid")
+        self._add("PUT", "/api/v0/instances/reboot/{id}", self._reboot, "reboot", own="id")
+        self._add("PUT", "/api/v0/instances/recycle/{id}", self._reboot, "recycle")
+        self._add("GET", "/api/v0/instances/balance/{id}", self._deposit, "deposit")
+        self._add("PUT", "/api/v0/instances/request_logs/{id}", self._request_logs)
+        self._add("GET", "/logs/{id}", self._read_logs, public=True)
+        self._add("GET", f"{instance}/ssh", self._instance_keys)
+        self._add("POST", f"{instance}/ssh", self._attach_key)
+        self._add("DELETE", f"{instance}/ssh/{{key_id}}", self._detach_key, "detach")
+        self._add("GET", "/api/v0/ssh", self._list_keys)
+        self._add("POST", "/api/v0/ssh", self._new_key, "new key")
+        self._add("PUT", key, self._change_key, "new key")
+        self._add("DELETE", key, self._drop_key)
+        self._add("GET", "/api/v0/secrets", self._list_secrets, "secrets")
+        self._add("POST", "/api/v0/secrets", self._new_secret, "new secret")
+        self._add("PUT", "/api/v0/secrets", self._change_secret, "new secret")
+        self._add("DELETE", "/api/v0/secrets", self._drop_secret, "new secret")
+        self._add("GET", "/api/v0/charges", self._charges, "charges")
+        self._add("GET", "/api/v0/users/current", self._user)
+
+    def _add(self, method: str, path: str, handler: Handler, limit: str = "", **more: Any) -> None:
+        limits = (_LIMITS[limit],) if limit else ()
+        self.site.add(method, path + "{slash:/?}", handler, *limits, **more)
+
+    # The market
+
+    def _occupants(self, host: Host, state: Callable[[Rental], State]) -> tuple[int, list[Rental]]:
+        """(slots taken on demand, rentals by bid) that hold a GPU of this host."""
+        here = [r for r in self._of(host) if state(r) in ("pending", "running")]
+        bids = [r for r in here if r.wish["is_bid"]]
+        return len(here) - len(bids), bids
+
+    def _of(self, host: Host) -> list[Rental]:
+        return [r for r in self.world.rentals.values() if r.host is host and r.state != "ended"]
+
+    def _min_bid(self, host: Host, on_demand: int, bids: list[Rental], at_s: float) -> Decimal | None:
+        """The lowest bid that would run; None = no bid would."""
+        series = self.world.series.get(("vast", host.id))
+        if series is None or on_demand >= host.capacity or not series.available_at(at_s):
+            return None
+        floor = series.price_at(at_s)
+        if on_demand + len(bids) >= host.capacity:
+            floor = max(floor, min(r.usd_per_hour for r in bids) + Decimal("0.001"))
+        return floor
+
+    def _min_bid_now(self, host: Host) -> Decimal | None:
+        return self._min_bid(host, *self._occupants(host, lambda r: r.state), self.world.clock.now_s())
+
+    def _tick(self, now_s: float) -> None:
+        if abs(now_s - self._settled_s) < _SETTLE_S:
+            return
+        self._settled_s = now_s
+        hosts = {id(r.host): r.host for r in self.world.rentals.values() if r.vendor == VENDOR}
+        for host in hosts.values():
+            self._settle(host)
+
+    def _settle(self, host: Host) -> None:
+        """Who holds this host's GPUs: renters on demand first, then the highest bids that the market takes.
+
+        A renter on demand who waits is started before any bid.
+        """
+        now_s = self.world.clock.now_s()
+        here = self._of(host)
+        free = host.capacity - self._occupants(host, lambda r: r.state)[0]
+        for rental in here:
+            if free > 0 and _waits(rental) and not rental.wish["is_bid"]:
+                self._run(rental)
+                free -= 1
+        series = self.world.series.get(("vast", host.id))
+        taken = series is None or not series.available_at(now_s)
+        price = None if series is None or taken else series.price_at(now_s)
+        bids = [r for r in here if r.wish["is_bid"] and (_waits(r) or r.state != "stopped")]
+        for rental in sorted(bids, key=lambda r: (-r.usd_per_hour, r.events[0].at_s)):
+            held = now_s < self._extra(rental).outbid_until_s
+            wins = free > 0 and price is not None and rental.usd_per_hour >= price and not held
+            free -= wins
+            if wins and rental.state == "stopped":
+                self._run(rental)
+            elif not wins and rental.state != "stopped":
+                self.site.spawn(self.world.stop(rental, _OUTBID))
+
+    def _run(self, rental: Rental) -> None:
+        self.world.resume(rental)
+        self.site.spawn(self._boot(rental))
+
+    async def _boot(self, rental: Rental) -> None:
+        self._authorize(rental)
+        env = {
+            **self._secrets,
+            **rental.wish["env"],
+            "CONTAINER_ID": rental.id,
+            "CONTAINER_API_KEY": str(rental.wish["api_key"]),
+            "CONTAINER_LABEL": f"C.{rental.id}",
+            "PUBLIC_IPADDR": "127.0.0.1",
+        }
+        await self.world.boot(rental, self._extra(rental).authorized, env)
+        await self._started(rental, env)
+
+    async def _started(self, rental: Rental, env: Mapping[str, str]) -> None:
+        """The node is up: remember where, and run the start script on it."""
+        node, script = rental.node, rental.wish.get("onstart")
+        if node is None:
+            return
+        rental.wish["last_port"] = node.ssh_port
+        if script:
+            self.site.spawn(self._run_onstart(rental, str(script), env))
+
+    async def _run_onstart(self, rental: Rental, script: str, env: Mapping[str, str]) -> None:
+        node = rental.node
+        if node is not None:
+            _, output, errors = await node.run(["/bin/sh", "-c", script], env)
+            self._extra(rental).log += output + errors
+
+    def _authorize(self, rental: Rental) -> None:
+        extra = self._extra(rental)
+        extra.authorized[:] = [*(key for key, _ in self._ssh_keys.values()), *extra.keys.values()]
+
+    def _extra(self, rental: Rental) -> Extra:
+        return self._extras.setdefault(rental.id, Extra())
+
+    # Searching
+
+    def _ask_id(self, host: Host, now_s: float) -> int:
+        """The id of the moment; what was listed before stays in `_asks` until nobody can rent it."""
+        phase = int(host.facts["machine_id"]) % ASK_LIFE_S
+        period = int((now_s + phase) // ASK_LIFE_S)
+        digest = hashlib.sha256(f"{self.world.seed}/{host.id}/{period}".encode()).digest()
+        ask_id = 10_000_000 + int.from_bytes(digest[:6]) % 1_000_000_000
+        until_s = (period + 1) * ASK_LIFE_S - phase + ASK_GRACE_S
+        self._asks[ask_id] = Ask(host_id=host.id, until_s=until_s)
+        return ask_id
+
+    async def _search(self, call: Call) -> Reply:
+        return self._answer(call, call.body)
+
+    async def _search_new(self, call: Call) -> Reply:
+        body = call.body if isinstance(call.body, dict) else {}
+        reply = self._answer(call, body.get("q"))
+        columns = body.get("select_cols")
+        if not isinstance(columns, list) or "*" in columns or not isinstance(reply.body, dict):
+            return reply
+        rows = [{str(name): row.get(str(name)) for name in columns} for row in reply.body["offers"]]
+        return Reply(body={"success": True, "offers": rows})
+
+    def _answer(self, call: Call, query: Any) -> Reply:
+        if not isinstance(query, dict):
+            return MANNERS.bad_request
+        try:
+            kind = _KINDS[query.get("type", "ondemand")]
+        except (KeyError, TypeError):
+            return _error(400, "invalid_request", "type must be one of ondemand, bid, reserved")
+        faults = complaints(
+            record(
+                {},
+                {
+                    "limit": nullable(_number("1", "100000")),
+                    "allocated_storage": nullable(_number("0", "100000")),
+                    "order": nullable(items(items(text(), 2, 2))),
+                },
+                closed=False,
+            ),
+            query,
+        )
+        if faults:
+            return _error(400, "invalid_request", faults[0])
+        filters = {**_DEFAULT_FILTERS, **{k: v for k, v in query.items() if k not in _NOT_FILTERS}}
+        order = [(column, direction) for column, direction in query.get("order") or [["score", "desc"]]]
+        self._count_search(call.key)
+        storage = Decimal(query.get("allocated_storage") or 8)
+        rows = [row for host in self._hosts() if (row := self._offer(call, host, kind, storage))]
+        limit = int(query.get("limit") or 64)
+        try:
+            columns = vast_rows.search_columns(rows[0] if rows else {})
+            vast_rows.check_filters(filters if rows else {}, columns)
+            if rows and (unknown := next((c for c, _ in order if c not in columns), None)):
+                raise BadQuery(f"Error in query parameters: {unknown} is not a valid sort key")
+            found = [row for row in rows if vast_rows.matches(row, filters)]
+        except BadQuery as error:
+            return _error(400, "invalid_request", str(error))
+        ordered = vast_rows.in_order(found, [(c, d) for c, d in order if not rows or c in rows[0]])
+        return Reply(body={"success": True, "offers": call.rows(ordered[:limit])})
+
+    def _hosts(self) -> list[Host]:
+        return [host for (vendor, _), host in self.world.hosts.items() if vendor == VENDOR]
+
+    def _offer(self, call: Call, host: Host, kind: str, storage: Decimal) -> dict[str, Any] | None:
+        """None = not to be rented at all now."""
+        on_demand, bids = self._occupants(host, call.state)
+        min_bid = self._min_bid(host, on_demand, bids, call.as_of_s)
+        if on_demand >= host.capacity or (kind == "bid" and min_bid is None):
+            return None
+        return vast_rows.offer_row(
+            host,
+            kind=kind,
+            ask_id=self._ask_id(host, call.as_of_s),
+            min_bid=min_bid,
+            allocated_gb=storage,
+            rented=False,
+            now_s=call.as_of_s,
+        )
+
+    def _count_search(self, key: str) -> None:
+        if self.daily_searches is None:
+            return
+        now = self.world.clock.now()
+        used = self._searches.get((key, f"{now:%F}"), 0)
+        if used >= self.daily_searches:
+            midnight = datetime(now.year, now.month, now.day, tzinfo=UTC) + timedelta(days=1)
+            headers = {"X-RateLimit-Reset": str(int(midnight.timestamp()))}
+            raise Refused(Reply(status=429, body={"error": "search_quota_exceeded"}, headers=headers))
+        self._searches[key, f"{now:%F}"] = used + 1
+
+    # Renting
+
+    async def _create(self, call: Call) -> Reply:
+        ask_id = _whole(call.path("id"))
+        body = call.body
+        if not isinstance(body, dict):
+            return MANNERS.bad_request
+        ask = self._asks.get(ask_id or 0)
+        if ask is None or ask.until_s < self.world.clock.now_s():
+            message = f"error 404/3603: no_such_ask Instance type by id {ask_id} is not available."
+            return _error(404, "invalid_args", message, ask_id=ask_id)
+        host = self.world.hosts["vast", ask.host_id]
+        self._check_create(body, host, ask_id)
+        price = None if body.get("price") is None else Decimal(body["price"])
+        wanted = body.get("target_state") or "running"
+        cancel = body.get("cancel_unavail")
+        cancel = cancel if cancel is not None else price is None and wanted == "running"
+        fits = wanted == "stopped" or self._fits(host, price)
+        if not fits and cancel:
+            message = f"error 410/3907: no_such_ask Instance type {ask_id} is no longer available."
+            return _error(410, "no_such_ask", message, ask_id=ask_id)
+        rental = self._rent(host, body, price, wanted)
+        if fits and wanted == "running":
+            self._run(rental)
+            self._settle(host)
+        elif price is not None and wanted == "running":
+            rental.reason = _BID_TOO_LOW
+            message = f"error 400/3712: bid {price} is below min_bid; the instance is stopped."
+            return _error(400, "invalid_price", message, ask_id=ask_id, new_contract=int(rental.id))
+        return Reply(
+            body={
+                "success": True,
+                "new_contract": int(rental.id),
+                "instance_api_key": rental.wish["api_key"],
+            }
+        )
+
+    def _check_create(self, body: dict[str, Any], host: Host, ask_id: int | None) -> None:
+        faults = complaints(_CREATE, body)
+        if not body.get("image") and not body.get("template_hash_id"):
+            faults.append("image: is required")
+        if body.get("disk") is not None and not faults and body["disk"] > host.facts["disk_space"]:
+            faults.append(f"disk: the machine has {host.facts['disk_space']} GB")
+        if faults:
+            raise Refused(
+                _error(400, "invalid_args", f"error 400/3467: Invalid args: {faults[0]}", ask_id=ask_id)
+            )
+        price_faults = complaints(nullable(_number("0.001", "128")), body.get("price"))
+        if price_faults:
+            raise Refused(
+                _error(400, "invalid_price", f"error 400/3468: price{price_faults[0]}", ask_id=ask_id)
+            )
+
+    def _fits(self, host: Host, price: Decimal | None) -> bool:
+        """Whether it would run at once."""
+        if price is None:
+            return self._occupants(host, lambda r: r.state)[0] < host.capacity
+        least = self._min_bid_now(host)
+        return least is not None and price >= least
+
+    def _rent(self, host: Host, body: dict[str, Any], price: Decimal | None, wanted: str) -> Rental:
+        """A contract whose instance is stopped; its disk is there and billed."""
+        wish: dict[str, Any] = {
+            **{name: body.get(name) for name in ("onstart", "args", "template_hash_id")},
+            "image": body.get("image") or "vastai/base-image:@vastai-automatic-tag",
+            "runtype": body.get("runtype") or ("args" if body.get("args") else "ssh"),
+            "env": _env_of(body.get("env")),
+            "is_bid": price is not None,
+            "wanted": wanted,
+        }
+        rental_id, self._next_contract = str(self._next_contract), self._next_contract + 1
+        wish["api_key"] = hashlib.sha256(f"{self.world.seed}/{rental_id}/key".encode()).hexdigest()
+        self.site.keys[wish["api_key"]] = rental_id
+        rental = self.world.create(
+            host,
+            "on_demand" if price is None else "spot",
+            rental_id=rental_id,
+            tag=body.get("label") or "",
+            usd_per_hour=host.usd_per_hour if price is None else price,
+            disk_gb=vast_rows.whole_gb(10 if body.get("disk") is None else body["disk"]),
+            wish=wish,
+            state="stopped",
+            reason=_WAITS,
+        )
+        self.world.record(rental, "stopped", reason=_WAITS)
+        return rental
+
+    # Instances
+
+    def _existing(self, call: Call, error: str = "not_found") -> Rental:
+        number = _whole(call.path("id"))
+        if number is None:
+            raise Refused(_error(400, "invalid_args", "invalid instance_id"))
+        rental = call.rental(str(number))
+        if rental is None or call.state(rental) == "ended":
+            raise Refused(_error(404, error, "Instance not found"))
+        return rental
+
+    def _row(self, call: Call, rental: Rental) -> dict[str, Any]:
+        return vast_rows.instance_row(
+            rental,
+            call.state(rental),
+            min_bid=self._min_bid_now(rental.host),
+            tag=rental.tag,
+            now_s=self.world.clock.now_s(),
+        )
+
+    async def _show(self, call: Call) -> Reply:
+        try:
+            rental = self._existing(call)
+        except Refused as refused:
+            return refused.reply if refused.reply.status == 400 else Reply(body={"instances": None})
+        return Reply(body={"instances": self._row(call, rental)})
+
+    async def _old_list(self, call: Call) -> Reply:
+        return _error(410, "deprecated", "Use GET /api/v1/instances/")
+
+    async def _list(self, call: Call) -> Reply:
+        rows = [self._row(call, rental) for rental in call.rentals()]
+        try:
+            page, found, token = self._page(call, rows)
+        except BadQuery as error:
+            return _error(400, "invalid_request", str(error))
+        labels = [row["label"] or "" for row in found]
+        columns = _decoded(call.query("select_cols", '["*"]'))
+        if isinstance(columns, list) and "*" not in columns:
+            page = [{str(name): row.get(str(name)) for name in columns} for row in page]
+        return Reply(
+            body={
+                "success": True,
+                "instances_found": len(page),
+                "total_instances": len(found),
+                "label_counts": {label: labels.count(label) for label in dict.fromkeys(labels)},
+                "next_token": token,
+                "instances": call.rows(page),
+            }
+        )
+
+    def _page(
+        self, call: Call, rows: list[dict[str, Any]]
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], str | None]:
+        """(this page, all that match, the token of the next page)."""
+        filters = _decoded(call.query("select_filters", "{}"))
+        order_by = _decoded(call.query("order_by", "[]"))
+        if not isinstance(filters, dict) or not isinstance(order_by, list):
+            raise BadQuery("Error in query parameters: not JSON")
+        vast_rows.check_filters(filters, vast_rows.STORED_COLUMNS)
+        order = []
+        for entry in order_by:
+            column = entry.get("col") if isinstance(entry, dict) else None
+            if not isinstance(column, str) or column not in vast_rows.STORED_COLUMNS:
+                raise BadQuery(f"Error in query parameters: {column} is not a valid sort key")
+            order.append((column, "desc" if entry.get("dir") == "desc" else "asc"))
+        order.append(("id", "asc"))
+        limit = _whole(call.query("limit", str(_PAGE)), signed=True)
+        if limit is None:
+            raise BadQuery("Error in query parameters: limit is not a number")
+        size = min(_PAGE, limit) if limit > 0 else 5
+        found = [row for row in rows if vast_rows.matches(row, filters)]
+        token = call.query("after_token")
+        rest = vast_rows.in_order(found, order, after=_values_of(token, order) if token else None)
+        if len(rest) <= size:
+            return rest, found, None
+        return rest[:size], found, _token_of(rest[size - 1], order)
+
+    async def _manage(self, call: Call) -> Reply:
+        rental, body = self._existing(call), call.body
+        faults = complaints(_MANAGE, body)
+        if not faults and not {"state", "label"} & set(body):
+            faults = ["state or label is required"]
+        if faults:
+            return _error(400, "invalid_args", faults[0])
+        if "label" in body:
+            rental.tag = body["label"]
+        if body.get("state") == "stopped":
+            rental.wish["wanted"] = "stopped"
+            await self.world.stop(rental, _BY_USER)
+        elif body.get("state") == "running":
+            rental.wish["wanted"] = "running"
+        self._settle(rental.host)
+        return Reply(body={"success": True})
+
+    async def _destroy(self, call: Call) -> Reply:
+        await self._end(self._existing(call))
+        return Reply(body={"success": True, "msg": "Instance destroyed successfully"})
+
+    async def _destroy_many(self, call: Call) -> Reply:
+        wanted = call.body.get("instance_ids") if isinstance(call.body, dict) else None
+        if not isinstance(wanted, list):
+            return _error(400, "invalid_args", "instance_ids: expected an array")
+        for rental in [r for r in call.rentals() if int(r.id) in wanted]:
+            await self._end(rental)
+        return Reply(body={"success": True})
+
+    async def _end(self, rental: Rental) -> None:
+        self.site.keys.pop(str(rental.wish["api_key"]), None)
+        await self.world.end(rental, "destroyed")
+        self._settle(rental.host)
+
+    async def _change_bid(self, call: Call) -> Reply:
+        rental = self._existing(call, "no_such_instance")
+        body = call.body if isinstance(call.body, dict) else {}
+        if complaints(_number("0.001", "32"), body.get("price")):
+            return _error(400, "invalid_args", "Please set a bid price >= 0.001.")
+        if not rental.wish["is_bid"]:
+            return _error(400, "invalid_args", "The instance is not interruptible.")
+        self.world.reprice(rental, Decimal(body["price"]))
+        self._settle(rental.host)
+        return Reply(body={"success": True})
+
+    async def _reboot(self, call: Call) -> Reply:
+        rental = self._existing(call)
+        if rental.state != "running":
+            return _error(400, "invalid_args", "The instance is not running.")
+        self._authorize(rental)
+        env = {**self._secrets, **rental.wish["env"], "CONTAINER_ID": rental.id}
+        await self.world.restart(rental, self._extra(rental).authorized, env)
+        await self._started(rental, env)
+        return Reply(body={"success": True})
+
+    async def _deposit(self, call: Call) -> Reply:
+        self._existing(call)
+        return Reply(
+            body={"success": True, "refundable_deposit": 0, "total_discount": 0, "discount_months": 0}
+        )
+
+    async def _request_logs(self, call: Call) -> Reply:
+        rental = self._existing(call)
+        return Reply(
+            body={"success": True, "result_url": f"{self.site.url}/logs/{rental.id}", "msg": "Logs requested"}
+        )
+
+    async def _read_logs(self, call: Call) -> Reply:
+        extra = self._extras.get(call.path("id"))
+        return MANNERS.not_found if extra is None else Reply(body=extra.log.decode("utf-8", "replace"))
+
+    # Keys, secrets, the account
+
+    async def _instance_keys(self, call: Call) -> Reply:
+        extra = self._extra(self._existing(call))
+        keys = {**{n: key for n, (key, _) in self._ssh_keys.items()}, **extra.keys}
+        rows = [{"id": number, "name": "", "public_key": key} for number, key in keys.items()]
+        return Reply(body={"success": True, "ssh_keys": json.dumps(rows)})
+
+    async def _attach_key(self, call: Call) -> Reply:
+        rental, key = self._existing(call), _public_key(call.body)
+        extra = self._extra(rental)
+        if key not in extra.keys.values():
+            extra.keys[self._key_id()] = key
+        self._authorize(rental)
+        return Reply(body={"success": True, "msg": "SSH key attached successfully"})
+
+    async def _detach_key(self, call: Call) -> Reply:
+        rental = self._existing(call, "no_such_instance")
+        number = _whole(call.path("key_id"))
+        if number is None or self._extra(rental).keys.pop(number, None) is None:
+            return _error(404, "no_such_ssh_key", "No such ssh key on the instance.")
+        self._authorize(rental)
+        return Reply(body={"success": True, "msg": "SSH key removed from instance."})
+
+    async def _list_keys(self, call: Call) -> Reply:
+        return Reply(body=[self._key_row(number, "key") for number in self._ssh_keys])
+
+    async def _new_key(self, call: Call) -> Reply:
+        key = _public_key(call.body)
+        number = self._key_id()
+        self._keep_key(number, key)
+        return Reply(body={"success": True, "key": self._key_row(number, "public_key")})
+
+    async def _change_key(self, call: Call) -> Reply:
+        number = _whole(call.path("key_id"))
+        if number is None or number not in self._ssh_keys:
+            return _error(400, "no_ssh_key", "No such ssh key")
+        self._keep_key(number, _public_key(call.body))
+        return Reply(body={"success": True, "key": self._key_row(number, "public_key")})
+
+    async def _drop_key(self, call: Call) -> Reply:
+        number = _whole(call.path("key_id"))
+        if number is None or self._ssh_keys.pop(number, None) is None:
+            return _error(400, "no_ssh_key", "No such ssh key")
+        return Reply(body={"success": True})
+
+    def _keep_key(self, number: int, key: str) -> None:
+        """A key of the account opens all its instances, those that run too."""
+        self._ssh_keys[number] = (key, self.world.clock.now())
+        for rental in self.world.rentals.values():
+            if rental.vendor == VENDOR and rental.state != "ended":
+                self._authorize(rental)
+
+    def _key_id(self) -> int:
+        self._next_key += 1
+        return self._next_key
+
+    def _key_row(self, number: int, name: str) -> dict[str, Any]:
+        key, created = self._ssh_keys[number]
+        stamp = f"{created:%Y-%m-%dT%H:%M:%SZ}"
+        return {"id": number, "user_id": _USER_ID, name: key, "created_at": stamp, "deleted_at": None}
+
+    async def _list_secrets(self, call: Call) -> Reply:
+        return Reply(body={"success": True, "secrets": dict(self._secrets)})
+
+    async def _new_secret(self, call: Call) -> Reply:
+        faults = complaints(_SECRET, call.body)
+        if not faults and call.body["key"].upper() in self._secrets:
+            faults = ["The variable exists already"]
+        return self._keep_secret(call, faults)
+
+    async def _change_secret(self, call: Call) -> Reply:
+        faults = complaints(_SECRET, call.body)
+        if not faults and call.body["key"].upper() not in self._secrets:
+            faults = ["No such variable"]
+        return self._keep_secret(call, faults)
+
+    def _keep_secret(self, call: Call, faults: list[str]) -> Reply:
+        if faults:
+            return _error(400, "invalid_args", faults[0])
+        self._secrets[call.body["key"].upper()] = call.body["value"]
+        return Reply(body={"success": True, "msg": "The environment variable was saved."})
+
+    async def _drop_secret(self, call: Call) -> Reply:
+        name = call.body.get("key") if isinstance(call.body, dict) else None
+        if not isinstance(name, str) or self._secrets.pop(name.upper(), None) is None:
+            return _error(400, "invalid_args", "No such variable")
+        return Reply(body={"success": True, "msg": "The environment variable was deleted."})
+
+    async def _charges(self, call: Call) -> Reply:
+        if not isinstance(_decoded(call.query("select_filters", "{}")), dict):
+            return _error(400, "invalid_request", "Error in query parameters: select_filters is not JSON")
+        rentals = [r for r in self.world.rentals.values() if r.vendor == VENDOR]
+        now_s = self.world.clock.now_s()
+        limit = _whole(call.query("limit", "100"))
+        if not limit:
+            return _error(400, "invalid_request", "Error in query parameters: limit is not a number")
+        results = [_charge_row(rental, now_s) for rental in rentals]
+        return Reply(
+            body={
+                "success": True,
+                "count": len(results[:limit]),
+                "total": len(results),
+                "next_token": None,
+                "results": results[:limit],
+            }
+        )
+
+    async def _user(self, call: Call) -> Reply:
+        keys = [key for key, _ in self._ssh_keys.values()]
+        return Reply(
+            body={
+                "id": _USER_ID,
+                "key_id": 1,
+                "email": "somebody@example.com",
+                "username": "somebody",
+                "balance": 100,
+                "credit": 100,
+                "ssh_key": keys[-1] if keys else "",
+                "sid": "0" * 32,
+            }
+        )
+
+
+def _waits(rental: Rental) -> bool:
+    return rental.state == "stopped" and rental.wish["wanted"] == "running"
+
+
+def _whole(text_: str, *, signed: bool = False) -> int | None:
+    return int(text_) if re.fullmatch(r"-?[0-9]{1,15}" if signed else "[0-9]{1,15}", text_) else None
+
+
+def _decoded(text_: str) -> Any:
+    """A query parameter that is JSON; None = it is not."""
+    try:
+        return json.loads(text_, parse_float=Decimal, parse_constant=_refuse)
+    except (ValueError, ArithmeticError, RecursionError):
+        return None
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(constant)
+
+
+def _token_of(row: Mapping[str, Any], order: list[tuple[str, str]]) -> str:
+    values = {column: row[column] for column, _ in order}
+    return base64.b64encode(json.dumps({"values": values}).encode()).decode()
+
+
+def _values_of(token: str, order: list[tuple[str, str]]) -> list[Any]:
+    try:
+        values = json.loads(base64.b64decode(token, validate=True))["values"]
+        found = [values[column] for column, _ in order]
+    except (binascii.Error, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BadQuery("Error in query parameters: invalid after_token") from error
+    if not isinstance(found[-1], int) or any(isinstance(value, list | dict) for value in found):
+        raise BadQuery("Error in query parameters: invalid after_token")
+    return found
+
+
+def _env_of(env: Any) -> dict[str, str]:
+    """Variables from an object or from docker flags; port mappings are not variables."""
+    if isinstance(env, dict):
+        return {name: str(value) for name, value in env.items() if not name.startswith("-")}
+    words = shlex.split(env or "")
+    pairs = (word.partition("=") for flag, word in pairwise(words) if flag == "-e")
+    return {name: value for name, _, value in pairs if name}
+
+
+def _public_key(body: Any) -> str:
+    key = body.get("ssh_key") if isinstance(body, dict) else None
+    if not isinstance(key, str) or not key.strip():
+        raise Refused(_error(400, "no_ssh_key", "No ssh key provided"))
+    try:
+        asyncssh.import_public_key(key)
+    except (asyncssh.KeyImportError, ValueError) as error:
+        raise Refused(_error(400, "invalid_args", "Not an ssh key")) from error
+    return key.strip()
+
+
+def _charge_row(rental: Rental, now_s: float) -> dict[str, Any]:
+    """One instance's charges; USD."""
+    kinds = {"gpu": "gpu", "disk": "disk", "bytes_in": "bwd", "bytes_out": "bwu"}
+    began, ended = int(rental.events[0].at_s), int(now_s)
+    if rental.state == "ended":
+        ended = int(rental.since_s)
+    lines = bill.lines(rental, now_s)
+    return {
+        "start": began,
+        "end": ended,
+        "type": "instance",
+        "source": f"instance-{rental.id}",
+        "description": f"Instance {rental.id}",
+        "amount": vast_rows.money(sum((line.usd for line in lines), Decimal(0))),
+        "metadata": {"label": rental.tag},
+        "items": [
+            {
+                "start": began,
+                "end": ended,
+                "type": kinds[line.item],
+                "source": None,
+                "description": line.item,
+                "amount": vast_rows.money(line.usd),
+                "metadata": {},
+                "items": [],
+            }
+            for line in lines
+        ],
+    }
