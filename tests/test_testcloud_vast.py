@@ -256,8 +256,6 @@ def test_the_newer_search_takes_its_query_inside_and_chooses_columns() -> None:
         status, answer = await room.client.ask("PUT", "/api/v0/search/asks/", body)
         assert (200, {"id", "gpu_name"}) == (status, set(answer["offers"][0]))
 
-    client_checker = CHECKER
-    assert client_checker is None or "PUT /api/v0/search/asks" not in client_checker.accepted
     run(check)
 
 
@@ -716,6 +714,6 @@ def test_every_exchange_kept_to_the_vendors_document() -> None:
     """Runs last in this file: at least 20 operations were seen, and every violation has a known reason."""
     checker = openapi.checker("vast")
     assert CHECKER is not None
-    assert [] == sorted({t[:230] for t in CHECKER.unexplained})
+    assert [] == sorted(set(CHECKER.unexplained))
     assert checker.document.vendor == "vast"
     assert len(CHECKER.accepted) >= 20, sorted(CHECKER.accepted)

@@ -148,7 +148,7 @@ _CREATE = record(
     closed=False,
 )
 _MANAGE = record({}, {"state": choice("running", "stopped"), "label": text(0, 1024)}, closed=False)
-_SECRET = record({"key": text(1, 128, r"[A-Za-z_]\w*\Z"), "value": text(0, 4096)}, {}, closed=False)
+_SECRET = record({"key": text(1, 128, r"[A-Za-z_][A-Za-z0-9_]*\Z"), "value": text(0, 4096)}, {}, closed=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -727,27 +727,25 @@ class Vast:
         return Reply(body={"success": True, "secrets": dict(self._secrets)})
 
     async def _new_secret(self, call: Call) -> Reply:
-        faults = complaints(_SECRET, call.body)
-        if not faults and call.body["key"].upper() in self._secrets:
-            faults = ["The variable exists already"]
-        return self._keep_secret(call, faults)
+        name, value = _secret(call.body)
+        if name in self._secrets:
+            return _error(400, "existing_key", "The variable exists already")
+        self._secrets[name] = value
+        return Reply(body={"success": True, "msg": "The environment variable was saved."})
 
     async def _change_secret(self, call: Call) -> Reply:
-        faults = complaints(_SECRET, call.body)
-        if not faults and call.body["key"].upper() not in self._secrets:
-            faults = ["No such variable"]
-        return self._keep_secret(call, faults)
-
-    def _keep_secret(self, call: Call, faults: list[str]) -> Reply:
-        if faults:
-            return _error(400, "invalid_args", faults[0])
-        self._secrets[call.body["key"].upper()] = call.body["value"]
+        name, value = _secret(call.body)
+        if name not in self._secrets:
+            return _error(400, "nonexistent_key", "No such variable")
+        self._secrets[name] = value
         return Reply(body={"success": True, "msg": "The environment variable was saved."})
 
     async def _drop_secret(self, call: Call) -> Reply:
         name = call.body.get("key") if isinstance(call.body, dict) else None
-        if not isinstance(name, str) or self._secrets.pop(name.upper(), None) is None:
-            return _error(400, "invalid_args", "No such variable")
+        if not isinstance(name, str):
+            return _error(400, "missing_input", "key: expected a string")
+        if self._secrets.pop(name.upper(), None) is None:
+            return _error(400, "nonexistent_key", "No such variable")
         return Reply(body={"success": True, "msg": "The environment variable was deleted."})
 
     async def _charges(self, call: Call) -> Reply:
@@ -830,6 +828,13 @@ def _env_of(env: Any) -> dict[str, str]:
     return {name: value for name, _, value in pairs if name}
 
 
+def _secret(body: Any) -> tuple[str, str]:
+    """(name in capitals, value); raises Refused."""
+    if faults := complaints(_SECRET, body):
+        raise Refused(_error(400, "missing_input", faults[0]))
+    return body["key"].upper(), body["value"]
+
+
 def _public_key(body: Any) -> str:
     key = body.get("ssh_key") if isinstance(body, dict) else None
     if not isinstance(key, str) or not key.strip():
@@ -837,7 +842,7 @@ def _public_key(body: Any) -> str:
     try:
         asyncssh.import_public_key(key)
     except (asyncssh.KeyImportError, ValueError) as error:
-        raise Refused(_error(400, "invalid_args", "Not an ssh key")) from error
+        raise Refused(_error(400, "no_ssh_key", "Not an ssh key")) from error
     return key.strip()
 
 
