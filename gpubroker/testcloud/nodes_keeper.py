@@ -11,7 +11,8 @@ Either way the end of a socket is the order to stop, so a test cloud killed with
 
 Requests are datagrams with file descriptors. To the keeper: `node` (the init's socket, a pipe that closes
 when the node is gone). To an init: `run` (stdin, stdout, stderr, JSON of argv, env, cwd and tty, a pipe for
-"pid N" and "exit STATUS"), `signal PID N` for that command's process group, `all N` (a pipe to close when done).
+"pid N" and "exit STATUS"), `signal PID N` for that command's process group, `all N` (a pipe to
+close when done).
 """
 
 from __future__ import annotations

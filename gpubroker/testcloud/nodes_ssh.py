@@ -1,8 +1,8 @@
 """The SSH server of a node: one loopback port, its own host key, the node's home and its processes behind it.
 
 As sshd does: commands and shells with a terminal or without, environment, signals, SFTP and scp from the
-home, forwarding to loopback; the keys are those in the home's `.ssh/authorized_keys` at that moment. Nothing is
-forwarded from the node, agents neither. Any user name is let in and is only a name.
+home, forwarding to loopback; the keys are those in the home's `.ssh/authorized_keys` at that moment. Nothing
+is forwarded from the node, agents neither. Any user name is let in and is only a name.
 """
 
 from __future__ import annotations
