@@ -37,7 +37,7 @@ class Room:
     """`ask` sends one request; a checker, where there is one, sees all of them."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, vendor: Any, checker: Checker | None) -> None:
-        self._loop, self.vendor, self._checker = loop, vendor, checker
+        self._loop, self.vendor, self.checker = loop, vendor, checker
         self.world: World = vendor.world
         self.clock: HandClock = vendor.world.clock
         self.nodes: NoNodes = vendor.world.nodes
@@ -68,8 +68,8 @@ class Room:
         key = self.key if key is None else key
         answered: Answered = self.do(self._ask(method, path, sent, key))
         self.settle()
-        if self._checker is not None and key == self.key:
-            self._checker.see(
+        if self.checker is not None and key == self.key:
+            self.checker.see(
                 Exchange(
                     method=method,
                     url=self.prefix + path,

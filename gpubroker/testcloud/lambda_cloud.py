@@ -124,7 +124,12 @@ MANNERS = Manners(
     forbidden=error(
         403, "global/account-inactive", "Your account is inactive.", "Contact Support if problems continue."
     ),
-    not_found=error(404, "global/object-does-not-exist", "There is nothing at this path."),
+    not_found=error(
+        404,
+        "global/object-does-not-exist",
+        "There is nothing at this path.",
+        "Check the path, then try again.",
+    ),
     bad_request=error(400, "global/invalid-parameters", "Request body was not valid JSON."),
     no_capacity=NO_CAPACITY,
     too_often=lambda limit: error(
