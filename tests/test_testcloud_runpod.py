@@ -9,7 +9,7 @@ import pytest
 
 from gpubroker.testcloud.runpod import RunPod
 from gpubroker.testcloud.world import World
-from gpubroker_providers.runpod import parse_catalog
+from gpubroker_providers.runpod import GPU_TYPES_QUERY, parse_catalog, parse_gpu_types
 from tests import openapi
 from tests.testcloud_room import Room, room
 
@@ -350,3 +350,75 @@ def test_a_body_that_is_no_json_is_refused(here: Room) -> None:
     """400, and nothing is created."""
     assert 400 == here.ask("POST", "/v2/pods", raw=b"{").status
     assert 422 == here.ask("POST", "/v2/pods", raw=json.dumps([1]).encode()).status
+
+
+def graphql(here: Room, query, variables=None, key=None):
+    """The answer's body; GraphQL says everything with status 200."""
+    answered = here.ask("POST", "/graphql", {"query": query, "variables": variables}, key=key)
+    assert 200 == answered.status
+    return answered.body
+
+
+def test_gpu_types_need_no_key_and_our_keyless_poll_reads_them(here: Room) -> None:
+    """Offers of both clouds from GraphQL alone."""
+    answered = here.ask("POST", "/graphql", {"query": GPU_TYPES_QUERY}, key="")
+    parsed = parse_gpu_types(json.loads(answered.text, parse_float=Decimal))
+    assert {"secure", "community"} == {offer.cloud for offer in parsed.offers}
+    assert "Unauthorized" == graphql(here, "{ myself { id } }", key="")["errors"][0]["message"]
+
+
+def test_prices_by_place_and_count_come_from_variables(here: Room) -> None:
+    """gpuhunt's way of asking: one query, other variables."""
+    query = """
+    query Q($id: String!, $count: Int = 1, $center: String) {
+      gpuTypes(input: {id: $id}) { id lowest: lowestPrice(input: {gpuCount: $count, dataCenterId: $center,
+        secureCloud: true}) { uninterruptablePrice stockStatus availableGpuCounts } }
+    }"""
+    two = graphql(here, query, {"id": GPU, "count": 2, "center": "US-KS-2"})["data"]["gpuTypes"]
+    three = graphql(here, query, {"id": GPU, "count": 3, "center": "US-KS-2"})["data"]["gpuTypes"]
+    assert [(GPU, "Low", [1, 2])] == [
+        (row["id"], row["lowest"]["stockStatus"], row["lowest"]["availableGpuCounts"]) for row in two
+    ]
+    assert [(None, None)] == [
+        (row["lowest"]["stockStatus"], row["lowest"]["uninterruptablePrice"]) for row in three
+    ]
+
+
+def test_a_pod_made_by_graphql_is_one_of_rests(here: Room) -> None:
+    """Deploy, stop, resume, terminate: the same pods."""
+    query = f"""mutation {{ podFindAndDeployOnDemand(input: {{name: "g", imageName: "i", cloudType: ALL,
+      startSsh: true, gpuTypeId: "{GPU}", gpuCount: 1, volumeInGb: 10, ports: "22/tcp",
+      env: [{{ key: "A", value: "b c" }}], dataCenterId: null}}) {{ id env machine {{ podHostId }} }} }}"""
+    pod = graphql(here, query)["data"]["podFindAndDeployOnDemand"]
+    rest = here.ask("GET", f"/v2/pods/{pod['id']}").body
+    assert (["A=b c"], {"A": "b c"}, "g") == (pod["env"], rest["env"], rest["name"])
+    ask = f'(input: {{ podId: "{pod["id"]}" }})'
+    stopped = graphql(here, f"mutation {{ podStop{ask} {{ id desiredStatus }} }}")["data"]["podStop"]
+    assert "EXITED" == stopped["desiredStatus"]
+    graphql(here, f"mutation {{ podResume{ask} {{ id desiredStatus }} }}")
+    assert "RUNNING" == here.ask("GET", f"/v2/pods/{pod['id']}").body["status"]
+    assert {"data": {"podTerminate": None}} == graphql(here, f"mutation {{ podTerminate{ask} }}")
+    assert 404 == here.ask("GET", f"/v2/pods/{pod['id']}").status
+    assert {"data": {"pod": None}} == graphql(here, f"{{ pod{ask} {{ id }} }}")
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        pytest.param("", id="empty"),
+        pytest.param("{", id="cut"),
+        pytest.param("{ gpuTypes { id ", id="not closed"),
+        pytest.param("{ gpuTypes { noSuch } }", id="unknown field"),
+        pytest.param("{ noSuch }", id="unknown operation"),
+        pytest.param(
+            'mutation { podStop(input: { podId: "q"x" }) { id } }', id="what the SDK makes of a quote"
+        ),
+        pytest.param('mutation { podStop(input: { podId: "none" }) { id } }', id="unknown pod"),
+        pytest.param("{" * 1000, id="deep"),
+        pytest.param("{ a(b: " + "[" * 1000, id="deep value"),
+    ],
+)
+def test_a_broken_query_is_answered_with_errors(here: Room, query) -> None:
+    """HTTP 200, a message, nothing done."""
+    assert graphql(here, query)["errors"][0]["message"]
+    assert {} == here.world.rentals

@@ -264,6 +264,9 @@ class RunPod:
             {"minute": (per_minute, 60), "hour": (per_minute * 50, 3600), "day": (per_minute * 833, 86400)}
         )
         self._add_routes()
+        from gpubroker.testcloud.runpod_graphql import GraphQL  # it builds on this module
+
+        GraphQL(self)
 
     def _add_routes(self) -> None:
         routes: tuple[tuple[str, str, Handler], ...] = (
@@ -371,11 +374,8 @@ class RunPod:
         return Reply(body={"pods": call.rows(rows)})
 
     async def _create_pod(self, call: Call) -> Reply:
-        body = _well_formed(_CREATE_POD, call.body)
-        if "templateId" not in body and "image" not in body:
-            raise _malformed(["image: is required without templateId"])
-        pod = self.create(body, (str(body.get("cloud", "SECURE")),))
-        return Reply(status=201, body=self.row(pod))
+        cloud = call.body.get("cloud", "SECURE") if isinstance(call.body, dict) else ""
+        return Reply(status=201, body=self.row(self.create_checked(call.body, (cloud,))))
 
     async def _show_pod(self, call: Call) -> Reply:
         pod, state = self._pod(call)
@@ -414,8 +414,11 @@ class RunPod:
             raise gone("Pod")
         return self.pods[rental.id], call.state(rental)
 
-    def create(self, body: Mapping[str, Any], clouds: tuple[str, ...]) -> Pod:
-        """A pod from a well-formed request, in one of these clouds; its node boots. Raises Refused."""
+    def create_checked(self, asked: Any, clouds: tuple[str, ...]) -> Pod:
+        """A pod as a create request asks for it, in one of these clouds; its node boots. Raises Refused."""
+        body = _well_formed(_CREATE_POD, asked)
+        if "templateId" not in body and "image" not in body:
+            raise _malformed(["image: is required without templateId"])
         spec, template = self._filled(body)
         if ("gpu" in body) == ("cpu" in body):
             raise rule_broken("exactly one of gpu and cpu is required")
