@@ -238,6 +238,11 @@ class _HomeFiles(asyncssh.SFTPServer):
     def map_path(self, path: bytes) -> bytes:
         return posixpath.join(self._home, path)
 
+    def exit(self) -> None:
+        """The client is done: OpenSSH's scp takes a session without an exit status for a failure."""
+        if self.channel.get_subsystem() is not None and not self.connection.is_closed():
+            self.channel.exit(0)
+
 
 async def _cancelled(task: asyncio.Task[None]) -> None:
     """It uses its descriptor no more when this returns."""
