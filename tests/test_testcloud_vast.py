@@ -110,7 +110,7 @@ def run(check: Callable[[Bench], Awaitable[None]], *hosts: Host, **options: Any)
         world = World(HandClock(), nodes, seed=7)
         for host in hosts or (STEADY,):
             world.add_host(host)
-        vast = Vast(world, **options)
+        vast = Vast(world, boot_s=0, **options)
         await vast.start()
         try:
             async with aiohttp.ClientSession() as http:

@@ -6,6 +6,8 @@ import asyncio
 import time
 from datetime import UTC, datetime
 
+_GLANCE_S = 0.25  # a sleeper looks at the clock so often
+
 
 class SimClock:
     """Starts at the real time and runs `speed` times as fast; the speed may change at any moment."""
@@ -35,5 +37,8 @@ class SimClock:
         self._base_s, self._real_s, self._speed = self.now_s(), time.monotonic(), speed
 
     async def sleep(self, sim_s: float) -> None:
-        """Wait simulated seconds, at least 1 ms of real time."""
-        await asyncio.sleep(max(0.001, sim_s / self._speed))
+        """Wait simulated seconds, at least 1 ms of real time; a change of speed shortens a wait under way."""
+        end_s = self.now_s() + sim_s
+        await asyncio.sleep(0.001)
+        while (left_s := end_s - self.now_s()) > 0:
+            await asyncio.sleep(min(_GLANCE_S, max(0.001, left_s / self._speed)))

@@ -25,11 +25,11 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
-import asyncssh
-
 from gpubroker.testcloud import bill, vast_rows
+from gpubroker.testcloud.keys import is_key
 from gpubroker.testcloud.shapes import (
     boolean,
     choice,
@@ -164,7 +164,7 @@ class Extra:
     """What this API knows of an instance beyond the world's rental."""
 
     keys: dict[int, str] = field(default_factory=dict)  # SSH keys attached to it alone
-    authorized: list[str] = field(default_factory=list)  # what its node accepts; the node reads it each time
+    authorized: list[str] = field(default_factory=list)  # what its node accepts
     log: bytes = b""  # what its onstart printed
     outbid_until_s: float = 0.0  # preempted by hand
 
@@ -174,8 +174,9 @@ class Vast:
 
     vendor = VENDOR
 
-    def __init__(self, world: World, *, daily_searches: int | None = None) -> None:
+    def __init__(self, world: World, *, daily_searches: int | None = None, boot_s: float = 15.0) -> None:
         self.world = world
+        self.boot_s = boot_s  # simulated: pulling the image; a host's fact `boot_s` goes before it
         self.daily_searches = daily_searches  # the search quota of a key; None = no end
         self.site = Site(world, "vast", MANNERS)
         self._asks: dict[int, Ask] = {}
@@ -299,6 +300,11 @@ class Vast:
         self.site.spawn(self._boot(rental))
 
     async def _boot(self, rental: Rental) -> None:
+        began = len(rental.events)
+        if boot_s := float(rental.host.facts.get("boot_s", self.boot_s)):
+            await self.world.clock.sleep(boot_s)
+        if len(rental.events) > began and rental.events[-1].kind in ("stopped", "ended"):
+            return
         self._authorize(rental)
         env = {
             **self._secrets,
@@ -327,8 +333,15 @@ class Vast:
             self._extra(rental).log += output + errors
 
     def _authorize(self, rental: Rental) -> None:
+        """The account's keys and its own; a running node's SSH server reads its file at each login."""
         extra = self._extra(rental)
+        before = set(extra.authorized)
         extra.authorized[:] = [*(key for key, _ in self._ssh_keys.values()), *extra.keys.values()]
+        file = Path(rental.node.home, ".ssh", "authorized_keys") if rental.node is not None else None
+        if file is not None and file.is_file():
+            others = [line for line in file.read_text().splitlines() if line not in before]
+            lines = dict.fromkeys([*others, *extra.authorized])
+            file.write_text("".join(f"{line}\n" for line in lines))
 
     def _extra(self, rental: Rental) -> Extra:
         return self._extras.setdefault(rental.id, Extra())
@@ -839,10 +852,8 @@ def _public_key(body: Any) -> str:
     key = body.get("ssh_key") if isinstance(body, dict) else None
     if not isinstance(key, str) or not key.strip():
         raise Refused(_error(400, "no_ssh_key", "No ssh key provided"))
-    try:
-        asyncssh.import_public_key(key)
-    except (asyncssh.KeyImportError, ValueError) as error:
-        raise Refused(_error(400, "no_ssh_key", "Not an ssh key")) from error
+    if not is_key(key):
+        raise Refused(_error(400, "no_ssh_key", "Not an ssh key"))
     return key.strip()
 
 
