@@ -18,10 +18,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 from gpubroker.testcloud import shapes
-from gpubroker.testcloud.front import Front, open_front
+from gpubroker.testcloud.front import SSH_PORT, Front, open_front, ssh_port
 from gpubroker.testcloud.keys import is_key, new_key_pair
 from gpubroker.testcloud.shapes import Shape, choice, items, record, text, whole
-from gpubroker.testcloud.web import Call, Handler, Limit, Manners, Refused, Reply, Site
+from gpubroker.testcloud.web import Call, Handler, Limit, Manners, Refused, Reply, Site, account_key
 from gpubroker.testcloud.world import Host, Rental, State, World, new_id
 
 BASE_PATH = "/api/v1"
@@ -237,6 +237,16 @@ class LambdaCloud:
         for instance in self.instances.values():
             if instance.front is not None:
                 instance.front.close()
+
+    @property
+    def env(self) -> dict[str, str]:
+        """What a client's environment needs, once it listens; the port only where it is not the usual 22."""
+        port = {} if ssh_port() == SSH_PORT else {"GPUBROKER_LAMBDA_SSH_PORT": str(ssh_port())}
+        return {
+            "GPUBROKER_LAMBDA_URL": self.site.url + BASE_PATH,
+            "LAMBDA_API_KEY": account_key("lambda"),
+            **port,
+        }
 
     # --- types and images ---
 

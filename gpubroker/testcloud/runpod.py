@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
-from gpubroker.testcloud import shapes
+from gpubroker.testcloud import bill, shapes
 from gpubroker.testcloud.keys import usable_keys
 from gpubroker.testcloud.runpod_billing import account_report, pod_report, volume_report
 from gpubroker.testcloud.runpod_catalog import (
@@ -33,7 +33,7 @@ from gpubroker.testcloud.runpod_catalog import (
     usd_per_gpu,
 )
 from gpubroker.testcloud.shapes import Shape, boolean, choice, items, nullable, record, table, text, whole
-from gpubroker.testcloud.web import Call, Limit, Manners, Refused, Reply, Site
+from gpubroker.testcloud.web import Call, Limit, Manners, Refused, Reply, Site, account_key
 from gpubroker.testcloud.world import Host, Rental, State, World, new_id
 
 NO_CAPACITY = (
@@ -313,6 +313,23 @@ class RunPod:
     async def close(self) -> None:
         """Stop listening."""
         await self.site.close()
+
+    @property
+    def env(self) -> dict[str, str]:
+        """What a client's environment needs, once it listens."""
+        return {
+            "GPUBROKER_RUNPOD_URL": self.site.url,
+            "RUNPOD_API_BASE_URL": self.site.url,
+            "RUNPOD_API_KEY": account_key("runpod"),
+        }
+
+    def other_charges(self, now_s: float) -> dict[str, Decimal]:
+        """USD of network volumes, by name: they are billed and are no rentals."""
+        charges: dict[str, Decimal] = {}
+        for volume in (*self.old_volumes, *self.volumes.values()):
+            usd = bill.network_volume(volume.sizes, now_s)
+            charges[volume.name] = charges.get(volume.name, Decimal(0)) + usd
+        return charges
 
     def _counted(self, handler: Handler) -> Handler:
         async def serve(call: Call) -> Reply:
