@@ -17,18 +17,13 @@ import aiohttp
 import asyncssh
 import pytest
 
-from gpubroker.testcloud.hosts import default_market
 from gpubroker.testcloud.vast import ASK_GRACE_S, ASK_LIFE_S, Vast
 from gpubroker.testcloud.web import account_key
 from gpubroker.testcloud.world import Host, Rental, World
 from tests import openapi
-from tests.testcloud_support import Client, HandClock, NoNodes
+from tests.testcloud_support import MACHINES, STEADY, Client, HandClock, NoNodes
 
 D = Decimal
-MACHINES = [host for host in default_market(7) if host.vendor == "vast"]
-# One machine that is always there, at a price that never moves: what happens to it is the test's doing.
-STEADY = next(host for host in MACHINES if host.gpu == "RTX4090" and host.gpu_count == 1)
-DEAR = D("0.40")
 
 
 def _checker() -> openapi.Checker | None:

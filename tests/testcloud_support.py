@@ -11,6 +11,7 @@ import aiohttp
 from yarl import URL
 
 from gpubroker.testcloud.clock import SimClock
+from gpubroker.testcloud.hosts import default_market
 from gpubroker.testcloud.web import dumps
 from gpubroker.testcloud.world import Host, HostTruth
 from tests.openapi import Exchange
@@ -28,6 +29,10 @@ HOST = Host(
     capacity=2,
     truth=HostTruth(gpu_name="NVIDIA A10", gpu_count=1, memory_mib=23028),
 )
+
+MACHINES = [host for host in default_market(7) if host.vendor == "vast"]
+# One vast machine for tests that make its market themselves.
+STEADY = next(host for host in MACHINES if host.gpu == "RTX4090" and host.gpu_count == 1)
 
 
 class HandClock(SimClock):
