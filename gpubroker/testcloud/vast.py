@@ -46,7 +46,8 @@ from gpubroker.testcloud.world import Host, Rental, State, World
 
 VENDOR = "vast"
 ASK_LIFE_S = 240  # an ask id is replaced so often
-ASK_GRACE_S = 60  # and can still be rented for so long
+ASK_GRACE_S = 60  # and can still be rented for so long, at least
+_ASK_GRACE_REAL_S = 5  # of real time, however fast the clock runs: clients do not
 RECLAIM_S = 600  # who was preempted by hand stays outbid for so long
 _SETTLE_S = 10.0  # bids are compared with the market so often
 _FIRST_CONTRACT = 20_000_001
@@ -354,7 +355,8 @@ class Vast:
         period = int((now_s + phase) // ASK_LIFE_S)
         digest = hashlib.sha256(f"{self.world.seed}/{host.id}/{period}".encode()).digest()
         ask_id = 10_000_000 + int.from_bytes(digest[:6]) % 1_000_000_000
-        until_s = (period + 1) * ASK_LIFE_S - phase + ASK_GRACE_S
+        grace_s = max(ASK_GRACE_S, _ASK_GRACE_REAL_S * self.world.clock.speed)
+        until_s = (period + 1) * ASK_LIFE_S - phase + grace_s
         self._asks[ask_id] = Ask(host_id=host.id, until_s=until_s)
         return ask_id
 

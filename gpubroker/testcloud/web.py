@@ -340,11 +340,12 @@ def _respond(reply: Reply, *, cut: bool = False) -> web.Response:
         return web.Response(status=reply.status, headers=dict(reply.headers))
     is_text = isinstance(reply.body, str)
     text = reply.body if is_text else dumps(reply.body)
+    # Bare, as the vendors have it: vast's own command line refuses a JSON type with a charset.
+    kind = reply.content_type or ("text/plain" if is_text else "application/json")
     return web.Response(
         status=reply.status,
-        text=text[: len(text) // 2] if cut else text,
-        headers=dict(reply.headers),
-        content_type=reply.content_type or ("text/plain" if is_text else "application/json"),
+        body=(text[: len(text) // 2] if cut else text).encode(),
+        headers={**reply.headers, "Content-Type": kind},
     )
 
 
