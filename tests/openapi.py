@@ -44,6 +44,12 @@ class Deviation:
 
 KNOWN_DEVIATIONS = (
     Deviation(
+        vendor="runpod",
+        operation="POST /graphql",
+        text="request: POST /graphql is not in the document",
+        reason="GraphQL is another API on the same host, older than REST v2, and has no such document",
+    ),
+    Deviation(
         vendor="lambda",
         operation="*",
         text="answer: status 429 *",

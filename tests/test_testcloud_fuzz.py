@@ -39,6 +39,7 @@ RULES = [{"protocol": "tcp", "port_range": [1, 2], "source_network": "10.0.0.0/8
 ID = "an id that exists"
 # A body that works for each operation that takes one.
 BODIES: dict[tuple[str, str], Any] = {
+    ("POST", "/graphql"): {"query": "{ gpuTypes(input: {id: $id}) { id } }", "variables": {"id": GPU}},
     ("POST", "/v2/pods"): POD,
     ("PATCH", "/v2/pods/{id}"): {**CONTAINER, "name": "q", "locked": False, "mounts": {}},
     ("POST", "/v2/pods/{id}/action"): {"action": "stop"},
@@ -203,6 +204,34 @@ def test_runpod_survives_any_request(runpod: Room, endpoint: tuple[str, str]) ->
 def test_lambda_survives_any_request(lambda_cloud: Room, endpoint: tuple[str, str]) -> None:
     """See the module."""
     _fuzz(lambda_cloud, endpoint)
+
+
+QUERIES_TO_CUT = (
+    "query Q($id: String) { gpuTypes(input: {id: $id}) { id lowestPrice(input: {gpuCount: 1}) { minVcpu } } }",
+    'mutation { podFindAndDeployOnDemand(input: {name: "p", env: [{key: "a", value: "b"}]}) { id env } }',
+    'mutation { podTerminate(input: { podId: "none" }) }',
+    "{ myself { pods { id runtime { ports { ip } } } networkVolumes { id } } }",
+)
+
+
+@settings(max_examples=5 * EXAMPLES, deadline=None, derandomize=True, database=None)
+@given(
+    query=st.sampled_from(QUERIES_TO_CUT),
+    at=st.integers(0, 120),
+    length=st.integers(0, 20),
+    between=st.text(max_size=5),
+)
+def test_any_text_is_answered_as_graphql(
+    runpod: Room, query: str, at: int, length: int, between: str
+) -> None:
+    """A query with something cut out and something put in: data or errors, never an exception."""
+    text = query[:at] + between + query[at + length :]
+    before = state_of(runpod.vendor)
+    answered = runpod.ask("POST", "/graphql", {"query": text})
+    assert 200 == answered.status
+    assert [] == runpod.vendor.site.bugs
+    if "errors" in answered.body:
+        assert before == state_of(runpod.vendor)
 
 
 def _fuzz(here: Room, endpoint: tuple[str, str]) -> None:

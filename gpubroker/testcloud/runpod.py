@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 from gpubroker.testcloud import bill, shapes
@@ -32,6 +33,7 @@ from gpubroker.testcloud.runpod_catalog import (
     part_of,
     usd_per_gpu,
 )
+from gpubroker.testcloud.runpod_s3 import ACCESS_KEY, SECRET_KEY, VolumeStore
 from gpubroker.testcloud.shapes import Shape, boolean, choice, items, nullable, record, table, text, whole
 from gpubroker.testcloud.web import Call, Limit, Manners, Refused, Reply, Site, account_key
 from gpubroker.testcloud.world import Host, Rental, State, World, new_id
@@ -257,6 +259,8 @@ class RunPod:
         self.volumes: dict[str, Volume] = {}
         self.old_volumes: list[Volume] = []  # deleted; their bill stays
         self.ssh_keys: list[str] = []
+        self.store = VolumeStore(world, lambda: self.volumes)
+        self.s3_url = ""
         self.templates: dict[str, dict[str, Any]] = {}
         self.registries: dict[str, dict[str, Any]] = {}
         per_minute = requests_per_minute
@@ -307,12 +311,14 @@ class RunPod:
             self.site.add(method, path, self._counted(handler), own="id" if "/pods/{id}" in path else "")
 
     async def start(self, port: int = 0) -> str:
-        """Listen; the base URL."""
+        """Listen; the base URL. The volumes' S3 has a port of its own, `s3_url`."""
+        self.s3_url = await self.store.start()
         return await self.site.start(port)
 
     async def close(self) -> None:
-        """Stop listening."""
+        """Stop listening; the volumes' files are gone."""
         await self.site.close()
+        await self.store.close()
 
     @property
     def env(self) -> dict[str, str]:
@@ -321,6 +327,9 @@ class RunPod:
             "GPUBROKER_RUNPOD_URL": self.site.url,
             "RUNPOD_API_BASE_URL": self.site.url,
             "RUNPOD_API_KEY": account_key("runpod"),
+            "GPUBROKER_RUNPOD_S3_URL": self.s3_url,
+            "RUNPOD_S3_ACCESS_KEY": ACCESS_KEY,
+            "RUNPOD_S3_SECRET_KEY": SECRET_KEY,
         }
 
     def other_charges(self, now_s: float) -> dict[str, Decimal]:
@@ -591,6 +600,7 @@ class RunPod:
         if pod.boots != boot or pod.rental.state != "pending":
             return  # it was stopped meanwhile
         await self.world.boot(pod.rental, self.authorized_keys(pod), self._environment(pod))
+        self._mount(pod)
         pod.started_s = self.world.clock.now_s()
         await self._run_args(pod)
 
@@ -598,6 +608,21 @@ class RunPod:
         await self.world.restart(pod.rental, self.authorized_keys(pod), self._environment(pod))
         pod.started_s = self.world.clock.now_s()
         await self._run_args(pod)
+
+    def _mount(self, pod: Pod) -> None:
+        """The network volume, as a link in the pod's home: /workspace is ~/workspace there."""
+        node = pod.rental.node
+        if node is None or not pod.volume_id or not Path(node.home).is_dir():
+            return
+        parts = [
+            part
+            for part in pod.spec["mounts"]["network"][0]["path"].split("/")
+            if part not in ("", ".", "..")
+        ]
+        link = Path(node.home, *parts)
+        if parts and not link.exists():
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(self.store.folder(pod.volume_id), target_is_directory=True)
 
     async def _run_args(self, pod: Pod) -> None:
         """The container's command; nothing comes of how it ends."""
@@ -742,6 +767,7 @@ class RunPod:
         del self.volumes[volume.id]
         volume.sizes.append((self.world.clock.now_s(), 0))
         self.old_volumes.append(volume)
+        self.store.forget(volume.id)
         return Reply(status=204)
 
     def _volume(self, call: Call) -> Volume:
