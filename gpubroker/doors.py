@@ -95,6 +95,8 @@ class ThreadPool:
                 outcome: Outcome[T, R] = Outcome(item, value=fn(item))
             except Exception as error:
                 outcome = Outcome(item, error=error)
+            except BaseException as error:  # SystemExit ends a thread without a word
+                outcome = Outcome(item, error=RuntimeError(f"{type(error).__name__}: {error}"))
             done.put((index, outcome))
 
         for index, item in enumerate(todo):

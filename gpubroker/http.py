@@ -6,6 +6,7 @@ JSON numbers become Decimal, NaN and Infinity too, so that the row's own check c
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from decimal import Decimal, InvalidOperation
@@ -17,11 +18,13 @@ from urllib3.exceptions import HTTPError as Urllib3Error
 from urllib3.exceptions import ReadTimeoutError
 
 from gpubroker.doors import Clock
-from gpubroker.errors import AuthFailed, PayloadChanged, ProviderError, Transient, Unreachable
+from gpubroker.errors import AuthFailed, ConfigError, PayloadChanged, ProviderError, Transient, Unreachable
 
 _MAX_BODY_BYTES = 64 * 1024 * 1024
 _EXCERPT = 256
 _MAX_WAIT_S = 30.0
+# What a vendor asks for beyond this is a mistake.
+_LONGEST_WAIT_S = 86400.0
 # What a vendor's own error rule may turn an answer into: (status, headers, body text) -> error or None.
 Classify = Callable[[int, Mapping[str, str], str], ProviderError | None]
 
@@ -49,6 +52,9 @@ class HttpClient:
         self._provider = provider
         self._base_url = base_url.rstrip("/")
         self._clock = clock
+        if token and not (token.isascii() and token.isprintable()):
+            # The HTTP library would put such a key into its error text.
+            raise ConfigError(f"{provider}: the key holds characters that no key has: copy it again")
         self._token = token
         self._session = requests.Session()
 
@@ -168,19 +174,20 @@ class HttpClient:
             return Transient(self._provider, operation, "no answer before the deadline")
         if isinstance(error, requests.ConnectionError):
             return Unreachable(self._provider, operation, _cause(error))
-        return Transient(self._provider, operation, self.excerpt(f"{type(error).__name__}: {error}"))
+        # Not its text: an invalid proxy URL is quoted in it, with its password.
+        return Transient(self._provider, operation, f"the HTTP request failed: {type(error).__name__}")
 
     def excerpt(self, text: str) -> str:
         """At most 256 characters on one line, with the key taken out."""
         if self._token:
             text = text.replace(self._token, "[key]")
-        return " ".join(text.split())[:_EXCERPT]
+        return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))[:_EXCERPT]
 
 
 def retry_after_s(headers: Mapping[str, str]) -> float | None:
     """Retry-After in seconds; None when it is absent or a date."""
-    text = headers.get("Retry-After", "")
-    return float(text) if text.isdigit() else None
+    text = headers.get("Retry-After", "").strip()
+    return min(float(text), _LONGEST_WAIT_S) if text.isascii() and text.isdecimal() else None
 
 
 def _number(text: str) -> Decimal:
@@ -199,4 +206,5 @@ def _cause(error: BaseException) -> str:
         if inner is None:
             break
         seen = inner
-    return (seen.args[-1] if seen.args and isinstance(seen.args[-1], str) else str(seen))[:120]
+    text = seen.args[-1] if seen.args and isinstance(seen.args[-1], str) else str(seen)
+    return re.sub(r"//[^/@\s]*@", "//[key]@", text)[:120]

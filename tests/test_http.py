@@ -5,8 +5,8 @@ from decimal import Decimal
 import pytest
 
 from gpubroker.doors import SystemClock
-from gpubroker.errors import AuthFailed, PayloadChanged, ProviderError, Transient, Unreachable
-from gpubroker.http import HttpClient
+from gpubroker.errors import AuthFailed, ConfigError, PayloadChanged, ProviderError, Transient, Unreachable
+from gpubroker.http import HttpClient, retry_after_s
 from gpubroker.testing import Answer
 from tests.loopback import ok, vendor
 from tests.support import FakeClock
@@ -66,6 +66,44 @@ def test_the_key_never_appears_in_an_error():
         _get(server.url)
     assert KEY not in str(caught.value)
     assert "[key]" in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["two\nlines", "caf\u00e9", "tab\t"], ids=["newline", "accent", "tab"])
+def test_a_key_that_cannot_be_one_is_refused_without_being_shown(key):
+    """The HTTP library would quote it."""
+    with pytest.raises(ConfigError) as caught:
+        HttpClient("vast", "http://127.0.0.1:9", SystemClock(), token=key)
+    assert key not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "proxy", ["http://user:hunter2@127.0.0.1:99999", "garbage hunter2"], ids=["port", "no URL"]
+)
+def test_a_proxys_password_is_not_shown(monkeypatch, proxy):
+    """It is part of the proxy's URL, which an error may quote."""
+    monkeypatch.setenv("http_proxy", proxy)
+    monkeypatch.setenv("no_proxy", "")
+    with pytest.raises(ProviderError) as caught:
+        HttpClient("vast", "http://vendor.invalid", SystemClock()).json(
+            "GET", "/x", operation="list", deadline_s=2, attempts=1
+        )
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [
+        ("7", 7.0),
+        ("99999999999999999999", 86400.0),
+        ("-5", None),
+        ("1.5", None),
+        ("\u00b2", None),
+        ("soon", None),
+    ],
+)
+def test_retry_after(header, seconds):
+    """Whole seconds within a day, or nothing."""
+    assert seconds == retry_after_s({"Retry-After": header})
 
 
 def test_a_transient_error_is_tried_again_after_what_the_vendor_asked():

@@ -8,6 +8,7 @@ import pytest
 
 from gpubroker.doors import SerialPool, SystemClock, ThreadPool
 from gpubroker.errors import AuthFailed, ConfigError, MissingCredentials, Transient, Unreachable
+from gpubroker.guard import Guarded
 from gpubroker.model import OfferQuery, Parsed, Skipped
 from gpubroker.prices import poll as polling
 from gpubroker.prices.poll import REST_S, poll, unreachable
@@ -55,7 +56,7 @@ def run(store, monkeypatch):
 
     def _run(*sources, pool=None, clock=None, deadline_s=5.0, **more):
         by_name = {source.name: source for source in sources}
-        monkeypatch.setattr(polling, "load", lambda name, _: by_name[name])
+        monkeypatch.setattr(polling, "guarded", lambda name, _: Guarded(name, by_name[name]))
         made = context(pool=pool or SerialPool(), clock=clock or store._clock)
         results = poll(store, made, list(by_name), OfferQuery(), deadline_s, **more)
         return {result.provider: result for result in results}
@@ -106,6 +107,13 @@ def test_a_vendors_wish_to_wait_longer_is_kept(run, store):
     """A used-up search quota is back at midnight."""
     run(Source("a", Transient("a", "search", "quota", retry_after_s=7200)))
     assert NOW_PLUS(7200) == store.provider_states()["a"].unreachable_until
+
+
+@pytest.mark.parametrize("seconds", [1e9, 1e30, float("inf")], ids=str)
+def test_a_wish_beyond_reason_is_cut(run, store, seconds):
+    """A Retry-After of 99999999999999999999 is a mistake."""
+    run(Source("a", Transient("a", "search", "quota", retry_after_s=seconds)))
+    assert NOW_PLUS(2 * 86400) == store.provider_states()["a"].unreachable_until
 
 
 def test_success_ends_the_rest(run, store):

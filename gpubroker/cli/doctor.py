@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from typing import Literal
 
 import click
+from rich.text import Text
 
 from gpubroker import config
 from gpubroker.cli.options import format_option
@@ -17,8 +19,9 @@ from gpubroker.cli.render import console, print_csv, print_json, table
 from gpubroker.config import Settings
 from gpubroker.doors import Clock, SystemClock
 from gpubroker.errors import BrokerError, MissingCredentials, Unreachable
+from gpubroker.guard import guarded
 from gpubroker.prices.market import open_context
-from gpubroker.provider import ProviderContext, load, names
+from gpubroker.provider import ProviderContext, names
 
 _CHECK_S = 10.0
 _CLOCK_TOLERANCE_S = 60
@@ -51,7 +54,7 @@ def doctor(*, offline: bool, output: str) -> None:
         made = table("check", "verdict", "detail")
         colour = {"ok": "green", "warn": "yellow", "bad": "red"}
         for what, verdict, detail in rows:
-            made.add_row(what, f"[{colour[verdict]}]{verdict}[/]", detail)
+            made.add_row(what, Text(verdict, style=colour[verdict]), detail)
         console().print(made)
     if any(f.verdict == "bad" for f in findings):
         raise click.exceptions.Exit(2)
@@ -96,7 +99,7 @@ def _check_remote(settings: Settings, context: ProviderContext) -> list[Finding]
 def _check_account(name: str, context: ProviderContext) -> Finding:
     """Without asking anybody."""
     try:
-        access = load(name, context).access()
+        access = guarded(name, context).access()
     except BrokerError as error:
         return Finding(what=name, verdict="bad", detail=str(error))
     if access.missing:
@@ -110,14 +113,12 @@ def _check_provider(name: str, context: ProviderContext) -> Finding:
         account = _check_account(name, context)
         if account.verdict != "ok":
             return account
-        detail = load(name, context).check(_CHECK_S - 1)
+        detail = guarded(name, context).check(_CHECK_S - 1)
         return Finding(what=name, verdict="ok", detail=detail)
     except (Unreachable, MissingCredentials) as error:
         return Finding(what=name, verdict="warn", detail=str(error))
     except BrokerError as error:
         return Finding(what=name, verdict="bad", detail=str(error))
-    except Exception as error:  # a plugin's bug is a finding too
-        return Finding(what=name, verdict="bad", detail=f"{type(error).__name__}: {error}")
 
 
 def _check_clock(settings: Settings, context: ProviderContext) -> Finding:
@@ -127,15 +128,14 @@ def _check_clock(settings: Settings, context: ProviderContext) -> Finding:
     urls = []
     for name in names():
         if name not in settings.disabled_providers:
-            url = load(name, context).endpoint()
-            if url:
-                urls.append(url)
+            with suppress(BrokerError):
+                urls.append(guarded(name, context).endpoint() or "")
 
     def skew_s(url: str) -> float:
         answer = requests.head(url, timeout=3, allow_redirects=False)
         return (context.clock.now() - _date(answer.headers["Date"])).total_seconds()
 
-    skews = [o.value for o in context.pool.map(skew_s, urls, 4.0) if o.value is not None]
+    skews = [o.value for o in context.pool.map(skew_s, filter(None, urls), 4.0) if o.value is not None]
     if not skews:
         return Finding(what="clock", verdict="warn", detail="no vendor could be asked for the time")
     skew = min(skews, key=abs)

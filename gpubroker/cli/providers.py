@@ -14,9 +14,10 @@ from gpubroker.cli.render import age, console, iso, print_csv, print_json, table
 from gpubroker.config import Settings
 from gpubroker.doors import SystemClock
 from gpubroker.errors import BrokerError
+from gpubroker.guard import guarded
 from gpubroker.prices.market import open_context
 from gpubroker.prices.store import Store
-from gpubroker.provider import ProviderContext, load, names
+from gpubroker.provider import ProviderContext, names
 
 _COLUMNS = ("provider", "prices", "missing", "without", "last_poll", "offers", "problem")
 
@@ -46,7 +47,7 @@ def _row(name: str, settings: Settings, store: Store, context: ProviderContext) 
         "problem": (last.error or "") if last else "",
     }
     try:
-        access = load(name, context).access()
+        access = guarded(name, context).access()
     except BrokerError as error:
         return row | {"prices": "unusable", "problem": str(error)}
     if access.missing:

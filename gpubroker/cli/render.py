@@ -19,9 +19,10 @@ WIDTH = 100
 
 def console(*, stderr: bool = False) -> Console:
     """A console that is exactly 100 columns wide where nobody looks, and as wide as the terminal else."""
-    out = Console(stderr=stderr, highlight=False, soft_wrap=False)
+    # No markup: a vendor's "[red]" is text.
+    out = Console(stderr=stderr, highlight=False, markup=False)
     if not out.is_terminal:
-        out = Console(stderr=stderr, highlight=False, width=WIDTH, color_system=None)
+        out = Console(stderr=stderr, highlight=False, markup=False, width=WIDTH, color_system=None)
     return out
 
 

@@ -22,6 +22,8 @@ class StoreLimiter:
 
     def wait(self, provider: str, endpoint: str, interval_s: float, deadline_s: float) -> None:
         """See provider.Limiter."""
+        if deadline_s <= 0:
+            raise Transient(provider, endpoint, "no time left before the deadline")
         now_ms = self._now_ms()
         latest_ms = now_ms + int(deadline_s * 1000)
         try:

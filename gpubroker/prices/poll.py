@@ -8,20 +8,24 @@ only itself.
 from __future__ import annotations
 
 import socket
+import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from gpubroker.doors import Clock, Outcome, Pool
 from gpubroker.errors import BrokerError, ConfigError, Transient, Unreachable
+from gpubroker.guard import Guarded, guarded, plain
 from gpubroker.model import OfferQuery, Parsed, Skipped
 from gpubroker.prices.store import Store
-from gpubroker.provider import Access, PriceSource, ProviderContext, load
+from gpubroker.provider import Access, ProviderContext
 
 # How long a failure is remembered: no quote waits for that provider again meanwhile.
 REST_S = 60
+LONGEST_REST_S = 2 * 86400
 # A network that lets nobody connect within this time is taken for no network.
 FIRST_CONTACT_S = 0.75
 
@@ -51,7 +55,7 @@ class PollResult:
 class _Job:
     """One provider on its way through a poll."""
 
-    source: PriceSource
+    source: Guarded
     poll_id: int = 0
 
 
@@ -80,12 +84,13 @@ def poll(
     jobs: list[_Job] = []
     for name in order:
         try:
-            source = load(name, context)
+            source = guarded(name, context)
+            access = source.access()
         except BrokerError as error:
             settle(PollResult(provider=name, state="failed", reason=str(error)))
             continue
-        reason = _no_account(source.access())
-        missing = source.access().missing if reason else ""
+        reason = _no_account(access)
+        missing = access.missing if reason else ""
         store.set_provider_state(
             name,
             missing=missing,
@@ -118,7 +123,9 @@ def poll(
         settle(_store_outcome(store, context.clock, outcome, took_s))
 
     left_s = deadline_s - (context.clock.monotonic_s() - start_s)
-    for outcome in context.pool.map(fetch, jobs, left_s, on_done=on_done):
+    with redirect_stdout(sys.stderr):  # what a plugin prints must not end up in our JSON
+        outcomes = context.pool.map(fetch, jobs, left_s, on_done=on_done)
+    for outcome in outcomes:
         if outcome.late:
             name, reason = outcome.item.source.name, f"no answer within {deadline_s:g} s"
             store.fail_poll(outcome.item.poll_id, reason)
@@ -142,7 +149,7 @@ def _store_outcome(store: Store, clock: Clock, outcome: Outcome[_Job, Parsed], t
         parsed = outcome.value
         try:
             kept = store.keep(job.poll_id, parsed)
-        except BrokerError as failure:
+        except Exception as failure:
             error = failure
         else:
             store.set_provider_state(name, unreachable_until=None, reason="")
@@ -157,8 +164,8 @@ def _store_outcome(store: Store, clock: Clock, outcome: Outcome[_Job, Parsed], t
                 notes=(*parsed.notes, *(part.reason for part in parsed.incomplete)),
                 took_s=took_s,
             )
-    # A bug in a plugin costs only that plugin; its type is part of what to report.
-    reason = str(error) if isinstance(error, BrokerError) else f"{type(error).__name__}: {error}"
+    # A bug costs only its provider; its type is part of what to report.
+    reason = plain(str(error) if isinstance(error, BrokerError) else f"{type(error).__name__}: {error}")
     reason = reason.removeprefix(f"{name}: ")
     store.fail_poll(job.poll_id, reason)
     wanted_s = error.retry_after_s if isinstance(error, Transient) else None
@@ -173,16 +180,23 @@ def _store_outcome(store: Store, clock: Clock, outcome: Outcome[_Job, Parsed], t
 
 def _rest(store: Store, clock: Clock, name: str, reason: str, at_least_s: float = 0) -> None:
     """No quote waits for this provider again for a while; polls ask it all the same."""
-    until = clock.now() + timedelta(seconds=max(REST_S, at_least_s))
+    until = clock.now() + timedelta(seconds=min(max(REST_S, at_least_s), LONGEST_REST_S))
     store.set_provider_state(name, unreachable_until=until, reason=reason)
 
 
-def unreachable(sources: Sequence[PriceSource], pool: Pool, patience_s: float) -> dict[str, str]:
+def _endpoint(source: Guarded) -> str:
+    try:
+        return source.endpoint() or ""
+    except BrokerError:
+        return ""  # its own call will say what is wrong
+
+
+def unreachable(sources: Sequence[Guarded], pool: Pool, patience_s: float) -> dict[str, str]:
     """Providers whose host cannot be connected to, with the reason; {} where a proxy stands between.
 
     A host that is merely slow counts only when no host answered at all: then there is no network.
     """
-    targets = [(source.name, urlsplit(source.endpoint() or "")) for source in sources]
+    targets = [(source.name, urlsplit(_endpoint(source))) for source in sources]
     remote = [(name, url) for name, url in targets if url.hostname]
     if not remote or _behind_proxy():
         return {}
@@ -191,7 +205,7 @@ def unreachable(sources: Sequence[PriceSource], pool: Pool, patience_s: float) -
         _, host, port = target
         socket.create_connection((host, port), timeout=patience_s).close()
 
-    items = [(n, u.hostname or "", u.port or (80 if u.scheme == "http" else 443)) for n, u in remote]
+    items = [(n, u.hostname or "", _port(u)) for n, u in remote]
     outcomes = pool.map(connect, items, patience_s)
     nobody = all(outcome.late or outcome.error for outcome in outcomes)
     reasons = {}
@@ -203,6 +217,13 @@ def unreachable(sources: Sequence[PriceSource], pool: Pool, patience_s: float) -
         elif slow and nobody:
             reasons[name] = f"{host}: no connection within {patience_s:g} s"
     return reasons
+
+
+def _port(url: SplitResult) -> int:
+    try:
+        return url.port or (80 if url.scheme == "http" else 443)
+    except ValueError:
+        return 443
 
 
 def _socket_reason(error: Exception) -> str:
