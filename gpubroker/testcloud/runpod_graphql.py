@@ -2,8 +2,8 @@
 
 POST /graphql {"query", "variables"} -> a small reader of the language -> resolvers -> the same pods as REST
 
-gpuTypes, dataCenters and countryCodes need no key. An error comes with HTTP 200 and "errors", as the real
-one's.
+gpuTypes, dataCenters, countryCodes and cpuFlavors need no key. An error comes with HTTP 200 and "errors", as
+the real one's.
 The reader is tolerant: it checks neither types nor fragments; a field that is not known is an error.
 """
 
@@ -24,7 +24,7 @@ _TOKEN = re.compile(
     r"""(?P<skip>[\s,]+|\#[^\n]*)|(?P<name>[A-Za-z_]\w*)|(?P<number>-?\d+(\.\d+)?([eE][+-]?\d+)?)"""
     r"""|(?P<string>"(?:[^"\\\n]|\\.)*")|(?P<mark>[{}()\[\]:$!=@])"""
 )
-_PUBLIC = ("gpuTypes", "dataCenters", "countryCodes")
+_PUBLIC = ("gpuTypes", "dataCenters", "countryCodes", "cpuFlavors")
 _CLOUDS: tuple[str, ...] = ("SECURE", "COMMUNITY")
 _DEEPEST = 30
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f"}
@@ -193,13 +193,8 @@ class GraphQL:
             raise Wrong("Forbidden")  # a pod's own key
         asked = found.arguments.get("input")
         asked = asked if isinstance(asked, dict) else {}
-        if found.name == "gpuTypes":
-            return [_chosen(found.inner, row) for row in call.rows(list(self._gpu_types(asked, found)))]
-        if found.name == "dataCenters":
-            rows = [{"id": c.id, "name": c.name, "listed": True} for c in self._runpod.catalog.centers()]
-            return [_chosen(found.inner, row) for row in rows]
-        if found.name == "countryCodes":
-            return sorted({center.country for center in self._runpod.catalog.centers()})
+        if found.name in _PUBLIC:
+            return self._listing(call, found, asked)
         if found.name == "myself":
             return _chosen(found.inner, self._myself(call))
         if found.name == "pod":
@@ -207,6 +202,18 @@ class GraphQL:
             gone = pod is None or pod.rental.state == "ended"
             return None if gone or pod is None else _chosen(found.inner, self._pod_row(pod))
         return await self._mutate(found, asked)
+
+    def _listing(self, call: Call, found: Field, asked: Mapping[str, Any]) -> list[Any]:
+        """What everybody may see. There are no CPU pods here."""
+        if found.name == "gpuTypes":
+            return [_chosen(found.inner, row) for row in call.rows(list(self._gpu_types(asked)))]
+        centers = self._runpod.catalog.centers()
+        if found.name == "countryCodes":
+            return sorted({center.country for center in centers})
+        if found.name == "cpuFlavors":
+            return []
+        rows = [{"id": center.id, "name": center.name, "listed": True} for center in centers]
+        return [_chosen(found.inner, row) for row in rows]
 
     async def _mutate(self, found: Field, asked: Mapping[str, Any]) -> Any:
         if found.name == "podFindAndDeployOnDemand":
@@ -284,7 +291,9 @@ class GraphQL:
             },
         }
 
-    def _gpu_types(self, asked: Mapping[str, Any], found: Field) -> Iterator[dict[str, Any]]:
+    def _gpu_types(self, asked: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        if asked.get("cluster") is True:
+            return  # none here is sold as one
         by_type: dict[str, list[Host]] = {}
         for host in self._runpod.catalog.hosts():
             by_type.setdefault(host.sku, []).append(host)
@@ -310,6 +319,7 @@ class GraphQL:
             clouds=clouds,
             data_centers=_one(asked.get("dataCenterId")),
             countries=_one(asked.get("countryCode")),
+            least_cuda=asked["minCudaVersion"] if _is_version(asked.get("minCudaVersion")) else "",
         )
         catalog = self._runpod.catalog
         fits = [host for host in hosts if wanted.fits(host) and catalog.free_gpus(host) >= count]
@@ -354,6 +364,10 @@ def _chosen(fields: list[Field], row: Mapping[str, Any]) -> dict[str, Any]:
             value = _chosen(wanted.inner, value)
         found[wanted.alias] = value
     return found
+
+
+def _is_version(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[0-9]{1,4}(\.[0-9]{1,4})?", value) is not None
 
 
 def _one(value: Any) -> tuple[str, ...]:
