@@ -367,7 +367,7 @@ class Vast:
         body = call.body if isinstance(call.body, dict) else {}
         reply = self._answer(call, body.get("q"))
         columns = body.get("select_cols")
-        if not isinstance(columns, list) or "*" in columns or not isinstance(reply.body, dict):
+        if reply.status != 200 or not isinstance(columns, list) or "*" in columns:
             return reply
         rows = [{str(name): row.get(str(name)) for name in columns} for row in reply.body["offers"]]
         return Reply(body={"success": True, "offers": rows})
