@@ -4,10 +4,14 @@ import os
 import socket
 
 import pytest
+from hypothesis import settings
 
-from tests.support import refuse_outside
+from tests.support import EXAMPLES_FACTOR, refuse_outside
 
 pytest_plugins = ["tests.database"]
+# No deadline an example: the machine may be busy.
+settings.register_profile("gpubroker", max_examples=100 * EXAMPLES_FACTOR, deadline=None)
+settings.load_profile("gpubroker")
 _REAL_CONNECT = socket.socket.connect
 _VENDOR_VARIABLES = ("VAST_", "RUNPOD_", "LAMBDA_", "MODAL_", "AWS_", "GPUBROKER_")
 

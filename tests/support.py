@@ -1,6 +1,7 @@
 """What many tests share: a clock that is moved by hand, a provider context, payload files."""
 
 import json
+import os
 import socket
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -13,6 +14,8 @@ from gpubroker.testing import FakeClock, FakeLimiter
 
 PAYLOADS = Path(__file__).parent / "payloads"
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+# .ci/soak asks for ten times the examples of every property.
+EXAMPLES_FACTOR = int(os.environ.get("GPUBROKER_TEST_EXAMPLES", "1"))
 NOW = datetime(2026, 11, 24, 12, 0, 0, tzinfo=UTC)
 
 

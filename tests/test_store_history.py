@@ -13,13 +13,15 @@ from hypothesis import strategies as st
 from gpubroker.model import MARKETS, Offer, OfferQuery, Parsed, Priced, Slice
 from gpubroker.prices import fastread
 from tests.database import assert_sound, sweep
-from tests.support import NOW
+from tests.support import EXAMPLES_FACTOR, NOW
 from tests.test_bill import offer
 
 GPUS = ("H100", "A100-80GB")
 TWO_MARKETS = ("spot", "on_demand")
 DATABASE = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60 * EXAMPLES_FACTOR,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 
 money = st.sampled_from([None, Decimal("0"), Decimal("0.000001"), Decimal("0.15")])
