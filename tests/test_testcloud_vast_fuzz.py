@@ -77,12 +77,12 @@ def state_of(vast: Vast) -> str:
     """Everything that a request could change."""
     rentals = [(r.id, r.state, r.tag, r.wish, len(r.events)) for r in vast.world.rentals.values()]
     keys = [(extra.keys, extra.authorized) for extra in vast._extras.values() if extra.authorized]
-    return repr([rentals, keys, vast._ssh_keys, vast._secrets, vast.site.keys])
+    return repr([rentals, keys, vast.account.ssh_keys, vast.account.secrets, vast.site.keys])
 
 
 def ids_of(vast: Vast) -> list[str]:
     """Ids of what exists: keys, instances, asks."""
-    numbers = [*vast._ssh_keys, *list(vast.world.rentals)[-5:], *list(vast._asks)[-5:]]
+    numbers = [*vast.account.ssh_keys, *list(vast.world.rentals)[-5:], *list(vast._asks)[-5:]]
     return [str(number) for number in numbers]
 
 

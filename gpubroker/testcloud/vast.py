@@ -1,6 +1,7 @@
 """vast.ai's API in the test cloud: a market of single machines, rented on demand or by bid.
 
-Call -> Vast -> World (rentals, bids against the market) -> vast_rows.py -> Reply
+Call -> Vast -> World (rentals, bids against the market) -> vast_rows.py, vast_list.py -> Reply
+     -> Account (vast_account.py): keys, secrets, charges
 
 Facts are from vast's OpenAPI description and from what public clients met:
 - an ask id lives for minutes; the machine stays;
@@ -14,11 +15,8 @@ Facts are from vast's OpenAPI description and from what public clients met:
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 import json
-import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -28,8 +26,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from gpubroker.testcloud import bill, vast_rows
-from gpubroker.testcloud.keys import is_key
+from gpubroker.testcloud import vast_rows
 from gpubroker.testcloud.shapes import (
     boolean,
     choice,
@@ -40,6 +37,8 @@ from gpubroker.testcloud.shapes import (
     table,
     text,
 )
+from gpubroker.testcloud.vast_account import Account, public_key, refusal
+from gpubroker.testcloud.vast_list import decoded, page_of, whole
 from gpubroker.testcloud.vast_rows import BadQuery
 from gpubroker.testcloud.web import Call, Handler, Limit, Manners, Refused, Reply, Site
 from gpubroker.testcloud.world import Host, Rental, State, World
@@ -51,8 +50,6 @@ _ASK_GRACE_REAL_S = 5  # of real time, however fast the clock runs: clients do n
 RECLAIM_S = 600  # who was preempted by hand stays outbid for so long
 _SETTLE_S = 10.0  # bids are compared with the market so often
 _FIRST_CONTRACT = 20_000_001
-_PAGE = 25
-_USER_ID = 424242
 _KINDS = {"ondemand": "ondemand", "on-demand": "ondemand", "bid": "bid", "reserved": "reserved"}
 _NOT_FILTERS = frozenset(("type", "order", "limit", "allocated_storage", "disable_bundling"))
 _DEFAULT_FILTERS: dict[str, Any] = {
@@ -80,16 +77,12 @@ _LIMITS = {
 }
 
 
-def _error(status: int, error: str, message: str, **more: Any) -> Reply:
-    return Reply(status=status, body={"success": False, "error": error, "msg": message, **more})
-
-
 MANNERS = Manners(
-    unauthorized=_error(401, "auth_error", "Invalid user key"),
-    forbidden=_error(403, "auth_error", "This key may not do that"),
-    not_found=_error(404, "not_found", "No such endpoint"),
-    bad_request=_error(400, "invalid_request", "Invalid json body"),
-    no_capacity=_error(
+    unauthorized=refusal(401, "auth_error", "Invalid user key"),
+    forbidden=refusal(403, "auth_error", "This key may not do that"),
+    not_found=refusal(404, "not_found", "No such endpoint"),
+    bad_request=refusal(400, "invalid_request", "Invalid json body"),
+    no_capacity=refusal(
         410, "no_such_ask", "error 410/3907: no_such_ask Instance type is no longer available."
     ),
     too_often=lambda limit: Reply(
@@ -149,7 +142,6 @@ _CREATE = record(
     closed=False,
 )
 _MANAGE = record({}, {"state": choice("running", "stopped"), "label": text(0, 1024)}, closed=False)
-_SECRET = record({"key": text(1, 128, r"[A-Za-z_][A-Za-z0-9_]*\Z"), "value": text(0, 4096)}, {}, closed=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,9 +175,7 @@ class Vast:
         self._asks: dict[int, Ask] = {}
         self._extras: dict[str, Extra] = {}
         self._next_contract = _FIRST_CONTRACT
-        self._next_key = 1001
-        self._ssh_keys: dict[int, tuple[str, datetime]] = {}
-        self._secrets: dict[str, str] = {}
+        self.account = Account(world, self._authorize_all)
         self._searches: dict[tuple[str, str], int] = {}
         self._settled_s = 0.0
         self._routes()
@@ -205,7 +195,7 @@ class Vast:
         await self.world.stop(rental, _OUTBID)
 
     def _routes(self) -> None:
-        instance, key = "/api/v0/instances/{id}", "/api/v0/ssh/{key_id}"
+        instance = "/api/v0/instances/{id}"
         self._add("POST", "/api/v0/bundles", self._search, public=True)
         self._add("PUT", "/api/v0/search/asks", self._search_new, public=True)
         self._add("PUT", "/api/v0/asks/{id}", self._create, "create")
@@ -224,16 +214,8 @@ class Vast:
         self._add("GET", f"{instance}/ssh", self._instance_keys)
         self._add("POST", f"{instance}/ssh", self._attach_key)
         self._add("DELETE", f"{instance}/ssh/{{key_id}}", self._detach_key, "detach")
-        self._add("GET", "/api/v0/ssh", self._list_keys)
-        self._add("POST", "/api/v0/ssh", self._new_key, "new key")
-        self._add("PUT", key, self._change_key, "new key")
-        self._add("DELETE", key, self._drop_key)
-        self._add("GET", "/api/v0/secrets", self._list_secrets, "secrets")
-        self._add("POST", "/api/v0/secrets", self._new_secret, "new secret")
-        self._add("PUT", "/api/v0/secrets", self._change_secret, "new secret")
-        self._add("DELETE", "/api/v0/secrets", self._drop_secret, "new secret")
-        self._add("GET", "/api/v0/charges", self._charges, "charges")
-        self._add("GET", "/api/v0/users/current", self._user)
+        for method, path, handler, limit in self.account.routes():
+            self._add(method, path, handler, limit)
 
     def _add(self, method: str, path: str, handler: Handler, limit: str = "", **more: Any) -> None:
         limits = (_LIMITS[limit],) if limit else ()
@@ -308,7 +290,7 @@ class Vast:
             return
         self._authorize(rental)
         env = {
-            **self._secrets,
+            **self.account.secrets,
             **rental.wish["env"],
             "CONTAINER_ID": rental.id,
             "CONTAINER_API_KEY": str(rental.wish["api_key"]),
@@ -337,7 +319,7 @@ class Vast:
         """The account's keys and its own; a running node's SSH server reads its file at each login."""
         extra = self._extra(rental)
         before = set(extra.authorized)
-        extra.authorized[:] = [*(key for key, _ in self._ssh_keys.values()), *extra.keys.values()]
+        extra.authorized[:] = [*(key for key, _ in self.account.ssh_keys.values()), *extra.keys.values()]
         file = Path(rental.node.home, ".ssh", "authorized_keys") if rental.node is not None else None
         if file is not None and file.is_file():
             others = [line for line in file.read_text().splitlines() if line not in before]
@@ -378,7 +360,7 @@ class Vast:
         try:
             kind = _KINDS[query.get("type", "ondemand")]
         except (KeyError, TypeError):
-            return _error(400, "invalid_request", "type must be one of ondemand, bid, reserved")
+            return refusal(400, "invalid_request", "type must be one of ondemand, bid, reserved")
         faults = complaints(
             record(
                 {},
@@ -392,7 +374,7 @@ class Vast:
             query,
         )
         if faults:
-            return _error(400, "invalid_request", faults[0])
+            return refusal(400, "invalid_request", faults[0])
         filters = {**_DEFAULT_FILTERS, **{k: v for k, v in query.items() if k not in _NOT_FILTERS}}
         order = [(column, direction) for column, direction in query.get("order") or [["score", "desc"]]]
         self._count_search(call.key)
@@ -406,7 +388,7 @@ class Vast:
                 raise BadQuery(f"Error in query parameters: {unknown} is not a valid sort key")
             found = [row for row in rows if vast_rows.matches(row, filters)]
         except BadQuery as error:
-            return _error(400, "invalid_request", str(error))
+            return refusal(400, "invalid_request", str(error))
         ordered = vast_rows.in_order(found, [(c, d) for c, d in order if not rows or c in rows[0]])
         return Reply(body={"success": True, "offers": call.rows(ordered[:limit])})
 
@@ -443,14 +425,14 @@ class Vast:
     # Renting
 
     async def _create(self, call: Call) -> Reply:
-        ask_id = _whole(call.path("id"))
+        ask_id = whole(call.path("id"))
         body = call.body
         if not isinstance(body, dict):
             return MANNERS.bad_request
         ask = self._asks.get(ask_id or 0)
         if ask is None or ask.until_s < self.world.clock.now_s():
             message = f"error 404/3603: no_such_ask Instance type by id {ask_id} is not available."
-            return _error(404, "invalid_args", message, ask_id=ask_id)
+            return refusal(404, "invalid_args", message, ask_id=ask_id)
         host = self.world.hosts["vast", ask.host_id]
         self._check_create(body, host, ask_id)
         price = None if body.get("price") is None else Decimal(body["price"])
@@ -460,7 +442,7 @@ class Vast:
         fits = wanted == "stopped" or self._fits(host, price)
         if not fits and cancel:
             message = f"error 410/3907: no_such_ask Instance type {ask_id} is no longer available."
-            return _error(410, "no_such_ask", message, ask_id=ask_id)
+            return refusal(410, "no_such_ask", message, ask_id=ask_id)
         rental = self._rent(host, body, price, wanted)
         if fits and wanted == "running":
             self._run(rental)
@@ -468,7 +450,7 @@ class Vast:
         elif price is not None and wanted == "running":
             rental.reason = _BID_TOO_LOW
             message = f"error 400/3712: bid {price} is below min_bid; the instance is stopped."
-            return _error(400, "invalid_price", message, ask_id=ask_id, new_contract=int(rental.id))
+            return refusal(400, "invalid_price", message, ask_id=ask_id, new_contract=int(rental.id))
         return Reply(
             body={
                 "success": True,
@@ -485,12 +467,12 @@ class Vast:
             faults.append(f"disk: the machine has {host.facts['disk_space']} GB")
         if faults:
             raise Refused(
-                _error(400, "invalid_args", f"error 400/3467: Invalid args: {faults[0]}", ask_id=ask_id)
+                refusal(400, "invalid_args", f"error 400/3467: Invalid args: {faults[0]}", ask_id=ask_id)
             )
         price_faults = complaints(nullable(_number("0.001", "128")), body.get("price"))
         if price_faults:
             raise Refused(
-                _error(400, "invalid_price", f"error 400/3468: price{price_faults[0]}", ask_id=ask_id)
+                refusal(400, "invalid_price", f"error 400/3468: price{price_faults[0]}", ask_id=ask_id)
             )
 
     def _fits(self, host: Host, price: Decimal | None) -> bool:
@@ -530,12 +512,12 @@ class Vast:
     # Instances
 
     def _existing(self, call: Call, error: str = "not_found") -> Rental:
-        number = _whole(call.path("id"))
+        number = whole(call.path("id"))
         if number is None:
-            raise Refused(_error(400, "invalid_args", "invalid instance_id"))
+            raise Refused(refusal(400, "invalid_args", "invalid instance_id"))
         rental = call.rental(str(number))
         if rental is None or call.state(rental) == "ended":
-            raise Refused(_error(404, error, "Instance not found"))
+            raise Refused(refusal(404, error, "Instance not found"))
         return rental
 
     def _row(self, call: Call, rental: Rental) -> dict[str, Any]:
@@ -555,16 +537,16 @@ class Vast:
         return Reply(body={"instances": self._row(call, rental)})
 
     async def _old_list(self, call: Call) -> Reply:
-        return _error(410, "deprecated", "Use GET /api/v1/instances/")
+        return refusal(410, "deprecated", "Use GET /api/v1/instances/")
 
     async def _list(self, call: Call) -> Reply:
         rows = [self._row(call, rental) for rental in call.rentals()]
         try:
-            page, found, token = self._page(call, rows)
+            page, found, token = page_of(rows, call.query)
         except BadQuery as error:
-            return _error(400, "invalid_request", str(error))
+            return refusal(400, "invalid_request", str(error))
         labels = [row["label"] or "" for row in found]
-        columns = _decoded(call.query("select_cols", '["*"]'))
+        columns = decoded(call.query("select_cols", '["*"]'))
         if isinstance(columns, list) and "*" not in columns:
             page = [{str(name): row.get(str(name)) for name in columns} for row in page]
         return Reply(
@@ -578,40 +560,13 @@ class Vast:
             }
         )
 
-    def _page(
-        self, call: Call, rows: list[dict[str, Any]]
-    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], str | None]:
-        """(this page, all that match, the token of the next page)."""
-        filters = _decoded(call.query("select_filters", "{}"))
-        order_by = _decoded(call.query("order_by", "[]"))
-        if not isinstance(filters, dict) or not isinstance(order_by, list):
-            raise BadQuery("Error in query parameters: not JSON")
-        vast_rows.check_filters(filters, vast_rows.STORED_COLUMNS)
-        order = []
-        for entry in order_by:
-            column = entry.get("col") if isinstance(entry, dict) else None
-            if not isinstance(column, str) or column not in vast_rows.STORED_COLUMNS:
-                raise BadQuery(f"Error in query parameters: {column} is not a valid sort key")
-            order.append((column, "desc" if entry.get("dir") == "desc" else "asc"))
-        order.append(("id", "asc"))
-        limit = _whole(call.query("limit", str(_PAGE)), signed=True)
-        if limit is None:
-            raise BadQuery("Error in query parameters: limit is not a number")
-        size = min(_PAGE, limit) if limit > 0 else 5
-        found = [row for row in rows if vast_rows.matches(row, filters)]
-        token = call.query("after_token")
-        rest = vast_rows.in_order(found, order, after=_values_of(token, order) if token else None)
-        if len(rest) <= size:
-            return rest, found, None
-        return rest[:size], found, _token_of(rest[size - 1], order)
-
     async def _manage(self, call: Call) -> Reply:
         rental, body = self._existing(call), call.body
         faults = complaints(_MANAGE, body)
         if not faults and not {"state", "label"} & set(body):
             faults = ["state or label is required"]
         if faults:
-            return _error(400, "invalid_args", faults[0])
+            return refusal(400, "invalid_args", faults[0])
         if "label" in body:
             rental.tag = body["label"]
         if body.get("state") == "stopped":
@@ -629,7 +584,7 @@ class Vast:
     async def _destroy_many(self, call: Call) -> Reply:
         wanted = call.body.get("instance_ids") if isinstance(call.body, dict) else None
         if not isinstance(wanted, list):
-            return _error(400, "invalid_args", "instance_ids: expected an array")
+            return refusal(400, "invalid_args", "instance_ids: expected an array")
         for rental in [r for r in call.rentals() if int(r.id) in wanted]:
             await self._end(rental)
         return Reply(body={"success": True})
@@ -643,9 +598,9 @@ class Vast:
         rental = self._existing(call, "no_such_instance")
         body = call.body if isinstance(call.body, dict) else {}
         if complaints(_number("0.001", "32"), body.get("price")):
-            return _error(400, "invalid_args", "Please set a bid price >= 0.001.")
+            return refusal(400, "invalid_args", "Please set a bid price >= 0.001.")
         if not rental.wish["is_bid"]:
-            return _error(400, "invalid_args", "The instance is not interruptible.")
+            return refusal(400, "invalid_args", "The instance is not interruptible.")
         self.world.reprice(rental, Decimal(body["price"]))
         self._settle(rental.host)
         return Reply(body={"success": True})
@@ -653,9 +608,9 @@ class Vast:
     async def _reboot(self, call: Call) -> Reply:
         rental = self._existing(call)
         if rental.state != "running":
-            return _error(400, "invalid_args", "The instance is not running.")
+            return refusal(400, "invalid_args", "The instance is not running.")
         self._authorize(rental)
-        env = {**self._secrets, **rental.wish["env"], "CONTAINER_ID": rental.id}
+        env = {**self.account.secrets, **rental.wish["env"], "CONTAINER_ID": rental.id}
         await self.world.restart(rental, self._extra(rental).authorized, env)
         await self._started(rental, env)
         return Reply(body={"success": True})
@@ -676,162 +631,39 @@ class Vast:
         extra = self._extras.get(call.path("id"))
         return MANNERS.not_found if extra is None else Reply(body=extra.log.decode("utf-8", "replace"))
 
-    # Keys, secrets, the account
+    # The keys of an instance
 
     async def _instance_keys(self, call: Call) -> Reply:
         extra = self._extra(self._existing(call))
-        keys = {**{n: key for n, (key, _) in self._ssh_keys.items()}, **extra.keys}
+        keys = {**{n: key for n, (key, _) in self.account.ssh_keys.items()}, **extra.keys}
         rows = [{"id": number, "name": "", "public_key": key} for number, key in keys.items()]
         return Reply(body={"success": True, "ssh_keys": json.dumps(rows)})
 
     async def _attach_key(self, call: Call) -> Reply:
-        rental, key = self._existing(call), _public_key(call.body)
+        rental, key = self._existing(call), public_key(call.body)
         extra = self._extra(rental)
         if key not in extra.keys.values():
-            extra.keys[self._key_id()] = key
+            extra.keys[self.account.new_key_id()] = key
         self._authorize(rental)
         return Reply(body={"success": True, "msg": "SSH key attached successfully"})
 
     async def _detach_key(self, call: Call) -> Reply:
         rental = self._existing(call, "no_such_instance")
-        number = _whole(call.path("key_id"))
+        number = whole(call.path("key_id"))
         if number is None or self._extra(rental).keys.pop(number, None) is None:
-            return _error(404, "no_such_ssh_key", "No such ssh key on the instance.")
+            return refusal(404, "no_such_ssh_key", "No such ssh key on the instance.")
         self._authorize(rental)
         return Reply(body={"success": True, "msg": "SSH key removed from instance."})
 
-    async def _list_keys(self, call: Call) -> Reply:
-        return Reply(body=[self._key_row(number, "key") for number in self._ssh_keys])
-
-    async def _new_key(self, call: Call) -> Reply:
-        key = _public_key(call.body)
-        number = self._key_id()
-        self._keep_key(number, key)
-        return Reply(body={"success": True, "key": self._key_row(number, "public_key")})
-
-    async def _change_key(self, call: Call) -> Reply:
-        number = _whole(call.path("key_id"))
-        if number is None or number not in self._ssh_keys:
-            return _error(400, "no_ssh_key", "No such ssh key")
-        self._keep_key(number, _public_key(call.body))
-        return Reply(body={"success": True, "key": self._key_row(number, "public_key")})
-
-    async def _drop_key(self, call: Call) -> Reply:
-        number = _whole(call.path("key_id"))
-        if number is None or self._ssh_keys.pop(number, None) is None:
-            return _error(400, "no_ssh_key", "No such ssh key")
-        return Reply(body={"success": True})
-
-    def _keep_key(self, number: int, key: str) -> None:
+    def _authorize_all(self) -> None:
         """A key of the account opens all its instances, those that run too."""
-        self._ssh_keys[number] = (key, self.world.clock.now())
         for rental in self.world.rentals.values():
             if rental.vendor == VENDOR and rental.state != "ended":
                 self._authorize(rental)
 
-    def _key_id(self) -> int:
-        self._next_key += 1
-        return self._next_key
-
-    def _key_row(self, number: int, name: str) -> dict[str, Any]:
-        key, created = self._ssh_keys[number]
-        stamp = f"{created:%Y-%m-%dT%H:%M:%SZ}"
-        return {"id": number, "user_id": _USER_ID, name: key, "created_at": stamp, "deleted_at": None}
-
-    async def _list_secrets(self, call: Call) -> Reply:
-        return Reply(body={"success": True, "secrets": dict(self._secrets)})
-
-    async def _new_secret(self, call: Call) -> Reply:
-        name, value = _secret(call.body)
-        if name in self._secrets:
-            return _error(400, "existing_key", "The variable exists already")
-        self._secrets[name] = value
-        return Reply(body={"success": True, "msg": "The environment variable was saved."})
-
-    async def _change_secret(self, call: Call) -> Reply:
-        name, value = _secret(call.body)
-        if name not in self._secrets:
-            return _error(400, "nonexistent_key", "No such variable")
-        self._secrets[name] = value
-        return Reply(body={"success": True, "msg": "The environment variable was saved."})
-
-    async def _drop_secret(self, call: Call) -> Reply:
-        name = call.body.get("key") if isinstance(call.body, dict) else None
-        if not isinstance(name, str):
-            return _error(400, "missing_input", "key: expected a string")
-        if self._secrets.pop(name.upper(), None) is None:
-            return _error(400, "nonexistent_key", "No such variable")
-        return Reply(body={"success": True, "msg": "The environment variable was deleted."})
-
-    async def _charges(self, call: Call) -> Reply:
-        if not isinstance(_decoded(call.query("select_filters", "{}")), dict):
-            return _error(400, "invalid_request", "Error in query parameters: select_filters is not JSON")
-        rentals = [r for r in self.world.rentals.values() if r.vendor == VENDOR]
-        now_s = self.world.clock.now_s()
-        limit = _whole(call.query("limit", "100"))
-        if not limit:
-            return _error(400, "invalid_request", "Error in query parameters: limit is not a number")
-        results = [_charge_row(rental, now_s) for rental in rentals]
-        return Reply(
-            body={
-                "success": True,
-                "count": len(results[:limit]),
-                "total": len(results),
-                "next_token": None,
-                "results": results[:limit],
-            }
-        )
-
-    async def _user(self, call: Call) -> Reply:
-        keys = [key for key, _ in self._ssh_keys.values()]
-        return Reply(
-            body={
-                "id": _USER_ID,
-                "key_id": 1,
-                "email": "somebody@example.com",
-                "username": "somebody",
-                "balance": 100,
-                "credit": 100,
-                "ssh_key": keys[-1] if keys else "",
-                "sid": "0" * 32,
-            }
-        )
-
 
 def _waits(rental: Rental) -> bool:
     return rental.state == "stopped" and rental.wish["wanted"] == "running"
-
-
-def _whole(text_: str, *, signed: bool = False) -> int | None:
-    return int(text_) if re.fullmatch(r"-?[0-9]{1,15}" if signed else "[0-9]{1,15}", text_) else None
-
-
-def _decoded(text_: str) -> Any:
-    """A query parameter that is JSON; None = it is not."""
-    try:
-        return json.loads(text_, parse_float=Decimal, parse_constant=_refuse)
-    except (ValueError, ArithmeticError, RecursionError):
-        return None
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(constant)
-
-
-def _token_of(row: Mapping[str, Any], order: list[tuple[str, str]]) -> str:
-    values = {column: row[column] for column, _ in order}
-    return base64.b64encode(json.dumps({"values": values}).encode()).decode()
-
-
-def _values_of(token: str, order: list[tuple[str, str]]) -> list[Any]:
-    try:
-        values = json.loads(base64.b64decode(token, validate=True))["values"]
-        found = [values[column] for column, _ in order]
-    except (binascii.Error, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BadQuery("Error in query parameters: invalid after_token") from error
-    if not isinstance(found[-1], int) or any(isinstance(value, list | dict) for value in found):
-        raise BadQuery("Error in query parameters: invalid after_token")
-    return found
 
 
 def _env_of(env: Any) -> dict[str, str]:
@@ -841,50 +673,3 @@ def _env_of(env: Any) -> dict[str, str]:
     words = shlex.split(env or "")
     pairs = (word.partition("=") for flag, word in pairwise(words) if flag == "-e")
     return {name: value for name, _, value in pairs if name}
-
-
-def _secret(body: Any) -> tuple[str, str]:
-    """(name in capitals, value); raises Refused."""
-    if faults := complaints(_SECRET, body):
-        raise Refused(_error(400, "missing_input", faults[0]))
-    return body["key"].upper(), body["value"]
-
-
-def _public_key(body: Any) -> str:
-    key = body.get("ssh_key") if isinstance(body, dict) else None
-    if not isinstance(key, str) or not key.strip():
-        raise Refused(_error(400, "no_ssh_key", "No ssh key provided"))
-    if not is_key(key):
-        raise Refused(_error(400, "no_ssh_key", "Not an ssh key"))
-    return key.strip()
-
-
-def _charge_row(rental: Rental, now_s: float) -> dict[str, Any]:
-    """One instance's charges; USD."""
-    kinds = {"gpu": "gpu", "disk": "disk", "bytes_in": "bwd", "bytes_out": "bwu"}
-    began, ended = int(rental.events[0].at_s), int(now_s)
-    if rental.state == "ended":
-        ended = int(rental.since_s)
-    lines = bill.lines(rental, now_s)
-    return {
-        "start": began,
-        "end": ended,
-        "type": "instance",
-        "source": f"instance-{rental.id}",
-        "description": f"Instance {rental.id}",
-        "amount": vast_rows.money(sum((line.usd for line in lines), Decimal(0))),
-        "metadata": {"label": rental.tag},
-        "items": [
-            {
-                "start": began,
-                "end": ended,
-                "type": kinds[line.item],
-                "source": None,
-                "description": line.item,
-                "amount": vast_rows.money(line.usd),
-                "metadata": {},
-                "items": [],
-            }
-            for line in lines
-        ],
-    }
