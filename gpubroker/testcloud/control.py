@@ -26,7 +26,6 @@ from typing import Any, Protocol
 from aiohttp import web
 
 from gpubroker.testcloud import bill
-from gpubroker.testcloud.web import Site
 from gpubroker.testcloud.world import Rental, Vendor, World
 
 Preempt = Callable[[Rental, float | None], Awaitable[None]]
@@ -36,11 +35,14 @@ _CENT_PARTS = Decimal("0.000001")
 class VendorApi(Protocol):
     """What `up` and this file need of a vendor's API.
 
-    It may also have `preempt(rental, notice_s)`, when losing a node is more than a stop or an end there, and
-    `other_charges(now_s) -> {tag: USD}`, for what is billed and is no rental.
+    It may also have `site: Site` or `bugs: list[BaseException]`; `preempt(rental, notice_s)`, when losing a
+    node is more than a stop or an end there; and `other_charges(now_s) -> {tag: USD}`, for what is billed and
+    is no rental.
     """
 
-    site: Site
+    @property
+    def env(self) -> Mapping[str, str]:
+        """What a client's environment needs, once it listens."""
 
     async def start(self, port: int = 0) -> str:
         """Listen on loopback; the base URL."""
@@ -185,13 +187,17 @@ class Control:
         return await self._show_clock(request)
 
     async def _show_bugs(self, request: web.Request) -> web.Response:
-        found = [f"{v}: {type(e).__name__}: {e}" for v, api in self._vendors.items() for e in api.site.bugs]
+        found = [f"{v}: {type(e).__name__}: {e}" for v, api in self._vendors.items() for e in _bugs_of(api)]
         return web.json_response(found + self._bugs)
 
     def _finished(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             self._bugs.append(f"control: {type(error).__name__}: {error}")
+
+
+def _bugs_of(api: VendorApi) -> list[BaseException]:
+    return list(getattr(getattr(api, "site", api), "bugs", ()))
 
 
 def _node_row(rental: Rental) -> dict[str, Any]:

@@ -30,31 +30,17 @@ from gpubroker.testcloud.clock import SimClock
 from gpubroker.testcloud.control import Control, VendorApi
 from gpubroker.testcloud.hosts import default_market
 from gpubroker.testcloud.nodes import LocalNodes
-from gpubroker.testcloud.web import account_key
 from gpubroker.testcloud.world import Host, Vendor, World
 
 _TICK_S = 0.05  # real
 _PARENT_S = 0.5
-# vendor -> (module, class), and what a client's environment needs to find it.
+# vendor -> (module, class)
 _VENDORS: Mapping[Vendor, tuple[str, str]] = {
     "vast": ("gpubroker.testcloud.vast", "Vast"),
     "runpod": ("gpubroker.testcloud.runpod", "RunPod"),
     "lambda": ("gpubroker.testcloud.lambda_cloud", "LambdaCloud"),
     "aws": ("gpubroker.testcloud.aws", "Aws"),
     "modal": ("gpubroker.testcloud.modal", "Modal"),
-}
-_ENV: Mapping[Vendor, Callable[[str], dict[str, str]]] = {
-    "vast": lambda url: {
-        "GPUBROKER_VAST_URL": url,
-        "VAST_URL": url,
-        "VAST_API_KEY": account_key("vast"),
-    },
-    "runpod": lambda url: {
-        "GPUBROKER_RUNPOD_URL": url,
-        "RUNPOD_API_BASE_URL": url,
-        "RUNPOD_API_KEY": account_key("runpod"),
-    },
-    "lambda": lambda url: {"GPUBROKER_LAMBDA_URL": url, "LAMBDA_API_KEY": account_key("lambda")},
 }
 
 
@@ -108,11 +94,10 @@ async def running(options: Options) -> AsyncIterator[Cloud]:
         _prepare(world, options)
         apis, left_out = _vendors(world)
         env: dict[str, str] = {}
-        for vendor, api in apis.items():
+        for api in apis.values():
             stack.push_async_callback(api.close)
-            url = await api.start()
-            own = getattr(api, "env", None)
-            env |= own if isinstance(own, Mapping) else _ENV[vendor](url)
+            await api.start()
+            env |= api.env
         control = Control(world, apis)
         stack.push_async_callback(control.close)
         control_url = await control.start()

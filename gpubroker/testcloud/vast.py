@@ -40,10 +40,10 @@ from gpubroker.testcloud.shapes import (
 from gpubroker.testcloud.vast_account import Account, public_key, refusal
 from gpubroker.testcloud.vast_list import decoded, page_of, whole
 from gpubroker.testcloud.vast_rows import BadQuery
-from gpubroker.testcloud.web import Call, Handler, Limit, Manners, Refused, Reply, Site
-from gpubroker.testcloud.world import Host, Rental, State, World
+from gpubroker.testcloud.web import Call, Handler, Limit, Manners, Refused, Reply, Site, account_key
+from gpubroker.testcloud.world import Host, Rental, State, Vendor, World
 
-VENDOR = "vast"
+VENDOR: Vendor = "vast"
 ASK_LIFE_S = 240  # an ask id is replaced so often
 ASK_GRACE_S = 60  # and can still be rented for so long, at least
 _ASK_GRACE_REAL_S = 5  # of real time, however fast the clock runs: clients do not
@@ -184,6 +184,12 @@ class Vast:
     async def start(self, port: int = 0) -> str:
         """Serve on loopback; the base URL."""
         return await self.site.start(port)
+
+    @property
+    def env(self) -> dict[str, str]:
+        """What a client's environment needs, once it is served."""
+        url = self.site.url
+        return {"GPUBROKER_VAST_URL": url, "VAST_URL": url, "VAST_API_KEY": account_key(VENDOR)}
 
     async def close(self) -> None:
         """Serve no more."""
