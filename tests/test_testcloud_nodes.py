@@ -14,7 +14,9 @@ import pytest
 
 pytest.importorskip("asyncssh", reason="needs the extra [testcloud]")
 
+from gpubroker.testcloud import nodes as nodes_module
 from gpubroker.testcloud.nodes import LocalNodes
+from gpubroker.testcloud.nodes_home import build_fakes
 from gpubroker.testcloud.nodes_process import Keeper, KeeperFailed
 from gpubroker.testcloud.world import HostTruth
 
@@ -55,6 +57,13 @@ def isolation(request):
     return request.param
 
 
+@pytest.fixture(autouse=True)
+def fakes_built_once(monkeypatch, tmp_path_factory):
+    """Not for each test's own root."""
+    shared = tmp_path_factory.getbasetemp() / "fakes"
+    monkeypatch.setattr(nodes_module, "build_fakes", lambda _: build_fakes(shared))
+
+
 def new_mark():
     """A number of seconds that no other process sleeps for."""
     return f"{10**6 + uuid.uuid4().int % 10**12}"
@@ -79,11 +88,11 @@ async def until(condition):
         await asyncio.sleep(0.005)
 
 
-async def run_escapee(node, count=3):
+async def run_escapee(node):
     """A command with a child that got away; its mark, once all of it runs."""
     mark = new_mark()
     running = asyncio.create_task(node.run(["sh", "-c", ESCAPE.format(mark)], {}))
-    await until(lambda: len(marked(mark)) >= count)
+    await until(lambda: len(marked(f"sleep\0{mark}")) == 3)
     return mark, running
 
 
@@ -156,7 +165,9 @@ async def test_a_family_that_forks_all_the_time_is_gone_too(tmp_path, isolation)
     mark = new_mark()
     async with LocalNodes(tmp_path, isolation=isolation) as nodes:
         node = await nodes.start("r1", H100, [], {})
-        forking = asyncio.create_task(node.run(["sh", "-c", f"while :; do (true; true) & wait; done; {mark}"], {}))
+        forking = asyncio.create_task(
+            node.run(["sh", "-c", f"while :; do (true; true) & wait; done; {mark}"], {})
+        )
         await until(lambda: len(marked(mark)) >= 2)
         await node.kill()
         assert [] == marked(mark)
@@ -169,12 +180,19 @@ async def test_a_killed_init_takes_its_node_along(tmp_path, isolation):
     async with LocalNodes(tmp_path, isolation=isolation) as nodes:
         node = await nodes.start("r1", H100, [], {})
         mark, running = await run_escapee(node)
-        init = parent_of(min(marked(mark)))
-        os.kill(init, signal.SIGKILL)
+        os.kill(init_of(mark), signal.SIGKILL)
         await until(lambda: not node.alive)
         assert [] == marked(mark)
         await running
         assert 0 == (await (await nodes.start("r2", H100, [], {})).run(["true"], {}))[0]
+
+
+def init_of(mark):
+    """The nearest process of ours above those of a mark."""
+    pid = min(marked(mark))
+    while pid not in marked("nodes_keeper.py"):
+        pid = parent_of(pid)
+    return pid
 
 
 def parent_of(pid):
@@ -199,11 +217,37 @@ async def test_a_notice_reaches_every_process_of_the_node(tmp_path, isolation):
 
 
 @in_loop
+async def test_notices_while_commands_start_end_the_commands_at_most(tmp_path, isolation):
+    """A child that is a fork of the node's init for a moment is not taken for it."""
+    async with LocalNodes(tmp_path, isolation=isolation) as nodes:
+        node = await nodes.start("r1", H100, [], {})
+        for _ in range(30):
+            running = [asyncio.create_task(node.run(["true"], {})) for _ in range(5)]
+            await asyncio.gather(*(node.notice(signal.SIGTERM) for _ in range(5)))
+            ended = {status for status, _, _ in await asyncio.gather(*running)}
+            assert ended <= {0, 128 + signal.SIGTERM}
+        assert node.alive
+
+
+@in_loop
+async def test_starting_a_running_node_ends_what_ran(tmp_path, isolation):
+    """As a restart does."""
+    async with LocalNodes(tmp_path, isolation=isolation) as nodes:
+        mark, running = await run_escapee(await nodes.start("r1", H100, [], {}))
+        again = await nodes.start("r1", H100, [], {})
+        assert [] == marked(mark)
+        assert again.alive
+        await running
+
+
+@in_loop
 async def test_a_node_started_again_finds_its_home_and_its_host_key(tmp_path, isolation):
     """Stopped and started: the disk stays, what the job wrote and who it let in too."""
     async with LocalNodes(tmp_path, isolation=isolation) as nodes:
         first = await nodes.start("r1", H100, ["ssh-ed25519 AAAA one"], {})
-        await first.run(["sh", "-c", "echo kept > file; echo ssh-ed25519 BBBB two >> .ssh/authorized_keys"], {})
+        await first.run(
+            ["sh", "-c", "echo kept > file; echo ssh-ed25519 BBBB two >> .ssh/authorized_keys"], {}
+        )
         await first.kill()
         await first.kill()
         assert (137, b"", b"") == await first.run(["true"], {})
@@ -233,7 +277,10 @@ async def test_an_id_never_leads_out_of_the_root(tmp_path):
     """Whatever a vendor's ids look like."""
     root = tmp_path / "root"
     async with LocalNodes(root) as nodes:
-        homes = [Path((await nodes.start(name, H100, [], {})).home) for name in ("..", ".build", "a/../../b", "/etc")]
+        homes = [
+            Path((await nodes.start(name, H100, [], {})).home)
+            for name in ("..", ".build", "a/../../b", "/etc")
+        ]
     assert {root} == {home.parent for home in homes}
     assert 4 == len({home.resolve() for home in homes})
 
@@ -302,9 +349,9 @@ async def test_everything_dies_with_the_test_cloud(tmp_path, isolation, number):
     python = [sys.executable, "-c", CRASHING, str(tmp_path / mark), isolation, mark]
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     with subprocess.Popen(python, cwd=REPOSITORY, env=env, stderr=subprocess.DEVNULL) as parent:
-        await until(lambda: len(marked(mark)) >= 1 + 2 * 3)
-        assert [] != keepers_of(parent.pid)
+        await until(lambda: len(marked(f"sleep\0{mark}")) == 2 * 3)
         keepers = keepers_of(parent.pid)
+        assert [] != keepers
         parent.send_signal(number)
         parent.wait()
     await until(lambda: not marked(mark))
@@ -337,7 +384,9 @@ def test_an_ordinary_user_has_nodes_too(tmp_path_factory):
     env = {"PATH": os.defpath, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *sys.path])}
     for python in (sys.executable, "/usr/bin/python3"):
         try:
-            tried = subprocess.run([python, "-c", "import asyncssh, pytest, gpubroker"], env=env, **nobody, check=False)
+            tried = subprocess.run(
+                [python, "-c", "import asyncssh, pytest, gpubroker"], env=env, **nobody, check=False
+            )
         except OSError:
             continue
         if tried.returncode == 0:
@@ -346,7 +395,12 @@ def test_an_ordinary_user_has_nodes_too(tmp_path_factory):
         pytest.skip("nobody may not run this Python or read its packages")
     mark = new_mark()
     with subprocess.Popen(
-        [python, "-B", "-c", ORDINARY, mark], env=env, stdout=subprocess.PIPE, user=65534, group=65534, cwd="/"
+        [python, "-B", "-c", ORDINARY, mark],
+        env=env,
+        stdout=subprocess.PIPE,
+        user=65534,
+        group=65534,
+        cwd="/",
     ) as process:
         output = process.stdout.read().decode().split()
     assert ["65534", "0", "escaped", "0"] == output

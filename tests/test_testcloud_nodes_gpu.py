@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("asyncssh", reason="needs the extra [testcloud]")
 
 from gpubroker.testcloud.nodes import LocalNodes
-from tests.test_testcloud_nodes import H100, in_loop
+from tests.test_testcloud_nodes import H100, fakes_built_once, in_loop  # noqa: F401 a fixture
 from tests.test_testcloud_nodes_ssh import with_truth
 
 needs_compiler = pytest.mark.skipif(
@@ -71,7 +71,10 @@ CSV = "--format=csv,noheader,nounits"
         ),
         pytest.param({}, ["--query-compute-apps=pid,used_memory", CSV], "", id="nobody else"),
         pytest.param(
-            {"cuda_error": 802}, ["-i", "1", "--query-gpu=index", CSV], "1\n", id="fine while CUDA is not, one GPU"
+            {"cuda_error": 802},
+            ["-i", "1", "--query-gpu=index", CSV],
+            "1\n",
+            id="fine while CUDA is not, one GPU",
         ),
         pytest.param(
             {"gpu_count": 1},
@@ -106,7 +109,7 @@ async def test_nvidia_smi_fails_as_the_real_one(tmp_path, truth, argv, status):
 async def test_nvidia_smi_speaks_xml_and_to_people(tmp_path):
     """-q -x parses; the bare command names driver, CUDA and GPU."""
     _, text, _ = await answer(tmp_path, H100, "nvidia-smi", "-q", "-x")
-    log = ET.fromstring(text)
+    log = ET.fromstring(text)  # noqa: S314 our own
     assert ["NVIDIA H100 80GB HBM3"] * 2 == [gpu.findtext("product_name") for gpu in log.iter("gpu")]
     assert "81559 MiB" == log.findtext("gpu/fb_memory_usage/total")
     _, text, _ = await answer(tmp_path, H100, "nvidia-smi")
@@ -187,7 +190,13 @@ SAID = [
 async def test_torch_answers_and_multiplies_where_there_is_no_torch(tmp_path):
     """The shim alone, in an interpreter without packages."""
     status, text, errors = await answer(
-        tmp_path, with_truth(foreign_process_mib=5000), "python3", "-S", "-c", TORCH, env={"PYTHONNOUSERSITE": "1"}
+        tmp_path,
+        with_truth(foreign_process_mib=5000),
+        "python3",
+        "-S",
+        "-c",
+        TORCH,
+        env={"PYTHONNOUSERSITE": "1"},
     )
     assert (0, SAID, "") == (status, text.splitlines(), errors)
 

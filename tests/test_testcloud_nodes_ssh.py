@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 
-asyncssh = pytest.importorskip("asyncssh", reason="needs the extra [testcloud]")
+pytest.importorskip("asyncssh", reason="needs the extra [testcloud]")
+
+import asyncssh
 
 from gpubroker.testcloud import nodes_ssh
 from gpubroker.testcloud.nodes import LocalNodes
 from tests.test_testcloud_nodes import (
     H100,
+    fakes_built_once,  # noqa: F401 a fixture
     in_loop,
     isolation,  # noqa: F401 a fixture
     listening_sockets,
@@ -35,7 +38,9 @@ async def a_node(root, truth=H100, env=None, **options):
 
 def connect(node, **options):
     return asyncssh.connect(
-        "127.0.0.1", node.ssh_port, **{"username": "root", "known_hosts": None, "client_keys": [KEY], **options}
+        "127.0.0.1",
+        node.ssh_port,
+        **{"username": "root", "known_hosts": None, "client_keys": [KEY], **options},
     )
 
 
@@ -57,7 +62,9 @@ async def test_a_command_gets_its_input_and_gives_output_errors_and_status(tmp_p
 async def test_many_connects_and_commands_at_once_lose_no_output(tmp_path, isolation):  # noqa: F811
     """Sixty, each with its own words at the very end of its life."""
     async with LocalNodes(tmp_path, isolation=isolation) as nodes:
-        started = await asyncio.gather(*(nodes.start(f"r{n}", H100, [PUBLIC], {"N": str(n)}) for n in range(20)))
+        started = await asyncio.gather(
+            *(nodes.start(f"r{n}", H100, [PUBLIC], {"N": str(n)}) for n in range(20))
+        )
 
         async def ask(number):
             async with connect(started[number % 20]) as client:
@@ -126,13 +133,16 @@ async def test_a_terminal_has_its_size_its_type_and_its_keys(tmp_path, isolation
     """stty sees what the client says, also when it changes; Ctrl-C interrupts."""
     async with a_node(tmp_path, isolation=isolation) as node, connect(node) as client:
         process = await client.create_process(
-            "trap 'stty size' WINCH; tty; stty size; echo $TERM; while :; do sleep 0.01; done",
+            "stty -echo; tty; stty size; echo $TERM; read line; stty size; exec cat",
             term_type="xterm",
             term_size=(100, 40),
         )
         first = [(await process.stdout.readline()).strip() for _ in range(3)]
         process.change_terminal_size(120, 50)
+        process.stdin.write("go on\n")
         changed = (await process.stdout.readline()).strip()
+        process.stdin.write("hello\n")
+        assert "hello" == (await process.stdout.readline()).strip()
         process.stdin.write("\x03")
         await process.wait()
     assert first[0].startswith("/dev/")
@@ -177,6 +187,23 @@ async def test_a_killed_node_drops_its_connections_with_no_farewell(tmp_path, is
 
 
 @in_loop
+async def test_a_node_may_die_amid_handshakes(tmp_path):
+    """Every client is told, in whatever state its connection was; other nodes notice nothing."""
+    async with LocalNodes(tmp_path) as nodes:
+        node, other = [await nodes.start(name, H100, [PUBLIC], {}) for name in "ab"]
+        clients = [asyncio.create_task(asyncio.wait_for(connect(node), 20)) for _ in range(20)]
+        await asyncio.wait(clients, return_when=asyncio.FIRST_COMPLETED)
+        await node.kill()
+        for ended in await asyncio.gather(*clients, return_exceptions=True):
+            if isinstance(ended, asyncssh.SSHClientConnection):
+                await ended.wait_closed()
+            else:
+                assert isinstance(ended, OSError | asyncssh.Error), repr(ended)
+        async with connect(other) as client:
+            assert 0 == (await client.run("true")).exit_status
+
+
+@in_loop
 async def test_only_the_keys_in_the_home_are_let_in(tmp_path):
     """No other key, no password; a key that is added later counts from then on."""
     stranger = asyncssh.generate_private_key("ssh-ed25519")
@@ -204,7 +231,9 @@ async def test_each_node_has_a_host_key_of_its_own(tmp_path):
     """A client that knows one node's key does not take another's for it."""
     async with LocalNodes(tmp_path) as nodes:
         one, two = [await nodes.start(name, H100, [PUBLIC], {}) for name in "ab"]
-        known = asyncssh.import_known_hosts(f"[127.0.0.1]:{one.ssh_port},[127.0.0.1]:{two.ssh_port} {one.host_key}\n")
+        known = asyncssh.import_known_hosts(
+            f"[127.0.0.1]:{one.ssh_port},[127.0.0.1]:{two.ssh_port} {one.host_key}\n"
+        )
         async with connect(one, known_hosts=known) as client:
             assert 0 == (await client.run("true")).exit_status
         with pytest.raises(asyncssh.HostKeyNotVerifiable):
@@ -296,24 +325,34 @@ async def test_openssh_clients_work_unchanged(tmp_path):
         assert (5, b"in\n2\n", b"bad\n") == await client_of(
             [*ssh, "cat; nvidia-smi -L | wc -l; echo bad >&2; exit 5"], b"in\n"
         )
-        assert (0, b"40000000", b"") == await client_of([*ssh, "head -c 40000000 /dev/zero | wc -c | tr -d '\\n'"])
+        assert (0, b"40000000", b"") == await client_of(
+            [*ssh, "head -c 40000000 /dev/zero | wc -c | tr -d '\\n'"]
+        )
         status, output, _ = await client_of([*ssh[:1], "-tt", *ssh[1:], "tty; exit 7"])
         assert (7, True) == (status, output.startswith(b"/dev/"))
         status, output, _ = await client_of([*ssh[:1], "-T", *ssh[1:]], b"pwd\nexit 3\n")
         assert (3, node.home.encode()) == (status, output.strip())
         status, output, errors = await client_of(
-            ["sftp", *common, "-b", "-", "-P", str(node.ssh_port), host], f"put {tmp_path}/up up\npwd\n".encode()
+            ["sftp", *common, "-b", "-", "-P", str(node.ssh_port), host],
+            f"put {tmp_path}/up up\npwd\n".encode(),
         )
         assert (0, True, b"") == (status, node.home.encode() in output, errors)
-        copied = await client_of(["scp", *common, "-P", str(node.ssh_port), f"{host}:up", str(tmp_path / "down")])
+        copied = await client_of(
+            ["scp", *common, "-P", str(node.ssh_port), f"{host}:up", str(tmp_path / "down")]
+        )
         assert (0, "from sftp") == (copied[0], (tmp_path / "down").read_text())
-        old = await client_of(["scp", "-O", *common, "-P", str(node.ssh_port), str(tmp_path / "up"), f"{host}:old"])
+        old = await client_of(
+            ["scp", "-O", *common, "-P", str(node.ssh_port), str(tmp_path / "up"), f"{host}:old"]
+        )
         assert (0, "from sftp") == (old[0], Path(node.home, "old").read_text())
 
 
 async def client_of(command, given=b""):
     process = await asyncio.create_subprocess_exec(
-        *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+        *command,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
     )
     output, errors = await process.communicate(given)
     return process.returncode, output, errors

@@ -13,6 +13,7 @@ this user's, in this machine's file system and on its network.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +24,7 @@ from urllib.parse import quote
 
 import asyncssh
 
-from gpubroker.testcloud.nodes_home import build_libcuda, environment, furnish
+from gpubroker.testcloud.nodes_home import build_fakes, environment, furnish
 from gpubroker.testcloud.nodes_process import Descriptors, Init, Isolation, Keeper, copy_out
 from gpubroker.testcloud.nodes_ssh import Inside, SshServer
 from gpubroker.testcloud.world import HostTruth
@@ -49,14 +50,15 @@ class LocalNode:
 
     async def run(self, argv: Sequence[str], env: Mapping[str, str]) -> tuple[int, bytes, bytes]:
         """Run a command as a vendor without SSH does: status (128 + n = signal n), output, errors."""
-        if not self.alive:
-            return _GONE_STATUS, b"", b""
         output: list[bytes] = []
         errors: list[bytes] = []
         with open(os.devnull, "rb") as nothing, Descriptors() as fds:
             (out, out_theirs), (err, err_theirs) = fds.pipe(), fds.pipe()
             stdio = (nothing.fileno(), out_theirs, err_theirs)
-            command = await self._init.run(argv, self._environment("root", env), self.home, stdio)
+            try:
+                command = await self._init.run(argv, self._environment("root", env), self.home, stdio)
+            except OSError:  # the node is gone
+                return _GONE_STATUS, b"", b""
             fds.close(out_theirs, err_theirs)
             status = await command.finish(
                 partial(copy_out, out, output.append), partial(copy_out, err, errors.append)
@@ -65,7 +67,7 @@ class LocalNode:
 
     async def notice(self, signal_number: int) -> None:
         """Send a signal to everything that runs there; on a dead node there is nothing."""
-        if self.alive:
+        with contextlib.suppress(OSError):
             await self._init.signal_all(signal_number)
 
     async def kill(self) -> None:
@@ -93,7 +95,7 @@ class LocalNodes:
         self._root = root
         self._wanted = isolation
         self._keeper: Keeper | None = None
-        self._libcuda: Path | None = None
+        self._fakes = Path()
         self._opening = asyncio.Lock()
         self._nodes: dict[str, LocalNode] = {}
         self._host_keys: dict[str, asyncssh.SSHKey] = {}
@@ -101,10 +103,12 @@ class LocalNodes:
     async def start(
         self, rental_id: str, truth: HostTruth, authorized_keys: Iterable[str], env: Mapping[str, str]
     ) -> LocalNode:
-        """A node for a rental; starting it again after `kill` finds the same home and host key."""
+        """A node for a rental; starting it again finds the same home and host key, and nothing that ran."""
         keeper = await self.open()
+        if rental_id in self._nodes:
+            await self._nodes[rental_id].kill()
         home = self._home(rental_id)
-        furnish(home, truth, authorized_keys, self._libcuda)
+        furnish(home, truth, authorized_keys, self._fakes)
         init = await keeper.new_init()
         if rental_id not in self._host_keys:
             self._host_keys[rental_id] = asyncssh.generate_private_key("ssh-ed25519")
@@ -124,7 +128,7 @@ class LocalNodes:
         """What all nodes share, made by whoever comes first. Raises KeeperFailed."""
         async with self._opening:
             if self._keeper is None:
-                self._libcuda = await build_libcuda(self._root / ".build")
+                self._fakes = await build_fakes(self._root / ".build")
                 self._keeper = await Keeper.open(self._wanted)
         return self._keeper
 

@@ -3,10 +3,10 @@
     <home>/.ssh/authorized_keys
     <home>/.profile             for login shells, which forget the PATH they were given
     <home>/.testcloud/facts     what the host really has, key=value; every fake reads it
+    <home>/.testcloud/          libcuda.so.1, where a C compiler was found; torch.py
     <home>/.testcloud/bin       nvidia-smi, df, python and python3
-    <home>/.testcloud/lib       libcuda.so.1, where a C compiler was found
-    <home>/.testcloud/python    torch
 
+The fakes are built once under the nodes' root and linked into each home: two hundred nodes come up at once.
 A node shares the machine's file system, network and user: `df` is the only sign of `disk_free_gb`, nothing
 shows `network` yet. A command's own PATH, LD_LIBRARY_PATH and PYTHONPATH come after the node's.
 """
@@ -14,11 +14,14 @@ shows `network` yet. A command's own PATH, LD_LIBRARY_PATH and PYTHONPATH come a
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import hashlib
 import os
 import shlex
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -62,23 +65,47 @@ _CUDA_VERSIONS = (
 )
 
 
-def furnish(home: Path, truth: HostTruth, authorized_keys: Iterable[str], libcuda: Path | None) -> None:
+async def build_fakes(folder: Path) -> Path:
+    """What every node has, made under a folder unless it is there."""
+    sources = sorted(path for path in _FAKES.iterdir() if path.is_file())
+    python, compiler = _interpreter(), shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    content = b"".join(path.read_bytes() for path in sources) + f"{python}\n{compiler}".encode()
+    built = folder / hashlib.sha256(content).hexdigest()[:16]
+    if built.exists():
+        return built
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+        new = Path(unfinished, "new")
+        (new / "bin").mkdir(parents=True)
+        for name in ("nvidia-smi", "df"):
+            source = (_FAKES / f"{name.replace('-', '_')}.py").read_text()
+            (new / "bin" / name).write_text(f"#!{python} -IS\n{source}")
+            (new / "bin" / name).chmod(0o755)
+        shutil.copyfile(_FAKES / "torch.py", new / "torch.py")
+        if compiler is not None:
+            await _compile(compiler, _FAKES / "libcuda.c", new / "libcuda.so.1")
+        with contextlib.suppress(OSError):  # another test cloud was faster
+            new.rename(built)
+    return built
+
+
+def furnish(home: Path, truth: HostTruth, authorized_keys: Iterable[str], fakes: Path) -> None:
     """Make a home, or bring one that has been used up to date without touching what was put there."""
     own = home / _OWN
-    for folder in (home / ".ssh", own / "bin", own / "lib", own / "python" / "torch"):
-        folder.mkdir(parents=True, exist_ok=True)
-    (home / ".ssh").chmod(0o700)
-    _add_lines(home / ".ssh" / "authorized_keys", authorized_keys)
+    if not own.exists():
+        (own / "bin").mkdir(parents=True)
+        (home / ".ssh").mkdir(0o700, exist_ok=True)
+        for folder in ("", "bin"):
+            for entry in os.scandir(fakes / folder):
+                if entry.is_file():
+                    os.link(entry.path, own / folder / entry.name)
+        for name in ("python", "python3"):
+            os.symlink(_interpreter(), own / "bin" / name)
+        (home / ".profile").write_text(
+            "".join(f"export {k}={shlex.quote(v)}\n" for k, v in _paths(own, {}).items())
+        )
     (own / "facts").write_text("".join(f"{key}={value}\n" for key, value in _facts(truth).items()))
-    _add_lines(home / ".profile", (f"export {k}={shlex.quote(v)}" for k, v in _paths(own, {}).items()))
-    shutil.copyfile(_FAKES / "torch.py", own / "python" / "torch" / "__init__.py")
-    for name in ("nvidia_smi.py", "df.py"):
-        shutil.copyfile(_FAKES / name, own / "lib" / name)
-        _write_program(own / "bin" / name[:-3].replace("_", "-"), f'-I -S "${{0%/*}}/../lib/{name}"')
-    _write_program(own / "bin" / "python", "")
-    _write_program(own / "bin" / "python3", "")
-    if libcuda is not None:
-        shutil.copyfile(libcuda, own / "lib" / "libcuda.so.1")
+    _add_lines(home / ".ssh" / "authorized_keys", authorized_keys)
 
 
 def environment(home: Path, shell: str, user: str, wanted: Mapping[str, str]) -> dict[str, str]:
@@ -87,30 +114,16 @@ def environment(home: Path, shell: str, user: str, wanted: Mapping[str, str]) ->
     return {**usual, **wanted, **_paths(home / _OWN, wanted), "HOME": str(home)}
 
 
-async def build_libcuda(folder: Path) -> Path | None:
-    """The fake driver library, compiled unless this folder has it; None where there is no C compiler."""
-    source = _FAKES / "libcuda.c"
-    library = folder / f"libcuda-{hashlib.sha256(source.read_bytes()).hexdigest()[:16]}.so"
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if library.exists() or compiler is None:
-        return library if library.exists() else None
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished = library.with_suffix(f".{os.getpid()}")
-    command = (
-        compiler,
-        "-shared",
-        "-fPIC",
-        "-O1",
-        "-Wl,-soname,libcuda.so.1",
-        "-o",
-        unfinished,
-        source,
-        "-ldl",
-    )
-    process = await asyncio.create_subprocess_exec(*command)
-    if await process.wait() != 0:
-        return None
-    return unfinished.replace(library)
+async def _compile(compiler: str, source: Path, library: Path) -> None:
+    """No library when that fails; the compiler says why."""
+    command = (compiler, "-shared", "-fPIC", "-O1", "-Wl,-soname,libcuda.so.1", "-o", library, source, "-ldl")
+    await (await asyncio.create_subprocess_exec(*command)).wait()
+
+
+@functools.cache
+def _interpreter() -> str:
+    """The system's Python, or the one below this virtual environment, which a node has not."""
+    return shutil.which("python3", path=_PATH) or str(getattr(sys, "_base_executable", sys.executable))
 
 
 def _add_lines(path: Path, lines: Iterable[str]) -> None:
@@ -137,13 +150,6 @@ def _facts(truth: HostTruth) -> dict[str, str | int]:
 
 
 def _paths(own: Path, wanted: Mapping[str, str]) -> dict[str, str]:
-    first = {"PATH": own / "bin", "LD_LIBRARY_PATH": own / "lib", "PYTHONPATH": own / "python"}
+    first = {"PATH": own / "bin", "LD_LIBRARY_PATH": own, "PYTHONPATH": own}
     then = {"PATH": _PATH, **wanted}
     return {name: ":".join(filter(None, (str(path), then.get(name)))) for name, path in first.items()}
-
-
-def _write_program(path: Path, arguments: str) -> None:
-    """A command that runs Python: the system's, or the one below this virtual environment."""
-    python = shutil.which("python3", path=_PATH) or str(getattr(sys, "_base_executable", sys.executable))
-    path.write_text(f'#!/bin/sh\nexec {shlex.quote(python)} {arguments} "$@"\n')
-    path.chmod(0o755)

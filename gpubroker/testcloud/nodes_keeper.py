@@ -36,6 +36,7 @@ _CLONE_NEWNS, _CLONE_NEWUSER, _CLONE_NEWPID = 0x00020000, 0x10000000, 0x20000000
 _MS_REC, _MS_PRIVATE, _MS_NOSUID_NODEV_NOEXEC = 0x4000, 0x40000, 0x2 | 0x4 | 0x8
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _KILL_ROUNDS = 2_000  # of a millisecond or more
+_HEARD = (signal.SIGCHLD, signal.SIGTERM)
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -62,7 +63,7 @@ class _Server:
         self.sock = sock
         self._wake, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
-        for number in (signal.SIGCHLD, signal.SIGTERM):
+        for number in _HEARD:
             signal.signal(number, lambda *_: None)
 
     def serve(self) -> None:
@@ -141,11 +142,11 @@ class _Keeper(_Server):
     def _fork(self) -> int:
         """A child; in a PID namespace of its own where that is the mode."""
         if self._mode == "subreaper":
-            return os.fork()
+            return _fork()
         _check("unshare", _CLONE_NEWPID)
         pid = -1
         try:
-            pid = os.fork()
+            pid = _fork()
         finally:
             if pid != 0:
                 _check("setns", self._own, _CLONE_NEWPID)  # so that the next one may be unshared too
@@ -163,7 +164,7 @@ class _Init(_Server):
     def obey(self, words: list[str], fds: list[int]) -> None:
         if words[0] == "run":
             *stdio, wish, report = fds
-            pid = os.fork()
+            pid = _fork()
             if pid == 0:
                 _become(stdio, wish)
             self._reports[pid] = report
@@ -197,6 +198,20 @@ class _Init(_Server):
         for pid in _descendants():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
+
+
+def _fork() -> int:
+    """A child that no longer hears signals in our name: its own end must not look like ours."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _HEARD)
+    try:
+        pid = os.fork()
+        if pid == 0:
+            signal.set_wakeup_fd(-1)
+            for number in _HEARD:
+                signal.signal(number, signal.SIG_DFL)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _HEARD)
+    return pid
 
 
 def _run_init(mode: str, control: int) -> NoReturn:

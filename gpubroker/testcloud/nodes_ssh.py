@@ -81,23 +81,23 @@ class SshServer:
 
     async def _serve(self, client: socket.socket) -> None:
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        try:
-            if self._banner == "slow":
+        if self._banner == "slow":
+            try:
                 await asyncio.sleep(_SLOW_BANNER_S)
-            with contextlib.suppress(asyncssh.Error, OSError):  # a client that gave up, or has no key of ours
-                await asyncssh.run_server(
-                    client,
-                    server_factory=lambda: _Server(self._inside, self._connections),
-                    server_host_keys=[self._host_key],
-                    encoding=None,
-                    line_editor=False,
-                    agent_forwarding=False,
-                    compression_algs=None,
-                    gss_host=None,
-                )
-        except BaseException:
-            client.close()
-            raise
+            except asyncio.CancelledError:
+                client.close()
+                raise
+        with contextlib.suppress(asyncssh.Error, OSError):  # a client that gave up, or has no key of ours
+            await asyncssh.run_server(
+                client,
+                server_factory=lambda: _Server(self._inside, self._connections),
+                server_host_keys=[self._host_key],
+                encoding=None,
+                line_editor=False,
+                agent_forwarding=False,
+                compression_algs=None,
+                gss_host=None,
+            )
 
 
 class _Server(asyncssh.SSHServer):

@@ -17,7 +17,7 @@ static int initialised;
 static size_t taken[64]; /* bytes per device */
 static Context *current;
 
-/* The value of a key in <this library's folder>/../facts; 0 when there is none. */
+/* The value of a key in <this library's folder>/facts; 0 when there is none. */
 static int fact(const char *key, char *value)
 {
     Dl_info own;
@@ -28,7 +28,7 @@ static int fact(const char *key, char *value)
         return 0;
     strcpy(path, own.dli_fname);
     char *end = strrchr(path, '/');
-    strcpy(end ? end : path, "/../facts");
+    strcpy(end ? end : path, "/facts");
     FILE *file = fopen(path, "r");
     while (file && !found && fgets(line, sizeof line, file)) {
         line[strcspn(line, "\n")] = 0;

@@ -26,7 +26,7 @@ _MIB = 2**20
 
 
 def _facts() -> dict[str, str]:
-    text = (_OWN.parent.parent / "facts").read_text()
+    text = (_OWN / "facts").read_text()
     return dict(line.split("=", 1) for line in text.splitlines())
 
 
@@ -116,7 +116,7 @@ def _install(module: ModuleType, cuda: ModuleType) -> None:
 def _real() -> ModuleType | None:
     """The torch behind this one on the path, which then takes this one's name."""
     shim, path = sys.modules.pop(__name__), list(sys.path)
-    sys.path[:] = [entry for entry in path if Path(entry or ".").resolve() != _OWN.parent]
+    sys.path[:] = [entry for entry in path if Path(entry or ".").resolve() != _OWN]
     importlib.invalidate_caches()
     try:
         return importlib.import_module(__name__)
