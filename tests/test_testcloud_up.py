@@ -46,6 +46,7 @@ def offers(up: RunningCloud) -> list[dict[str, object]]:
 def rent(up: RunningCloud, **body: object) -> str:
     url = f"{up.env['GPUBROKER_VAST_URL']}/api/v0/asks/{offers(up)[0]['id']}/"
     answer = requests.put(url, json={"image": "x", "label": "job", **body}, headers=VAST_KEY, timeout=30)
+    assert 200 == answer.status_code, answer.text
     return str(answer.json()["new_contract"])
 
 

@@ -530,11 +530,12 @@ def test_who_was_stopped_by_his_own_wish_stays_stopped() -> None:
     run(check)
 
 
-def test_preempted_by_hand_it_stays_outbid_for_a_while() -> None:
+@pytest.mark.parametrize("price", [pytest.param(0.25, id="bid"), pytest.param(None, id="on demand")])
+def test_preempted_by_hand_it_stays_away_for_a_while(price: float | None) -> None:
     """Long enough to be seen, and then it runs again."""
 
     async def check(room: Bench) -> None:
-        number = await room.rent(price=0.25)
+        number = await room.rent(price=price)
         await room.vast.preempt(room.rental(number), None)
         await room.pass_s(300)
         assert "stopped" == room.rental(number).state

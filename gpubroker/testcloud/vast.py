@@ -268,7 +268,7 @@ class Vast:
         here = self._of(host)
         free = host.capacity - self._occupants(host, lambda r: r.state)[0]
         for rental in here:
-            if free > 0 and _waits(rental) and not rental.wish["is_bid"]:
+            if free > 0 and _waits(rental) and not rental.wish["is_bid"] and not self._held(rental, now_s):
                 self._run(rental)
                 free -= 1
         series = self.world.series.get(("vast", host.id))
@@ -276,13 +276,17 @@ class Vast:
         price = None if series is None or taken else series.price_at(now_s)
         bids = [r for r in here if r.wish["is_bid"] and (_waits(r) or r.state != "stopped")]
         for rental in sorted(bids, key=lambda r: (-r.usd_per_hour, r.events[0].at_s)):
-            held = now_s < self._extra(rental).outbid_until_s
-            wins = free > 0 and price is not None and rental.usd_per_hour >= price and not held
+            takes = price is not None and rental.usd_per_hour >= price
+            wins = free > 0 and takes and not self._held(rental, now_s)
             free -= wins
             if wins and rental.state == "stopped":
                 self._run(rental)
             elif not wins and rental.state != "stopped":
                 self.site.spawn(self.world.stop(rental, _OUTBID))
+
+    def _held(self, rental: Rental, now_s: float) -> bool:
+        """Whether it was preempted by hand a short while ago."""
+        return now_s < self._extra(rental).outbid_until_s
 
     def _run(self, rental: Rental) -> None:
         self.world.resume(rental)
