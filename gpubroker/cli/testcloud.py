@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,7 +46,7 @@ def up(*, seed: int, traces: tuple[Path, ...], faults: str, speed: float, liars:
     line of JSON with `env` and `control`.
     """
     try:
-        from gpubroker.testcloud.up import Options, serve
+        from gpubroker.testcloud.up import Options, run
     except ImportError as error:
         raise ConfigError(f"{error}: pip install 'gpubroker[testcloud]'") from error
 
@@ -62,4 +61,4 @@ def up(*, seed: int, traces: tuple[Path, ...], faults: str, speed: float, liars:
         click.echo(f"# control: {cloud.control}")
         click.echo("The test cloud is up; Ctrl-C ends it.", err=True)
 
-    asyncio.run(serve(Options(seed=seed, traces=traces, faults=faults, speed=speed, liars=liars), ready))
+    run(Options(seed=seed, traces=traces, faults=faults, speed=speed, liars=liars), ready)

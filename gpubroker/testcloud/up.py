@@ -65,6 +65,11 @@ class Cloud:
     left_out: tuple[str, ...]  # vendors that could not be started here, each with the reason
 
 
+def run(options: Options, ready: Callable[[Cloud], None]) -> None:
+    """`serve` for those who have no event loop."""
+    asyncio.run(serve(options, ready))
+
+
 async def serve(options: Options, ready: Callable[[Cloud], None]) -> None:
     """Run until told to stop; `ready` is called once all of it answers. Raises ConfigError."""
     stop = asyncio.Event()
