@@ -347,7 +347,7 @@ async def test_everything_dies_with_the_test_cloud(tmp_path, isolation, number):
     """Killed with -9 or interrupted, with no chance or no thought to clean up."""
     mark = new_mark()
     python = [sys.executable, "-c", CRASHING, str(tmp_path / mark), isolation, mark]
-    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *sys.path])}
     with subprocess.Popen(python, cwd=REPOSITORY, env=env, stderr=subprocess.DEVNULL) as parent:
         await until(lambda: len(marked(f"sleep\0{mark}")) == 2 * 3)
         keepers = keepers_of(parent.pid)

@@ -65,7 +65,11 @@ class Keeper:
                 start_new_session=True,
             )
         keeper = cls(isolation, process, hub)
-        answer = await asyncio.get_running_loop().sock_recv(hub, 1024)
+        try:
+            answer = await asyncio.get_running_loop().sock_recv(hub, 1024)
+        except BaseException:
+            hub.close()  # which ends it
+            raise
         if answer != b"ready":
             await keeper.close()
             raise KeeperFailed(f"{isolation}: {answer.decode() or 'the keeper ended'}")
@@ -83,27 +87,31 @@ class Keeper:
                 await _send(self._hub, self._turn, "node", [theirs.fileno(), gone_theirs])
             answer = await asyncio.get_running_loop().sock_recv(control, 64)
         except BaseException:
-            init.order_end()
+            control.close()  # which ends it
             raise
         if answer != b"up":
-            init.order_end()
+            control.close()
             raise KeeperFailed("the keeper gave no init")
+        init.up = True
         return init
 
     async def close(self) -> None:
         """Every process of every node is gone when this returns."""
-        self._hub.close()
+        with contextlib.suppress(OSError):  # the keeper has died
+            self._hub.shutdown(socket.SHUT_RDWR)
         await asyncio.to_thread(self._process.wait)
+        self._hub.close()
 
 
 class Init:
     """The processes of one node."""
 
     def __init__(self, control: socket.socket, gone: int) -> None:
+        self.up = False
         self._control = control
         self._turn = asyncio.Lock()
         self.gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # done when all are gone
-        _on_end(gone, lambda: _settle(self.gone, None))
+        _on_end(gone, self._end)
 
     async def run(
         self,
@@ -139,7 +147,13 @@ class Init:
 
     def order_end(self) -> None:
         """From here on they die; `gone` tells when they are."""
-        self._control.close()
+        with contextlib.suppress(OSError):  # they are gone
+            self._control.shutdown(socket.SHUT_RDWR)
+
+    def _end(self) -> None:
+        if self.up:  # else somebody waits on it, and will close it
+            self._control.close()
+        _settle(self.gone, None)
 
     async def _ask(self, words: str, fds: Sequence[int]) -> None:
         await _send(self._control, self._turn, words, fds)

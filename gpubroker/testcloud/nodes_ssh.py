@@ -16,7 +16,7 @@ import signal
 import socket
 import struct
 import termios
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -58,20 +58,25 @@ class SshServer:
         self.port: int = self._socket.getsockname()[1]
         if banner != "never":  # bound all the same: no other node may get this port
             self._socket.listen(_BACKLOG)
-            self._keep(self._accept())
+            self._keep(self._accept()).add_done_callback(lambda _: self._socket.close())
 
     def abort(self) -> None:
-        """The port and every connection are gone, with no farewell."""
+        """The port and every connection are gone in a moment, with no farewell.
+
+        The loop must let go of a socket before it is closed: its number may be another's the next moment.
+        """
         for task in self._tasks:
             task.cancel()
         for connection in list(self._connections):
             connection.abort()
-        self._socket.close()
+        if self._banner == "never":
+            self._socket.close()
 
-    def _keep(self, work: Any) -> None:
+    def _keep(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _accept(self) -> None:
         loop = asyncio.get_running_loop()
