@@ -18,6 +18,7 @@ _COMMANDS = {
     "providers": ("gpubroker.cli.providers", "providers", "Providers, their state and what is missing."),
     "doctor": ("gpubroker.cli.doctor", "doctor", "Check configuration, credentials, clock and database."),
     "import-history": ("gpubroker.cli.history", "import_history", "Import price history files."),
+    "demo": ("gpubroker.cli.demo", "demo", "Watch it work, on a cloud on this machine: no account."),
     "testcloud": ("gpubroker.cli.testcloud", "testcloud", "A cloud on this machine for tests and tries."),
     "db": ("gpubroker.cli.db", "db", "The price database: where it is, and migrating it."),
 }
