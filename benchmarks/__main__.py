@@ -11,8 +11,13 @@ import click
 from benchmarks.harness import Result
 from benchmarks.quote_cold import quote_cold
 from benchmarks.store_poll import store_poll
+from benchmarks.testcloud_nodes import testcloud_nodes
 
-BENCHMARKS: dict[str, Callable[[bool], Result]] = {"quote-cold": quote_cold, "store-poll": store_poll}
+BENCHMARKS: dict[str, Callable[[bool], Result]] = {
+    "quote-cold": quote_cold,
+    "store-poll": store_poll,
+    "testcloud-nodes": testcloud_nodes,
+}
 
 
 @click.command()
