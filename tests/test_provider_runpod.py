@@ -637,3 +637,9 @@ class TestRunPodKeepsTheContract(_RunPodContract):
 
 class TestRunPodWithoutAKeyKeepsTheContract(_RunPodContract):
     pass
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:8", "http://127.0.0.1:8/", "http://127.0.0.1:8/v2"])
+def test_the_base_url_may_have_the_v2_or_not(url):
+    """The vendor writes it both ways."""
+    assert "http://127.0.0.1:8" == RunPod(context({"GPUBROKER_RUNPOD_URL": url})).endpoint()

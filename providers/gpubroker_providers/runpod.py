@@ -266,8 +266,9 @@ class RunPod:
         return Access(has_credentials=False, missing=_KEY, without=without, live_without=True)
 
     def endpoint(self) -> str:
-        """See PriceSource."""
-        return self._context.env.get("GPUBROKER_RUNPOD_URL") or BASE_URL
+        """See PriceSource. Written with the REST API's /v2 or without: GraphQL lies beside it."""
+        url = self._context.env.get("GPUBROKER_RUNPOD_URL") or BASE_URL
+        return url.rstrip("/").removesuffix("/v2")
 
     def offers(self, query: OfferQuery, deadline_s: float) -> Parsed:
         """See PriceSource. Raises only when the first request fails; a later gap is in `incomplete`."""
