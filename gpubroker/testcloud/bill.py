@@ -36,7 +36,7 @@ _RUNPOD_CONTAINER, _RUNPOD_VOLUME, _RUNPOD_VOLUME_STOPPED = Decimal("0.10"), Dec
 _RUNPOD_FIRST_GB, _RUNPOD_FIRST, _RUNPOD_BEYOND = 1000, Decimal("0.07"), Decimal("0.05")
 _EBS_GP3 = Decimal("0.08")
 # USD per second: a physical core, a GiB, of a sandbox.
-_MODAL_CORE, _MODAL_GIB = Decimal("0.00003942"), Decimal("0.00000667")
+MODAL_CORE, MODAL_GIB = Decimal("0.00003942"), Decimal("0.00000667")
 _AWS_LEAST_S = 60
 _AWS_FREE_S = 3600
 RECLAIMED = "Server.SpotInstanceTermination"  # the reason of an end that is AWS's own doing
@@ -175,8 +175,8 @@ def _modal(rental: Rental, history: list[Span]) -> Iterator[Line]:
     for span in history:
         if span.state == "running":
             yield Line(item="gpu", usd=span.usd_per_hour * span.hours * factor)
-            yield Line(item="cpu", usd=cores * _MODAL_CORE * span.seconds * factor)
-            yield Line(item="ram", usd=gib * _MODAL_GIB * span.seconds * factor)
+            yield Line(item="cpu", usd=cores * MODAL_CORE * span.seconds * factor)
+            yield Line(item="ram", usd=gib * MODAL_GIB * span.seconds * factor)
 
 
 def _runs(history: list[Span]) -> Iterator[list[Span]]:

@@ -25,7 +25,7 @@ from urllib.parse import quote
 import asyncssh
 
 from gpubroker.testcloud.nodes_home import build_fakes, environment, furnish
-from gpubroker.testcloud.nodes_process import Descriptors, Init, Isolation, Keeper, copy_out
+from gpubroker.testcloud.nodes_process import Command, Descriptors, Init, Isolation, Keeper, copy_out
 from gpubroker.testcloud.nodes_ssh import Inside, SshServer
 from gpubroker.testcloud.world import HostTruth
 
@@ -64,6 +64,17 @@ class LocalNode:
                 partial(copy_out, out, output.append), partial(copy_out, err, errors.append)
             )
         return status if status >= 0 else 128 - status, b"".join(output), b"".join(errors)
+
+    async def spawn(
+        self, argv: Sequence[str], env: Mapping[str, str], stdio: Sequence[int], *, cwd: str = ""
+    ) -> Command:
+        """Start a command on the caller's descriptors, in home or `cwd`. Raises OSError on a dead node."""
+        return await self._init.run(argv, self._environment("root", env), cwd or self.home, stdio)
+
+    async def signal(self, command: Command, number: int) -> None:
+        """Send a signal to a command's process group; where it has ended there is nothing."""
+        with contextlib.suppress(OSError):
+            await self._init.signal_group(command, number)
 
     async def notice(self, signal_number: int) -> None:
         """Send a signal to everything that runs there; on a dead node there is nothing."""
