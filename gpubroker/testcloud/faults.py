@@ -33,6 +33,7 @@ class Fault:
     skip: int = 0
     seconds: float = 0.0
     status: int = 500
+    code: str = ""  # capacity: the vendor's own code, where it has several
     retry_after_s: int | None = None
     hits: int = field(default=0, init=False)
 

@@ -131,7 +131,7 @@ class Call:
 
     def state(self, rental: Rental) -> State:
         """Its state, as of then."""
-        return _state_at(rental, self.as_of_s) if self.stale_s else rental.state
+        return rental.state_at(self.as_of_s) if self.stale_s else rental.state
 
     def rows(self, rows: list[T]) -> list[T]:
         """The rows of a listing, each twice where the fault script says so."""
@@ -323,16 +323,6 @@ def _key_of(request: web.Request) -> str:
         except (binascii.Error, ValueError):
             return "?"
     return value or request.query.get("api_key", "")
-
-
-def _state_at(rental: Rental, at_s: float) -> State:
-    state: State = "pending"
-    for event in rental.events:
-        if event.at_s > at_s:
-            break
-        if event.kind in ("running", "stopped", "ended"):
-            state = event.kind
-    return state
 
 
 def _respond(reply: Reply, *, cut: bool = False) -> web.Response:

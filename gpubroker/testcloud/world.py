@@ -101,6 +101,16 @@ class Rental:
         """Whose it is."""
         return self.host.vendor
 
+    def state_at(self, at_s: float) -> State:
+        """Its state at a moment, by what had happened until then."""
+        state: State = "pending"
+        for event in self.events:
+            if event.at_s > at_s:
+                break
+            if event.kind in ("running", "stopped", "ended"):
+                state = event.kind
+        return state
+
 
 class Node(Protocol):
     """A running node: processes, a home and an SSH server. Made by a NodeHost."""
@@ -296,6 +306,12 @@ class PriceSeries:
         if self._trace:
             return self._step(at_s)[0]
         return _noise(f"{self._key}/up", int(at_s // _STEP_S)).random() < 0.9
+
+    def step_start_s(self, at_s: float) -> float:
+        """When the step began that this moment is in: price and availability are the same since then."""
+        if self._trace:
+            return at_s - (at_s - self._trace_start_s) % self._trace_step_s
+        return at_s - at_s % _STEP_S
 
     def _step(self, at_s: float) -> tuple[bool, Decimal | None]:
         index = int((at_s - self._trace_start_s) // self._trace_step_s)
