@@ -35,7 +35,7 @@ _OUTCOME = api_pb2.GenericResult.GenericStatus
 _LONGEST_S = 24 * 3600
 _USUAL_S = 300
 _PAGE = 100
-_HOLD_S = 5.0  # real: a question for the task is held so long before the answer is "not yet"
+_HOLD_S = 1.0  # real: a question for the task is held so long before the answer is "not yet"
 _MOST_GPUS = {"A10": 4}
 _OTHER_NAMES = {"A10G": "A10", "A100": "A100-40GB", "B200+": "B200"}
 # Pinning a region makes all of it dearer.

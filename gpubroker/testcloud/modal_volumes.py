@@ -24,6 +24,7 @@ from google.protobuf.empty_pb2 import Empty
 from grpclib import GRPCError, Status
 from modal_proto import api_pb2
 
+from gpubroker.testcloud.modal_account import Account
 from gpubroker.testcloud.modal_rpc import Call, RpcHandler, modal_id, refused
 from gpubroker.testcloud.world import World
 
@@ -70,8 +71,9 @@ class Volume:
 class Volumes:
     """All volumes of the account, and the server of their blocks."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, account: Account) -> None:
         self._world = world
+        self._account = account
         self._volumes: dict[str, Volume] = {}
         self._root = Path()
         self._runner: web.AppRunner | None = None
@@ -142,13 +144,14 @@ class Volumes:
             raise refused(Status.UNIMPLEMENTED, "the test cloud has Volumes of version 2 only")
         kind = request.object_creation_type
         name = "" if kind in _UNNAMED else request.deployment_name
-        volume = self._named(request.environment_name, name) if name else None
+        environment = self._account.environment(request.environment_name)
+        volume = self._named(environment, name) if name else None
         if volume and kind == _KINDS.OBJECT_CREATION_TYPE_CREATE_FAIL_IF_EXISTS:
             raise refused(Status.ALREADY_EXISTS, f"Volume {name!r} already exists")
         if volume is None:
             if kind not in _MAKES:
                 raise refused(Status.NOT_FOUND, f"Volume {name!r} not found")
-            volume = self._make(request.environment_name, name)
+            volume = self._make(environment, name)
         return api_pb2.VolumeGetOrCreateResponse(
             volume_id=volume.id, version=api_pb2.VOLUME_FS_VERSION_V2, metadata=volume.metadata()
         )
@@ -159,7 +162,7 @@ class Volumes:
 
     async def _list(self, call: Call) -> Any:
         """In one page: those that were made before the one asked for last."""
-        environment, page = call.request.environment_name, call.request.pagination
+        environment, page = self._account.environment(call.request.environment_name), call.request.pagination
         before_s = page.created_before or float("inf")
         rows = sorted(
             (v for v in self._volumes.values() if v.environment == environment and v.created_s < before_s),
