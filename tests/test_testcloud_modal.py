@@ -26,9 +26,12 @@ def cloud() -> Iterator[RunningCloud]:
     """One for all of these tests; the SDK keeps its connection to it between them."""
     with running(seed=3, speed=20) as up:
         modal.Client._set_env_client(None)
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in up.env.items():
+                patch.setenv(name, value)
+            client = modal.Client.from_env()
         yield up
-        if modal.Client._client_from_env is not None:
-            modal.Client.from_env().close()
+        client.close()
         modal.Client._set_env_client(None)
 
 
@@ -429,12 +432,13 @@ def test_a_wrong_token_is_refused(cloud: RunningCloud, monkeypatch: pytest.Monke
     with modal.Client.from_credentials("ak-testcloud", "wrong") as client:
         with pytest.raises(modal.exception.AuthError):
             modal.App.lookup("job", client=client)
+        usual = modal.Client.from_env()
         modal.Client._set_env_client(client)
         try:
             with pytest.raises(AuthFailed):
                 Modal(context(env=dict(cloud.env))).check(60)
         finally:
-            modal.Client._set_env_client(None)
+            modal.Client._set_env_client(usual)
 
 
 def test_nobody_used_what_is_not_there(cloud: RunningCloud) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
+import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -26,7 +27,6 @@ from modal_proto import api_pb2
 
 from gpubroker.testcloud.modal_account import Account
 from gpubroker.testcloud.modal_rpc import Call, RpcHandler, modal_id, refused
-from gpubroker.testcloud.world import World
 
 BLOCK_BYTES = 8 * 1024 * 1024
 _ROWS = 100  # a message of a listing
@@ -46,7 +46,7 @@ class Volume:
     id: str
     name: str  # "" = it has none
     environment: str
-    created_s: float
+    created_s: float  # by the real clock: the SDK asks for pages by its own
     folder: Path
 
     def metadata(self) -> Any:
@@ -71,8 +71,7 @@ class Volume:
 class Volumes:
     """All volumes of the account, and the server of their blocks."""
 
-    def __init__(self, world: World, account: Account) -> None:
-        self._world = world
+    def __init__(self, account: Account) -> None:
         self._account = account
         self._volumes: dict[str, Volume] = {}
         self._root = Path()
@@ -211,7 +210,7 @@ class Volumes:
             id=number,
             name=name,
             environment=environment,
-            created_s=self._world.clock.now_s(),
+            created_s=time.time(),
             folder=self._root / number,
         )
         volume.folder.mkdir()
