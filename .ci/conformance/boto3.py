@@ -1,7 +1,7 @@
 """boto3, AWS's own SDK, unchanged against the test cloud: which calls passed.
 
-.ci/conformance/run boto3 -> gpubroker testcloud up -> this file; fails unless all passed. All settings come from
-the environment, as with the real AWS.
+.ci/conformance/run boto3 -> gpubroker testcloud up -> this file; fails unless all passed. Its settings
+come from the environment, as with the real AWS.
 """
 
 import json

@@ -28,11 +28,20 @@ from urllib.parse import parse_qsl
 
 from aiohttp import web
 
-from gpubroker.testcloud.aws_ec2 import NO_ROOM, Ec2, no_room
+from gpubroker.testcloud.aws_ec2 import NO_ROOM, Ec2
 from gpubroker.testcloud.aws_imds import Metadata
 from gpubroker.testcloud.aws_moto import Moto, NotThere
 from gpubroker.testcloud.aws_public import Public
-from gpubroker.testcloud.aws_query import Ask, Refused, answer_xml, error_xml, new_request_id, parse, xml
+from gpubroker.testcloud.aws_query import (
+    Ask,
+    Refused,
+    answer_xml,
+    error_xml,
+    new_request_id,
+    no_room,
+    parse,
+    xml,
+)
 from gpubroker.testcloud.faults import Fault
 from gpubroker.testcloud.front import SSH_PORT, ssh_port
 from gpubroker.testcloud.world import Rental, World

@@ -14,12 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from decimal import Decimal
-from itertools import islice
 from typing import Any
 
-from gpubroker.testcloud import aws_prices
 from gpubroker.testcloud.aws_launch import (
     SPOT_SHUTDOWN,
     USER_SHUTDOWN,
@@ -33,17 +29,22 @@ from gpubroker.testcloud.aws_launch import (
     tag_rows,
     zone_id,
 )
+from gpubroker.testcloud.aws_market import Handler, Market
 from gpubroker.testcloud.aws_moto import Moto, Network
+from gpubroker.testcloud.aws_prices import PRODUCT
 from gpubroker.testcloud.aws_query import (
     Ask,
     Refused,
     as_structures,
+    dry,
+    dry_run,
     filters,
     iso,
-    make_token,
     member,
-    open_token,
+    no_room,
     page,
+    passes,
+    twice,
 )
 from gpubroker.testcloud.bill import RECLAIMED
 from gpubroker.testcloud.front import open_front
@@ -53,13 +54,6 @@ from gpubroker.testcloud.world import Host, World, new_id
 GRACE_S = 5.0
 NOTICE_S = 120.0
 REMEMBER_S = 3600.0  # how long a terminated instance is still shown
-BLOCK_FAMILIES = ("p4d.", "p4de.", "p5.", "p5e.", "p5en.", "p6-")
-# Those that an account has without opting in.
-REGIONS = (
-    *("us-east-1", "us-east-2", "us-west-1", "us-west-2", "ca-central-1", "sa-east-1", "eu-central-1"),
-    *("eu-west-1", "eu-west-2", "eu-west-3", "eu-north-1", "ap-south-1", "ap-northeast-1"),
-    *("ap-northeast-2", "ap-northeast-3", "ap-southeast-1", "ap-southeast-2"),
-)
 # They would make instances in moto that nobody rents, sees or pays.
 _NOT_HERE = (
     *("RequestSpotInstances", "RequestSpotFleet", "CreateFleet", "RunScheduledInstances"),
@@ -73,7 +67,6 @@ NO_ROOM = (
     " will be working on provisioning additional capacity."
 )
 Spawn = Callable[[Coroutine[Any, Any, Any]], None]
-Handler = Callable[[Ask], Coroutine[Any, Any, dict[str, Any]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +93,7 @@ class Ec2:
         self.world = world
         self.instances: dict[str, Instance] = {}
         self.boot_s = boot_s
+        self._market = Market(world)
         self._moto, self._spawn, self._environment = moto, spawn, environment
         # (region, token) -> (what was asked for, the ids of the instances made for it)
         self._tokens: dict[tuple[str, str], tuple[str, list[str]]] = {}
@@ -115,11 +109,7 @@ class Ec2:
             "DeleteTags": self._delete_tags,
             "DescribeSpotInstanceRequests": self._describe_requests,
             "CancelSpotInstanceRequests": self._cancel_requests,
-            "DescribeSpotPriceHistory": self._price_history,
-            "GetSpotPlacementScores": self._placement_scores,
-            "DescribeCapacityBlockOfferings": self._capacity_blocks,
-            "DescribeRegions": self._describe_regions,
-            "DescribeAvailabilityZones": self._describe_zones,
+            **self._market.handlers,
         }
         world.on_tick.append(self._watch)
 
@@ -132,7 +122,7 @@ class Ec2:
         """Whether it is done here; tags are, where a resource is. Raises Refused for what is done nowhere."""
         if ask.action in _NOT_HERE:
             if ask.flag("DryRun"):
-                raise _dry_run()
+                raise dry_run()
             raise Refused("UnsupportedOperation", f"The test cloud does not do {ask.action}")
         if ask.action in ("CreateTags", "DeleteTags"):
             return any(name.startswith(_OURS) for name in ask.texts("ResourceId"))
@@ -159,7 +149,7 @@ class Ec2:
         if setting.network is not None:
             hosts = [host for host in hosts if host.zone == setting.network.zone]
         if ask.flag("DryRun"):
-            raise _dry_run()
+            raise dry_run()
         # Nothing waits from here on: two calls with one token must not both launch.
         if (again := self._again(ask, launch, asked)) is not None:
             return again
@@ -182,12 +172,12 @@ class Ec2:
 
     async def _hosts_for(self, ask: Ask, launch: Launch) -> list[Host]:
         """Where this type is sold, in the zone that was asked for, if any."""
-        hosts = [host for host in self._hosts(ask.region) if host.sku == launch.instance_type]
+        hosts = [host for host in self._market.hosts(ask.region) if host.sku == launch.instance_type]
         if not hosts and not await self._moto.is_instance_type(launch.instance_type):
             raise Refused(
                 "InvalidParameterValue", f"Invalid value '{launch.instance_type}' for InstanceType."
             )
-        zones = self._zones(ask.region)
+        zones = self._market.zones(ask.region)
         if (launch.zone and launch.zone not in zones) or (
             launch.zone_id and launch.zone_id not in zones.values()
         ):
@@ -314,7 +304,7 @@ class Ec2:
     # --- describing ---
 
     async def _describe(self, ask: Ask) -> dict[str, Any]:
-        self._dry(ask)
+        dry(ask)
         chosen = self._chosen(ask)
         rows = [
             reservation_row([(instance, self._state(instance, ask))])
@@ -322,10 +312,10 @@ class Ec2:
             if self._fits(ask, instance)
         ]
         shown, more = page(ask, rows)
-        return {"reservationSet": _twice(ask, _by_reservation(shown)), "nextToken": more or None}
+        return {"reservationSet": twice(ask, _by_reservation(shown)), "nextToken": more or None}
 
     async def _describe_status(self, ask: Ask) -> dict[str, Any]:
-        self._dry(ask)
+        dry(ask)
         everything = ask.flag("IncludeAllInstances")
         rows = []
         for instance in self._chosen(ask):
@@ -344,7 +334,7 @@ class Ec2:
                 }
             )
         shown, more = page(ask, rows)
-        return {"instanceStatusSet": _twice(ask, shown), "nextToken": more or None}
+        return {"instanceStatusSet": twice(ask, shown), "nextToken": more or None}
 
     def _chosen(self, ask: Ask) -> list[Instance]:
         """Those named, or all that are seen. Raises Refused for one that is not."""
@@ -380,10 +370,7 @@ class Ec2:
     def _fits(self, ask: Ask, instance: Instance) -> bool:
         """Whether all filters let it through. Raises Refused for a filter that EC2 does not have."""
         values = filter_values(instance, self._state(instance, ask))
-        return all(
-            _has_tag(name, fits, instance.tags) if name.startswith("tag") else fits(_value(values, name))
-            for name, fits in filters(ask).items()
-        )
+        return passes(filters(ask), values, instance.tags)
 
     # --- changing ---
 
@@ -457,7 +444,7 @@ class Ec2:
         if not names:
             raise Refused("MissingParameter", "The request must contain the parameter InstanceId")
         chosen = [self._named(name, ask) for name in dict.fromkeys(names)]
-        self._dry(ask)
+        dry(ask)
         return chosen
 
     async def _gone(self, instance: Instance, reason: str) -> None:
@@ -531,7 +518,7 @@ class Ec2:
             self.world.reprice(instance.rental, price)
 
     async def _describe_requests(self, ask: Ask) -> dict[str, Any]:
-        self._dry(ask)
+        dry(ask)
         wanted = ask.texts("SpotInstanceRequestId")
         known = {i.spot_request_id: i for i in self.instances.values() if i.spot_request_id}
         for name in wanted:
@@ -553,15 +540,10 @@ class Ec2:
                 "launch.instance-type": instance.launch.instance_type,
                 "launched-availability-zone": row["launchedAvailabilityZone"],
             }
-            if all(
-                _has_tag(name, fits, instance.spot_tags)
-                if name.startswith("tag")
-                else fits(_value(values, name))
-                for name, fits in tests.items()
-            ):
+            if passes(tests, values, instance.spot_tags):
                 rows.append(row)
         shown, more = page(ask, rows)
-        return {"spotInstanceRequestSet": _twice(ask, shown), "nextToken": more or None}
+        return {"spotInstanceRequestSet": twice(ask, shown), "nextToken": more or None}
 
     def _request_row(self, instance: Instance) -> dict[str, Any]:
         rental = instance.rental
@@ -585,7 +567,7 @@ class Ec2:
             },
             "instanceId": instance.id,
             "createTime": iso(rental.events[0].at_s),
-            "productDescription": aws_prices.PRODUCT,
+            "productDescription": PRODUCT,
             "launchedAvailabilityZone": rental.host.zone,
             "tagSet": tag_rows(instance.spot_tags),
             "instanceInterruptionBehavior": instance.launch.behaviour,
@@ -600,132 +582,19 @@ class Ec2:
             if name not in known or not self._is_seen(known[name], ask):
                 message = f"The spot instance request ID '{name[:60]}' does not exist"
                 raise Refused("InvalidSpotInstanceRequestID.NotFound", message)
-        self._dry(ask)
+        dry(ask)
         for name in wanted:
             known[name].spot_cancelled, known[name].restarts = True, False
         rows = [{"spotInstanceRequestId": name, "state": "cancelled"} for name in wanted]
         return {"spotInstanceRequestSet": rows}
 
-    async def _price_history(self, ask: Ask) -> dict[str, Any]:
-        self._dry(ask)
-        now_s = self.world.clock.now_s()
-        start_s = ask.moment_s("StartTime", now_s - aws_prices.OLDEST_S)
-        end_s = min(now_s, ask.moment_s("EndTime", now_s))
-        start_s = max(start_s, now_s - aws_prices.OLDEST_S)
-        hosts = self._priced(ask)
-        token = open_token(ask.text("NextToken"))
-        after = _place(token)
-        size = ask.number("MaxResults", 1000, 1, 1000)
-        rows = list(islice(aws_prices.history(self.world, hosts, start_s, end_s, after), size + 1))
-        given = rows[:size]
-        more = ""
-        if len(rows) > size:
-            place = aws_prices.next_place(given, after)
-            more = make_token(at_s=place.at_s, rows=place.rows)
-        shown = [
-            {
-                "instanceType": change.host.sku,
-                "productDescription": aws_prices.PRODUCT,
-                "spotPrice": f"{change.usd_per_hour:.6f}",
-                "timestamp": iso(change.at_s),
-                "availabilityZone": change.host.zone,
-                "availabilityZoneId": str(change.host.facts.get("az_id", change.host.zone)),
-            }
-            for change in given
-        ]
-        return {"spotPriceHistorySet": _twice(ask, shown), "nextToken": more}
-
-    def _priced(self, ask: Ask) -> list[Host]:
-        """The hosts whose prices are asked for."""
-        types = ask.texts("InstanceType")
-        products = ask.texts("ProductDescription")
-        zone, zone_name = ask.text("AvailabilityZone"), ask.text("AvailabilityZoneId")
-        if zone and zone_name:
-            message = "AvailabilityZone and AvailabilityZoneId cannot be used together"
-            raise Refused("InvalidParameterCombination", message)
-        if zone and zone not in self._zones(ask.region):
-            raise Refused("InvalidParameterValue", f"Invalid availability zone: [{zone[:40]}]")
-        found = []
-        for host in self._hosts(ask.region):
-            values = {
-                "availability-zone": host.zone,
-                "availability-zone-id": str(host.facts.get("az_id", host.zone)),
-                "instance-type": host.sku,
-                "product-description": aws_prices.PRODUCT,
-            }
-            if (
-                host.spot_usd_per_hour is not None
-                and (not types or host.sku in types)
-                and (
-                    not products or {aws_prices.PRODUCT, f"{aws_prices.PRODUCT} (Amazon VPC)"} & set(products)
-                )
-                and zone in ("", host.zone)
-                and zone_name in ("", values["availability-zone-id"])
-                and all(fits(_value(values, name)) for name, fits in filters(ask).items())
-            ):
-                found.append(host)
-        return found
-
-    async def _placement_scores(self, ask: Ask) -> dict[str, Any]:
-        """10 where spot can be had and half the room is free; fewer than three types always score low."""
-        self._dry(ask)
-        types, regions = ask.texts("InstanceType"), ask.texts("RegionName") or [ask.region]
-        ask.number("TargetCapacity", 1, 1, 2_000_000_000)
-        by_zone = ask.flag("SingleAvailabilityZone")
-        best: dict[tuple[str, str], int] = {}
-        for host in (h for region in regions for h in self._hosts(region)):
-            if (types and host.sku not in types) or host.spot_usd_per_hour is None:
-                continue
-            place = (host.region, str(host.facts.get("az_id", host.zone)) if by_zone else "")
-            room = Decimal(max(0, self.world.free(host))) / max(1, host.capacity)
-            score = 1 + int(room * 9) if self.world.spot_available(host) else 1
-            best[place] = max(best.get(place, 1), score if len(types) >= 3 else min(score, 3))
-        rows = [
-            {"region": region, "availabilityZoneId": zone or None, "score": score}
-            for (region, zone), score in best.items()
-        ]
-        return {"spotPlacementScoreSet": rows}
-
-    async def _capacity_blocks(self, ask: Ask) -> dict[str, Any]:
-        self._dry(ask)
-        instance_type = ask.text("InstanceType")
-        count = ask.number("InstanceCount", 1, 1, 64)
-        hours = ask.number("CapacityDurationHours", 24, 1, 182 * 24)
-        if hours % 24 or (hours > 14 * 24 and hours % (7 * 24)):
-            raise Refused("InvalidParameterValue", f"Invalid value '{hours}' for CapacityDurationHours")
-        starts = datetime.fromtimestamp(self.world.clock.now_s(), UTC).replace(
-            hour=11, minute=30, second=0, microsecond=0
-        ) + timedelta(days=1)
-        ends = starts + timedelta(hours=hours)
-        rows = []
-        for host in self._hosts(ask.region):
-            if instance_type not in ("", host.sku) or not host.sku.startswith(BLOCK_FAMILIES):
-                continue
-            fee = host.usd_per_hour * Decimal("0.72") * hours * count
-            rows.append(
-                {
-                    "capacityBlockOfferingId": f"cb-{host.sku.replace('.', '-')}-{host.zone}-{hours}h",
-                    "instanceType": host.sku,
-                    "availabilityZone": host.zone,
-                    "instanceCount": count,
-                    "startDate": iso(starts.timestamp()),
-                    "endDate": iso(ends.timestamp()),
-                    "capacityBlockDurationHours": hours,
-                    "upfrontFee": f"{fee:.4f}",
-                    "currencyCode": "USD",
-                    "tenancy": "default",
-                }
-            )
-        shown, more = page(ask, rows, least=1)
-        return {"capacityBlockOfferingSet": _twice(ask, shown), "nextToken": more or None}
-
-    # --- tags, regions, zones ---
+    # --- tags ---
 
     async def _create_tags(self, ask: Ask) -> dict[str, Any]:
         changes = [
             (holder, read_tags(ask.params.get("Tag", []), holder)) for holder in self._tag_holders(ask)
         ]
-        self._dry(ask)
+        dry(ask)
         for holder, tags in changes:
             holder.update(tags)
         return {"return": True}
@@ -735,7 +604,7 @@ class Ec2:
         holders = self._tag_holders(ask)
         named = as_structures(ask.params.get("Tag", []), "Tag", "Key", "Value")
         gone = [(member(one, "Key"), one.get("Value")) for one in named]
-        self._dry(ask)
+        dry(ask)
         for holder in holders:
             for key, value in gone or [(key, None) for key in list(holder)]:
                 if value in (None, holder.get(key)):
@@ -754,80 +623,6 @@ class Ec2:
                 holders.append(self._named(name, ask).tags)
         return holders
 
-    async def _describe_regions(self, ask: Ask) -> dict[str, Any]:
-        self._dry(ask)
-        wanted, tests = ask.texts("RegionName"), filters(ask)
-        for name in wanted:
-            if name not in REGIONS:
-                raise Refused("InvalidParameterValue", f"Invalid region name: {name[:40]}")
-        rows = []
-        for name in wanted or REGIONS:
-            endpoint = f"ec2.{name}.amazonaws.com"
-            values = {"region-name": name, "endpoint": endpoint, "opt-in-status": "opt-in-not-required"}
-            if all(fits(_value(values, key)) for key, fits in tests.items()):
-                rows.append(
-                    {"regionName": name, "regionEndpoint": endpoint, "optInStatus": "opt-in-not-required"}
-                )
-        return {"regionInfo": _twice(ask, rows)}
-
-    async def _describe_zones(self, ask: Ask) -> dict[str, Any]:
-        self._dry(ask)
-        wanted = [*ask.texts("ZoneName"), *ask.texts("ZoneId")]
-        known, tests = self._zones(ask.region), filters(ask)
-        for name in wanted:
-            if name not in known and name not in known.values():
-                raise Refused("InvalidParameterValue", f"Invalid availability zone: [{name[:40]}]")
-        rows = []
-        for name, identity in known.items():
-            values = {
-                "zone-name": name,
-                "zone-id": identity,
-                "state": "available",
-                "region-name": ask.region,
-                "zone-type": "availability-zone",
-                "group-name": f"{ask.region}-zg-1",
-                "opt-in-status": "opt-in-not-required",
-            }
-            if (not wanted or {name, identity} & set(wanted)) and all(
-                fits(_value(values, key)) for key, fits in tests.items()
-            ):
-                rows.append(
-                    {
-                        "optInStatus": "opt-in-not-required",
-                        "regionName": ask.region,
-                        "zoneName": name,
-                        "zoneId": identity,
-                        "groupName": f"{ask.region}-zg-1",
-                        "networkBorderGroup": ask.region,
-                        "zoneType": "availability-zone",
-                        "zoneState": "available",
-                    }
-                )
-        return {"availabilityZoneInfo": _twice(ask, rows)}
-
-    def _hosts(self, region: str) -> list[Host]:
-        return [h for (vendor, _), h in self.world.hosts.items() if vendor == "aws" and h.region == region]
-
-    def _zones(self, region: str) -> dict[str, str]:
-        """Zone name -> id."""
-        found = {h.zone: str(h.facts.get("az_id", h.zone)) for h in self._hosts(region)}
-        return dict(sorted(found.items())) or {f"{region}{letter}": f"{region}-{letter}" for letter in "abc"}
-
-    def _dry(self, ask: Ask) -> None:
-        if ask.flag("DryRun"):
-            raise _dry_run()
-
-
-def no_room(message: str, code: str = "") -> Refused:
-    """AWS counts missing room among its own errors, a quota among the client's."""
-    code = code or "InsufficientInstanceCapacity"
-    return Refused(code, message, status=500 if code.startswith("Insufficient") else 400)
-
-
-def _dry_run() -> Refused:
-    message = "Request would have succeeded, but DryRun flag is set."
-    return Refused("DryRunOperation", message, status=412)
-
 
 def _wrong_state(instance: Instance, state: str) -> Refused:
     return Refused("IncorrectInstanceState", f"The instance '{instance.id}' is {state}")
@@ -841,23 +636,6 @@ def _change(instance: Instance, before: str, after: str) -> dict[str, Any]:
     }
 
 
-def _value(values: Mapping[str, str], name: str) -> str:
-    if name not in values:
-        raise Refused("InvalidParameterValue", f"The filter '{name[:60]}' is invalid")
-    return values[name]
-
-
-def _has_tag(name: str, fits: Callable[[str], bool], tags: Mapping[str, str]) -> bool:
-    if name == "tag-key":
-        return any(fits(key) for key in tags)
-    if name == "tag-value":
-        return any(fits(value) for value in tags.values())
-    if not name.startswith("tag:"):
-        raise Refused("InvalidParameterValue", f"The filter '{name[:60]}' is invalid")
-    key = name.removeprefix("tag:")
-    return key in tags and fits(tags[key])
-
-
 def _by_reservation(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row a reservation, with all its instances."""
     found: dict[str, dict[str, Any]] = {}
@@ -867,19 +645,6 @@ def _by_reservation(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         else:
             found[row["reservationId"]] = row
     return list(found.values())
-
-
-def _place(token: Mapping[str, Any]) -> aws_prices.Place | None:
-    at_s, rows = token.get("at_s"), token.get("rows")
-    if not token:
-        return None
-    if not isinstance(at_s, int | float) or not isinstance(rows, int) or not 0 <= at_s < 2**33:
-        raise Refused("InvalidParameterValue", "Unable to parse pagination token")
-    return aws_prices.Place(at_s=float(at_s), rows=rows)
-
-
-def _twice(ask: Ask, rows: list[Any]) -> list[Any]:
-    return [row for row in rows for _ in range(1 + ask.twice)]
 
 
 def _new_id(prefix: str) -> str:

@@ -25,6 +25,7 @@ from gpubroker.testcloud.world import new_id
 VERSION = "2016-11-15"
 _NAMESPACE = f"http://ec2.amazonaws.com/doc/{VERSION}/"
 _DEEPEST = 8
+Test = Callable[[str], bool]
 _NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _LATEST_S = 2**33  # the year 2242
 
@@ -171,9 +172,9 @@ def moment_s(text: str, name: str) -> float:
     return at_s
 
 
-def filters(ask: Ask) -> dict[str, Callable[[str], bool]]:
+def filters(ask: Ask) -> dict[str, Test]:
     """Filter name -> whether one of its values, with * and ? as wildcards, matches. Raises Refused."""
-    found: dict[str, Callable[[str], bool]] = {}
+    found: dict[str, Test] = {}
     for one in as_structures(ask.params.get("Filter", []), "Filter", "Name", "Value"):
         name = member(one, "Name")
         values = as_texts(one.get("Value", []), "Filter.Value")
@@ -182,6 +183,36 @@ def filters(ask: Ask) -> dict[str, Callable[[str], bool]]:
         patterns = [re.compile(_pattern(value), re.DOTALL) for value in values]
         found[name] = lambda text, patterns=patterns: any(p.match(text) for p in patterns)  # type: ignore[misc]
     return found
+
+
+def passes(
+    tests: Mapping[str, Test], values: Mapping[str, str], tags: Mapping[str, str] | None = None
+) -> bool:
+    """Whether something with these values and tags passes all filters. Raises Refused for an unknown one."""
+
+    def fits(name: str, test: Test) -> bool:
+        if tags is not None and name.startswith("tag"):
+            return _has_tag(name, test, tags)
+        return test(_value(values, name))
+
+    return all(fits(name, test) for name, test in tests.items())
+
+
+def _value(values: Mapping[str, str], name: str) -> str:
+    if name not in values:
+        raise Refused("InvalidParameterValue", f"The filter '{name[:60]}' is invalid")
+    return values[name]
+
+
+def _has_tag(name: str, fits: Test, tags: Mapping[str, str]) -> bool:
+    if name == "tag-key":
+        return any(fits(key) for key in tags)
+    if name == "tag-value":
+        return any(fits(value) for value in tags.values())
+    if not name.startswith("tag:"):
+        raise Refused("InvalidParameterValue", f"The filter '{name[:60]}' is invalid")
+    key = name.removeprefix("tag:")
+    return key in tags and fits(tags[key])
 
 
 def _pattern(value: str) -> str:
@@ -196,6 +227,29 @@ def page(ask: Ask, rows: list[Any], least: int = 5, most: int = 1000) -> tuple[l
     size = ask.number("MaxResults", most, least, most) if "MaxResults" in ask.params else len(rows) + 1
     more = start + size < len(rows)
     return rows[start : start + size], make_token(at=start + size) if more else ""
+
+
+def twice(ask: Ask, rows: list[Any]) -> list[Any]:
+    """The rows of a listing, each twice where the fault script says so."""
+    return [row for row in rows for _ in range(1 + ask.twice)]
+
+
+def dry(ask: Ask) -> None:
+    """Raises Refused when it was only asked whether it would be done."""
+    if ask.flag("DryRun"):
+        raise dry_run()
+
+
+def dry_run() -> Refused:
+    """It would be done."""
+    message = "Request would have succeeded, but DryRun flag is set."
+    return Refused("DryRunOperation", message, status=412)
+
+
+def no_room(message: str, code: str = "") -> Refused:
+    """AWS counts missing room among its own errors, a quota among the client's."""
+    code = code or "InsufficientInstanceCapacity"
+    return Refused(code, message, status=500 if code.startswith("Insufficient") else 400)
 
 
 def make_token(**content: Any) -> str:
