@@ -30,9 +30,10 @@ class Amount(click.ParamType[Decimal]):
         if isinstance(value, Decimal):
             return value
         try:
-            amount = Decimal(str(value))
+            # Decimal would take 1_0 for ten, and the digits of other scripts.
+            amount = Decimal(str(value) if str(value).isascii() and "_" not in str(value) else "")
         except InvalidOperation:
-            self.fail(f"{value!r} is not a number", param, ctx)
+            self.fail(f"{value[:40]!r} is not a number", param, ctx)
         if not amount.is_finite():
             self.fail(f"{value!r} is not a finite number", param, ctx)
         if self._above is not None and amount <= self._above:
