@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,10 +105,7 @@ class Moto:
 
     async def is_instance_type(self, name: str) -> bool:
         """Whether AWS has such a type at all."""
-        await self._open()
-        from moto.ec2.models.instance_types import INSTANCE_TYPES
-
-        return name in INSTANCE_TYPES
+        return name in await asyncio.to_thread(_instance_types)
 
     async def _ec2(self, region: str) -> Any:
         await self._open()
@@ -128,6 +125,12 @@ class Moto:
                     connector=aiohttp.TCPConnector(limit=0),
                 )
             return self._http
+
+
+def _instance_types() -> Container[str]:
+    from moto.ec2.models.instance_types import INSTANCE_TYPES
+
+    return INSTANCE_TYPES
 
 
 def _serve(zones: Mapping[str, str]) -> Any:
