@@ -28,7 +28,7 @@ from modal_proto import api_pb2
 from gpubroker.testcloud.modal_account import Account, App
 from gpubroker.testcloud.modal_exec import Process, Shell
 from gpubroker.testcloud.modal_rpc import Call, RpcHandler, Wire, modal_id, refused
-from gpubroker.testcloud.modal_volumes import Volumes
+from gpubroker.testcloud.modal_volumes import Volumes, inside
 from gpubroker.testcloud.world import Host, Rental
 
 _OUTCOME = api_pb2.GenericResult.GenericStatus
@@ -77,7 +77,7 @@ class Sandbox:
 
     def folder(self, workdir: str) -> str:
         """A folder of the container, made when it is not there."""
-        path = Path(self.node().home, workdir.lstrip("/"))
+        path = inside(Path(self.node().home), workdir)
         path.mkdir(parents=True, exist_ok=True)
         return str(path)
 
@@ -150,8 +150,10 @@ class Sandboxes:
         host = self._host(definition.resources.gpu_config)
         if definition.timeout_secs > _LONGEST_S:
             raise refused(Status.INVALID_ARGUMENT, f"timeout must be at most {_LONGEST_S} seconds")
+        inside(Path(), definition.workdir)
         for mount in definition.volume_mounts:
-            self._volumes.find(mount.volume_id)
+            inside(Path(), mount.mount_path)
+            self._volumes.find(mount.volume_id).path(mount.sub_path)
         env = self._account.secret_env(definition.secret_ids)
         if definition.name and any(s.name == definition.name for s in self._live(app)):
             raise refused(

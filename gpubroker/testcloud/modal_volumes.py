@@ -29,6 +29,7 @@ from gpubroker.testcloud.modal_account import Account
 from gpubroker.testcloud.modal_rpc import Call, RpcHandler, modal_id, refused
 
 BLOCK_BYTES = 8 * 1024 * 1024
+_LONGEST_PATH_BYTES = 200
 _ROWS = 100  # a message of a listing
 _KINDS = api_pb2.ObjectCreationType
 _UNNAMED = (_KINDS.OBJECT_CREATION_TYPE_EPHEMERAL, _KINDS.OBJECT_CREATION_TYPE_ANONYMOUS_OWNED_BY_APP)
@@ -59,13 +60,18 @@ class Volume:
 
     def path(self, text: str) -> Path:
         """A file in it by its name in the volume. Raises GRPCError for a name that leads out."""
-        parts = [part for part in PurePosixPath(text).parts if part not in ("/", ".")]
-        if ".." in parts or "\0" in text:
-            raise refused(Status.INVALID_ARGUMENT, f"not a path in a volume: {text!r}")
-        path = self.folder.joinpath(*parts)
+        path = inside(self.folder, text)
         if not path.resolve().is_relative_to(self.folder.resolve()):
             raise refused(Status.INVALID_ARGUMENT, f"{text!r} leads out of the volume")
         return path
+
+
+def inside(folder: Path, text: str) -> Path:
+    """A path of a container or a volume whose root the folder is. Raises GRPCError for one that leads out."""
+    parts = [part for part in PurePosixPath(text).parts if part.strip("/") not in ("", ".")]
+    if ".." in parts or "\0" in text or len(text.encode()) > _LONGEST_PATH_BYTES:
+        raise refused(Status.INVALID_ARGUMENT, f"not a path: {text[:80]!r}")
+    return folder.joinpath(*parts)
 
 
 class Volumes:
@@ -110,7 +116,7 @@ class Volumes:
         """Put a sandbox's volumes where it wants them, with its home for its root."""
         for mount in definition.volume_mounts:
             volume = self.find(mount.volume_id)
-            place = home / mount.mount_path.lstrip("/")
+            place = inside(home, mount.mount_path)
             place.parent.mkdir(parents=True, exist_ok=True)
             source = volume.path(mount.sub_path) if mount.HasField("sub_path") else volume.folder
             source.mkdir(parents=True, exist_ok=True)
@@ -180,6 +186,8 @@ class Volumes:
 
     async def _rename(self, call: Call) -> Any:
         volume = self.find(call.request.volume_id)
+        if not call.request.name:
+            raise refused(Status.INVALID_ARGUMENT, "a Volume's name is not empty")
         if self._named(volume.environment, call.request.name):
             raise refused(Status.ALREADY_EXISTS, f"Volume {call.request.name!r} already exists")
         volume.name = call.request.name
@@ -263,6 +271,8 @@ class Volumes:
         for path, file in wanted:
             if path.is_dir() or (request.disallow_overwrite_existing_files and path.exists()):
                 raise refused(Status.ALREADY_EXISTS, f"{file.path}: already exists")
+            if not _has_room(path):
+                raise refused(Status.INVALID_ARGUMENT, f"{file.path}: a part of it is a file")
             if len(file.blocks) != -(-file.size // BLOCK_BYTES):
                 raise refused(
                     Status.INVALID_ARGUMENT, f"{file.path}: {len(file.blocks)} blocks are not its size"
@@ -303,8 +313,15 @@ class Volumes:
                 raise refused(Status.NOT_FOUND, f"{text}: no such file")
         if len(sources) > 1 and not target.is_dir():
             raise refused(Status.INVALID_ARGUMENT, f"{request.dst_path}: not a directory")
-        for source in sources:
-            place = target / source.name if target.is_dir() else target
+        copies = [(source, target / source.name if target.is_dir() else target) for source in sources]
+        for source, place in copies:
+            if (
+                place.is_relative_to(source)
+                or (place.exists() and place.is_dir() != source.is_dir())
+                or not _has_room(place)
+            ):
+                raise refused(Status.INVALID_ARGUMENT, f"{source.name}: cannot be copied there")
+        for source, place in copies:
             place.parent.mkdir(parents=True, exist_ok=True)
             if source.is_dir():
                 shutil.copytree(source, place, dirs_exist_ok=True)
@@ -349,6 +366,11 @@ class Volumes:
         with path.open("rb") as file:
             file.seek(start)
             return web.Response(body=file.read(min(first + BLOCK_BYTES, int(request.query["end"])) - start))
+
+
+def _has_room(path: Path) -> bool:
+    """Whether every folder it needs is one, or can be made."""
+    return not any(parent.exists() and not parent.is_dir() for parent in path.parents)
 
 
 def _entries(volume: Volume, path: Path) -> Iterator[Any]:
