@@ -127,7 +127,7 @@ def test_a_command_has_its_folder_and_its_secrets(create: Any) -> None:
 
 def test_a_command_that_takes_too_long_is_killed(create: Any) -> None:
     """By simulated time, so that the client need not wait for its own."""
-    process = create().exec("sleep", "1000", timeout=40)
+    process = create().exec("sleep", "1000", timeout=12)
     assert 137 == process.wait()
 
 
@@ -171,6 +171,7 @@ def test_a_name_is_taken_until_its_sandbox_is_over(create: Any) -> None:
         pytest.param({"gpu": "A10:5"}, modal.exception.InvalidError, id="too many A10"),
         pytest.param({"timeout": 90_000}, modal.exception.InvalidError, id="more than a day"),
         pytest.param({"gpu": None}, modal.exception.UnimplementedError, id="no GPU"),
+        pytest.param({"idle_timeout": 60}, modal.exception.UnimplementedError, id="an idle timeout"),
     ],
 )
 def test_a_sandbox_that_cannot_be_is_refused(create: Any, wishes: Any, error: type[Exception]) -> None:
@@ -246,7 +247,7 @@ def test_a_notice_comes_before_a_preemption_that_has_one(cloud: RunningCloud, cr
     script = "trap 'echo noticed' INT; echo ready; while :; do sleep 0.05; done"
     output = iter(sandbox.exec("bash", "-c", script).stdout)
     assert "ready\n" == next(output)
-    cloud.preempt(sandbox.object_id, notice_s=40)
+    cloud.preempt(sandbox.object_id, notice_s=15)
     assert "noticed\n" == next(output)
     sandbox.wait(raise_on_termination=False)
     assert 137 == sandbox.returncode
@@ -392,6 +393,16 @@ def test_a_volume_in_a_sandbox_outlives_it(cloud: RunningCloud, create: Any) -> 
     second = create(volumes={"/deep/er/data": volume})
     second.reload_volumes()
     assert (0, "step 7\n", "") == run(second, "cat", "deep/er/data/checkpoint")
+
+
+def test_a_volume_under_the_home_is_where_a_command_finds_it(create: Any) -> None:
+    """At the vendor's the home is /root, and commands start there."""
+    volume = modal.Volume.from_name("home", create_if_missing=True, version=2)
+    sandbox = create(volumes={"/root/ckpt": volume})
+    assert (0, "", "") == run(
+        sandbox, "bash", "-c", "[ $PWD = $HOME ] && echo 1 > $HOME/ckpt/a", workdir="/root"
+    )
+    assert b"1\n" == b"".join(volume.read_file("a"))
 
 
 def test_nothing_outside_a_volume_is_reached_through_it(create: Any) -> None:

@@ -5,7 +5,8 @@ MODAL_SERVER_URL -> one port: ModalClient (modal_account.py, modal_sandbox.py, m
                  -> modal_rpc.py: the token, faults, errors
 
 It speaks to the SDK of one minor release: the set of RPCs moves between minors. What is not here answers
-UNIMPLEMENTED: functions, sandboxes without a GPU, snapshots, tunnels, terminals, Volumes of version 1.
+UNIMPLEMENTED: functions, sandboxes without a GPU, idle_timeout, snapshots, tunnels,
+terminals, Volumes of version 1.
 """
 
 from __future__ import annotations

@@ -133,6 +133,7 @@ class Process:
                 )
                 self.exit.set_result(status)
             finally:
+                self.exit.cancel()  # unless it has ended
                 feeding.cancel()
                 await asyncio.wait([feeding])
                 self.out.end()

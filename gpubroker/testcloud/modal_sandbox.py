@@ -4,10 +4,11 @@ SDK -> Sandbox* RPCs -> Sandboxes -> world.py (rentals, the bill), modal_volumes
 modal_router.py asks it which sandbox a task is
 
 A sandbox with a GPU may be preempted and is not restarted; preemption, terminate and anything else that kills
-it look alike to its owner: TERMINATED. Its home stands for the container's root: `workdir="/work"` and a
-Volume at "/data" are folders of the home. Names are taken among those that are queued or running. A repeated
-SandboxCreate makes a second sandbox (or finds its name taken): that the vendor remembers idempotency keys is
-not documented. A lookup shows queued sandboxes too. Without a GPU there are none here.
+it look alike to its owner: TERMINATED. Its home stands for the container's /root, so that a Volume at
+"/root/data" is $HOME/data as it is at the vendor's; a path elsewhere, such as "/data", lies under the home too.
+Names are taken among those that are queued or running, and lookups show both. A repeated SandboxCreate makes
+a second sandbox, or finds its name taken: nobody documents that the vendor remembers idempotency keys. There
+are no sandboxes without a GPU.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from modal_proto import api_pb2
 from gpubroker.testcloud.modal_account import Account, App
 from gpubroker.testcloud.modal_exec import Process, Shell
 from gpubroker.testcloud.modal_rpc import Call, RpcHandler, Wire, modal_id, refused
-from gpubroker.testcloud.modal_volumes import Volumes, inside
+from gpubroker.testcloud.modal_volumes import Volumes, in_container, inside
 from gpubroker.testcloud.world import Host, Rental
 
 _OUTCOME = api_pb2.GenericResult.GenericStatus
@@ -77,7 +78,7 @@ class Sandbox:
 
     def folder(self, workdir: str) -> str:
         """A folder of the container, made when it is not there."""
-        path = inside(Path(self.node().home), workdir)
+        path = in_container(Path(self.node().home), workdir)
         path.mkdir(parents=True, exist_ok=True)
         return str(path)
 
@@ -148,6 +149,8 @@ class Sandboxes:
         app = self._account.app(call.request.app_id)
         self._account.check_image(definition.image_id)
         host = self._host(definition.resources.gpu_config)
+        if definition.HasField("idle_timeout_secs"):
+            raise refused(Status.UNIMPLEMENTED, "the test cloud does not watch for idle sandboxes")
         if definition.timeout_secs > _LONGEST_S:
             raise refused(Status.INVALID_ARGUMENT, f"timeout must be at most {_LONGEST_S} seconds")
         inside(Path(), definition.workdir)

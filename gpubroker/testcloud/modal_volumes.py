@@ -74,6 +74,11 @@ def inside(folder: Path, text: str) -> Path:
     return folder.joinpath(*parts)
 
 
+def in_container(home: Path, text: str) -> Path:
+    """Where a container's path lies: the home is its /root, anything else is under the home as well."""
+    return inside(home, text.removeprefix("/root") if f"{text}/".startswith("/root/") else text)
+
+
 class Volumes:
     """All volumes of the account, and the server of their blocks."""
 
@@ -116,7 +121,7 @@ class Volumes:
         """Put a sandbox's volumes where it wants them, with its home for its root."""
         for mount in definition.volume_mounts:
             volume = self.find(mount.volume_id)
-            place = inside(home, mount.mount_path)
+            place = in_container(home, mount.mount_path)
             place.parent.mkdir(parents=True, exist_ok=True)
             source = volume.path(mount.sub_path) if mount.HasField("sub_path") else volume.folder
             source.mkdir(parents=True, exist_ok=True)
