@@ -116,6 +116,17 @@ class AwsRoom:
         found: tuple[int, str] = self.do(ask())
         return found
 
+    def post(self, url: str, body: bytes, **headers: str) -> tuple[int, str]:
+        """(status, text), of a form."""
+        kind = {"Content-Type": "application/x-www-form-urlencoded"}
+
+        async def ask() -> tuple[int, str]:
+            async with self._http.post(url, data=body, headers={**kind, **headers}) as answer:
+                return answer.status, await answer.text()
+
+        found: tuple[int, str] = self.do(ask())
+        return found
+
     def close(self) -> None:
         """All of it is gone; a bug that the vendor's file had fails the test here."""
         self.do(self._http.close())

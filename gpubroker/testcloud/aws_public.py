@@ -205,7 +205,7 @@ def _start(token: Any) -> int:
 
 
 def _service(asked: Mapping[str, Any]) -> None:
-    if asked.get("ServiceCode") not in _SERVICES:
+    if str(asked.get("ServiceCode")) not in _SERVICES:
         raise Refused("InvalidParameterException", f"No service {str(asked.get('ServiceCode'))[:60]}")
 
 
