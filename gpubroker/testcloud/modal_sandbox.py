@@ -5,7 +5,7 @@ modal_router.py asks it which sandbox a task is
 
 A sandbox with a GPU may be preempted and is not restarted; preemption, terminate and anything else that kills
 it look alike to its owner: TERMINATED. Its home stands for the container's /root, so that a Volume at
-"/root/data" is $HOME/data as it is at the vendor's; a path elsewhere, such as "/data", lies under the home too.
+"/root/data" is $HOME/data as it is at the vendor's; a path elsewhere, such as "/data", is under the home too.
 Names are taken among those that are queued or running, and lookups show both. A repeated SandboxCreate makes
 a second sandbox, or finds its name taken: nobody documents that the vendor remembers idempotency keys. There
 are no sandboxes without a GPU.
