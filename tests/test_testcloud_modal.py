@@ -116,13 +116,13 @@ def test_commands_run_at_once_and_are_polled(create: Any) -> None:
 
 
 def test_a_command_has_its_folder_and_its_secrets(create: Any) -> None:
-    """The home is the container's root."""
+    """A folder of the container, made for it."""
+    sandbox = create()
     secret = modal.Secret.from_dict({"KEY": "value"})
-    status, out, _ = run(create(), "bash", "-c", "pwd; echo $KEY", workdir="/work/here", secrets=[secret])
-    assert 0 == status
-    assert (
-        "/work/here value" == " ".join(out.split()).partition("sb-")[2].partition("/")[1] + "work/here value"
-    )
+    status, out, _ = run(sandbox, "bash", "-c", "pwd; echo $KEY", workdir="/srv/here", secrets=[secret])
+    folder, value = out.split()
+    assert (0, "value") == (status, value)
+    assert folder.endswith(f"/{sandbox.object_id}/srv/here")
 
 
 def test_a_command_that_takes_too_long_is_killed(create: Any) -> None:
