@@ -240,6 +240,8 @@ def test_tags_are_added_and_taken_away(here: AwsRoom) -> None:
     assert [{"Key": "b", "Value": "2"}] == here.show(made["InstanceId"])["Tags"]
     requests = here.ec2("describe_spot_instance_requests")["SpotInstanceRequests"]
     assert [{"Key": "b", "Value": "2"}] == requests[0]["Tags"]
+    listed = here.ec2("describe_tags", Filters=[{"Name": "key", "Values": ["b"]}])["Tags"]
+    assert both == [row["ResourceId"] for row in listed]
     assert "InvalidInstanceID.NotFound" == refusal(
         lambda: here.ec2("create_tags", Resources=["i-0123"], Tags=[{"Key": "a", "Value": "1"}])
     )
@@ -405,6 +407,17 @@ def test_an_imported_key_opens_the_node(here: AwsRoom) -> None:
     here.ec2("import_key_pair", KeyName="mine", PublicKeyMaterial=public.encode())
     made = here.run(KeyName="mine")["InstanceId"]
     assert [public.split()[:2]] == [key.split()[:2] for key in here.nodes.keys[made]]
+
+
+def test_a_node_that_is_stopped_while_it_starts_comes_up_once(here: AwsRoom) -> None:
+    """Two starts of one instance leave one address open."""
+    made = here.run()["InstanceId"]
+    for _ in range(3):
+        here.ec2("stop_instances", InstanceIds=[made])
+        here.ec2("start_instances", InstanceIds=[made])
+    here.pass_s(60)
+    assert "running" == here.show(made)["State"]["Name"]
+    assert here.nodes.started[made].alive
 
 
 def test_status_checks_pass_when_it_runs(here: AwsRoom) -> None:

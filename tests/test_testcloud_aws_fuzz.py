@@ -58,6 +58,8 @@ FORMS: dict[str, dict[str, str]] = {
     },
     "GetSpotPlacementScores": {"InstanceType.1": TYPE, "TargetCapacity": "1", "RegionName.1": "us-east-1"},
     "DescribeCapacityBlockOfferings": {"InstanceType": "p5.48xlarge", "CapacityDurationHours": "24"},
+    "DescribeTags": {"Filter.1.Name": "resource-type", "Filter.1.Value.1": "instance"},
+    "DescribeInstanceTypeOfferings": {"LocationType": "availability-zone", **FILTER},
     "DescribeRegions": {"RegionName.1": "us-east-1"},
     "DescribeAvailabilityZones": {"ZoneName.1": "us-east-1a"},
 }

@@ -213,6 +213,14 @@ def test_what_nobody_knows_is_an_error_that_says_so(here: AwsRoom) -> None:
     assert 400 == caught.value.response["ResponseMetadata"]["HTTPStatusCode"]
 
 
+def test_a_type_is_offered_where_it_is_rented_out(here: AwsRoom) -> None:
+    """By zone as by region."""
+    asked = {"Filters": [{"Name": "instance-type", "Values": [TYPE]}], "LocationType": "availability-zone"}
+    rows = here.ec2("describe_instance_type_offerings", **asked)["InstanceTypeOfferings"]
+    zones = [h.zone for h in here.world.hosts.values() if (h.sku, h.region) == (TYPE, "us-east-1")]
+    assert sorted(zones) == sorted(row["Location"] for row in rows)
+
+
 def test_zones_are_named_the_same_everywhere(here: AwsRoom) -> None:
     """In moto's subnets as in our own answers."""
     zones = {z["ZoneName"]: z["ZoneId"] for z in here.ec2("describe_availability_zones")["AvailabilityZones"]}

@@ -7,7 +7,8 @@ a spot instance that AWS takes back with two minutes' notice at its metadata (aw
 Server.SpotInstanceTermination. Networks, key pairs, images and instance types are moto's.
 
 An instance is "shutting-down" or "stopping" for GRACE_S, and a terminated one is seen for an hour. User data
-is run when it is a script (#!), at the first start. Any well-formed image id will do.
+is run when it is a script (#!), at the first start. Any well-formed image id will do. S3, traffic and public
+addresses are on no bill.
 """
 
 from __future__ import annotations
@@ -107,6 +108,7 @@ class Ec2:
             "RebootInstances": self._reboot,
             "CreateTags": self._create_tags,
             "DeleteTags": self._delete_tags,
+            "DescribeTags": self._describe_tags,
             "DescribeSpotInstanceRequests": self._describe_requests,
             "CancelSpotInstanceRequests": self._cancel_requests,
             **self._market.handlers,
@@ -292,8 +294,8 @@ class Ec2:
         if rental.state != "running" or instance.front is not None:
             return
         front = await open_front(lambda: rental.node.ssh_port if rental.node else None)
-        # It may have been stopped or ended meanwhile, after which nobody would close it.
-        if rental.state != "running":
+        # It may have been stopped or ended meanwhile, or have come up by an earlier start.
+        if rental.state != "running" or instance.front is not None:
             front.close()
             return
         instance.front = front
@@ -610,6 +612,24 @@ class Ec2:
                 if value in (None, holder.get(key)):
                     holder.pop(key, None)
         return {"return": True}
+
+    async def _describe_tags(self, ask: Ask) -> dict[str, Any]:
+        """Those of instances and spot requests; what else has tags is moto's, and not among them."""
+        dry(ask)
+        tests = filters(ask)
+        rows = []
+        for instance in (i for i in self.instances.values() if self._is_seen(i, ask)):
+            for kind, name, tags in (
+                ("instance", instance.id, instance.tags),
+                ("spot-instances-request", instance.spot_request_id, instance.spot_tags),
+            ):
+                for key, value in tags.items():
+                    values = {"resource-type": kind, "resource-id": name, "key": key, "value": value}
+                    if name and passes(tests, values, {key: value}):
+                        row = {"key": key, "value": value, "resourceId": name, "resourceType": kind}
+                        rows.append(row)
+        shown, more = page(ask, rows)
+        return {"tagSet": twice(ask, shown), "nextToken": more or None}
 
     def _tag_holders(self, ask: Ask) -> list[dict[str, str]]:
         """The tags of what is named. Raises Refused for what is not there, or not here."""

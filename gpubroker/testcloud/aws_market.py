@@ -50,6 +50,7 @@ class Market:
             "DescribeSpotPriceHistory": self._price_history,
             "GetSpotPlacementScores": self._placement_scores,
             "DescribeCapacityBlockOfferings": self._capacity_blocks,
+            "DescribeInstanceTypeOfferings": self._type_offerings,
             "DescribeRegions": self._describe_regions,
             "DescribeAvailabilityZones": self._describe_zones,
         }
@@ -175,6 +176,22 @@ class Market:
             )
         shown, more = page(ask, rows, least=1)
         return {"capacityBlockOfferingSet": twice(ask, shown), "nextToken": more or None}
+
+    async def _type_offerings(self, ask: Ask) -> dict[str, Any]:
+        """What is rented out here, which is less than what AWS has."""
+        dry(ask)
+        kind, tests = ask.text("LocationType", "region"), filters(ask)
+        if kind not in ("region", "availability-zone", "availability-zone-id"):
+            raise Refused("InvalidParameterValue", f"Invalid value '{kind[:40]}' for LocationType")
+        found: dict[tuple[str, str], dict[str, str]] = {}
+        for host in self.hosts(ask.region):
+            zone_id = str(host.facts.get("az_id", host.zone))
+            place = {"region": host.region, "availability-zone": host.zone, "availability-zone-id": zone_id}
+            if passes(tests, {"instance-type": host.sku, "location": place[kind]}):
+                row = {"instanceType": host.sku, "locationType": kind, "location": place[kind]}
+                found[host.sku, place[kind]] = row
+        shown, more = page(ask, list(found.values()))
+        return {"instanceTypeOfferingSet": twice(ask, shown), "nextToken": more or None}
 
     async def _describe_regions(self, ask: Ask) -> dict[str, Any]:
         dry(ask)

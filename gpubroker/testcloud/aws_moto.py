@@ -12,12 +12,17 @@ import asyncio
 import logging
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import aiohttp
 from aiohttp import web
 from multidict import CIMultiDict
 from yarl import URL
+
+for _package in ("moto", "flask", "flask_cors"):
+    if find_spec(_package) is None:
+        raise ImportError(f"No module named {_package!r}")
 
 ACCOUNT = "123456789012"
 # Those of the hop, and those that the two ends' libraries write themselves.
@@ -68,22 +73,18 @@ class Moto:
             data = request.content.iter_chunked(_CHUNK_BYTES)
         url = URL(self._url + request.raw_path, encoded=True)
         try:
-            async with http.request(
+            answer = await http.request(
                 request.method, url, headers=headers, data=data, allow_redirects=False
-            ) as answer:
-                if answer.status >= 500:
-                    raise NotThere((await answer.text(errors="replace"))[:200])
-                kept = {k: v for k, v in answer.headers.items() if k.lower() not in _NOT_PASSED_ON}
-                if whole or request.method == "HEAD":
-                    return _whole(answer.status, kept, await answer.read(), request.method)
-                response = web.StreamResponse(status=answer.status, headers=kept)
-                await response.prepare(request)
-                async for chunk in answer.content.iter_chunked(_CHUNK_BYTES):
-                    await response.write(chunk)
-                await response.write_eof()
-                return response
+            )
         except (aiohttp.ClientError, ValueError) as error:
             raise NotThere(str(error)) from error
+        async with answer:
+            if answer.status >= 500:
+                raise NotThere((await answer.text(errors="replace"))[:200])
+            kept = {k: v for k, v in answer.headers.items() if k.lower() not in _NOT_PASSED_ON}
+            if whole or request.method == "HEAD":
+                return _whole(answer.status, kept, await answer.read(), request.method)
+            return await _stream(request, answer, kept)
 
     async def public_key(self, region: str, name: str) -> str | None:
         """A key pair's public half, as OpenSSH writes it; None = no such key pair."""
@@ -149,6 +150,22 @@ def _serve(zones: Mapping[str, str]) -> Any:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     return server
+
+
+async def _stream(
+    request: web.Request, answer: aiohttp.ClientResponse, headers: Mapping[str, str]
+) -> web.StreamResponse:
+    """As it comes. What breaks once the answer has begun can only break the connection."""
+    response = web.StreamResponse(status=answer.status, headers=headers)
+    await response.prepare(request)
+    try:
+        async for chunk in answer.content.iter_chunked(_CHUNK_BYTES):
+            await response.write(chunk)
+        await response.write_eof()
+    except (aiohttp.ClientError, OSError):
+        if request.transport is not None:
+            request.transport.abort()
+    return response
 
 
 def _whole(status: int, headers: Mapping[str, str], body: bytes, method: str) -> web.Response:
