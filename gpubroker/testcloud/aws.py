@@ -214,7 +214,7 @@ class Aws:
             return await self._ec2_work(request, caller)
         if caller.service == "pricing":
             return await self._pricing_work(request)
-        where = request.path if caller.service == "s3" else await self._action_of(request)
+        where = request.path if caller.service == "s3" else _action_of(request)
 
         async def answer(fault: Fault | None) -> web.StreamResponse:
             return await self._moto(request, None, fault)
@@ -267,10 +267,6 @@ class Aws:
 
         return _Work(service="pricing", endpoint=f"/pricing/{operation}", answer=answer)
 
-    async def _action_of(self, request: web.Request) -> str:
-        target = request.headers.get("X-Amz-Target", "").rpartition(".")[2]
-        return f"/{target}" if target else request.path
-
     async def _moto(
         self, request: web.Request, body: bytes | None, fault: Fault | None
     ) -> web.StreamResponse:
@@ -318,6 +314,12 @@ def _caller(request: web.Request) -> _Caller | None:
     old = _OLD_SIGNATURE.match(header)
     key = old[1] if old else request.query.get("AWSAccessKeyId")
     return _Caller(access_key=key, region=REGION, service="s3") if key else None
+
+
+def _action_of(request: web.Request) -> str:
+    """The operation where a header names it, else the path."""
+    target = request.headers.get("X-Amz-Target", "").rpartition(".")[2]
+    return f"/{target}" if target else request.path
 
 
 def _wrong_key(service: str) -> Refused:
