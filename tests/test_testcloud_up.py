@@ -18,8 +18,8 @@ import requests
 
 from gpubroker.errors import ConfigError
 from gpubroker.model import OfferQuery
-from gpubroker.testcloud.hosts import LIARS, default_market
 from gpubroker.testcloud.client import RunningCloud, running
+from gpubroker.testcloud.hosts import LIARS, default_market
 from gpubroker.testcloud.up import follow_traces, read_trace
 from gpubroker.testcloud.world import World
 from gpubroker_providers.vast import Vast
