@@ -9,6 +9,7 @@ from decimal import Decimal
 from pathlib import Path
 
 from benchmarks.harness import Result, pairs, result, wall_s
+from gpubroker.config import Settings, load
 from gpubroker.doors import SystemClock
 from gpubroker.gpus import catalogue
 from gpubroker.model import Offer, OfferQuery, Parsed
@@ -25,7 +26,7 @@ def quote_cold(quick: bool) -> Result:
     """Cold process, 20,000 current offers of which 2,000 are H100, fresh; 1.2 is the aim, 1.6 the limit."""
     with tempfile.TemporaryDirectory() as folder:
         env = _clean_env(Path(folder))
-        _fill(env["GPUBROKER_DB_URL"])
+        _fill(load(env))
         quote = [sys.executable, "-m", "gpubroker", "quote", "--gpu", "h100", "--hours", "8"]
         baseline = [sys.executable, "-c", _BASELINE]
         timed = pairs(lambda: wall_s(quote, env), lambda: wall_s(baseline, env), 5 if quick else 15)
@@ -40,15 +41,15 @@ def _clean_env(folder: Path) -> dict[str, str]:
     return {**kept, **homes, **urls, "GPUBROKER_DB_URL": f"sqlite:///{folder}/prices.db"}
 
 
-def _fill(url: str) -> None:
-    """Every installed provider has just been polled; vast has the offers."""
-    store = Store.open(url, SystemClock())
-    store.migrate()
-    for name in names():
-        store.set_provider_state(name, tried_at=SystemClock().now())
-        poll_id = store.begin_poll(name, OfferQuery())
-        store.keep(poll_id, Parsed(offers=tuple(_offers()) if name == "vast" else (), source="benchmark"))
-    store.close()
+def _fill(settings: Settings) -> None:
+    """Every installed provider has just been polled, with these settings; vast has the offers."""
+    with Store.open(settings.db_url, SystemClock()) as store:
+        store.migrate()
+        for name in names():
+            store.set_provider_state(name, tried_at=SystemClock().now(), asked_with=settings.asks_with)
+            poll_id = store.begin_poll(name, OfferQuery())
+            offers = tuple(_offers()) if name == "vast" else ()
+            store.keep(poll_id, Parsed(offers=offers, source="benchmark"))
 
 
 def _offers() -> list[Offer]:
