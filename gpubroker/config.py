@@ -84,7 +84,7 @@ def load(env: Mapping[str, str] | None = None) -> Settings:
         if env.get("GPUBROKER_CONFIG"):
             raise ConfigError(f"GPUBROKER_CONFIG: {path} does not exist") from None
         table = {}
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: {error}") from error
     values = _Values(path, table, env)
     settings = Settings(
@@ -233,4 +233,6 @@ def _amount(where: str, value: object) -> Decimal:
         raise ConfigError(f"{where}: {value!r} is not a number") from None
     if not amount.is_finite() or amount < 0:
         raise ConfigError(f"{where}: {value} must be zero or more")
+    if amount > 10**9:
+        raise ConfigError(f"{where}: {value} is beyond belief")
     return amount

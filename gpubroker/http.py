@@ -173,7 +173,7 @@ class HttpClient:
         if isinstance(error, requests.ReadTimeout | ReadTimeoutError):
             return Transient(self._provider, operation, "no answer before the deadline")
         if isinstance(error, requests.ConnectionError):
-            return Unreachable(self._provider, operation, _cause(error))
+            return Unreachable(self._provider, operation, self.excerpt(_cause(error)))
         # Not its text: an invalid proxy URL is quoted in it, with its password.
         return Transient(self._provider, operation, f"the HTTP request failed: {type(error).__name__}")
 

@@ -201,6 +201,7 @@ def test_a_region_narrows_and_modal_pays_its_multiplier(run):
         pytest.param(["--gpu", "h100", "--hours", "-1"], "above 0", id="negative hours"),
         pytest.param(["--gpu", "h100", "--hours", "nan"], "finite", id="NaN hours"),
         pytest.param(["--gpu", "h100", "--hours", "1e99"], "more than", id="absurd hours"),
+        pytest.param(["--gpu", "h100", "--hours", "1e-99999999"], "too small", id="an exponent that would hang"),
         pytest.param(["--gpu", "h100", "--hours", "1_0"], "not a number", id="an underscore"),
         pytest.param(["--gpu", "h100", "--hours", "eight"], "not a number", id="words"),
         pytest.param(["--gpu", "h100", "--hours", "8", "--count", "0"], "--count", id="no GPUs"),

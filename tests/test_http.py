@@ -144,3 +144,23 @@ def test_a_closed_port_is_unreachable():
     with pytest.raises(Unreachable) as caught:
         _get(url)
     assert "0x" not in str(caught.value)
+
+
+def test_a_peer_that_echoes_the_request_does_not_get_the_key_printed():
+    """As its status line, which the HTTP library quotes."""
+    import socket
+    import threading
+
+    def echo(server):
+        connection, _ = server.accept()
+        with connection:
+            connection.recv(65536)
+            connection.sendall(f"Authorization: Bearer {KEY}\r\n\r\n".encode())
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=echo, args=(server,), daemon=True)
+        thread.start()
+        with pytest.raises(ProviderError) as caught:
+            _get(f"http://127.0.0.1:{server.getsockname()[1]}")
+        thread.join()
+    assert KEY not in str(caught.value)

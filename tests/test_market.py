@@ -147,3 +147,40 @@ def test_skipped_rows_are_told_with_the_poll_and_after_it(quote, sells):
     reasons = [(s["id"], s["reason"]) for s in first["skipped"]]
     assert ("cpu_4x_general", "gpus: 0, a CPU instance is out of scope") in reasons
     assert first["skipped"] == second["skipped"]
+
+
+def test_a_poll_from_a_clock_that_was_ahead_does_not_freeze_quotes(quote, sells, monkeypatch):
+    """A time in the future says nothing about the age of a price."""
+    from datetime import timedelta
+
+    from gpubroker.doors import SystemClock
+
+    real = SystemClock.now
+    with monkeypatch.context() as ahead:
+        ahead.setattr(SystemClock, "now", lambda self: real(self) + timedelta(days=365))
+        quote()
+    quote()
+    assert 2 == len(sells.asked)
+
+
+def test_a_vendor_url_that_is_none_is_that_vendors_problem(quote, monkeypatch):
+    """Not a traceback."""
+    monkeypatch.setenv("LAMBDA_API_KEY", "secret-key")
+    monkeypatch.setenv("GPUBROKER_LAMBDA_URL", "http://[::1")
+    assert "lambda" in {p["provider"] for p in quote()["problems"]}
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        pytest.param("postgresql://u@127.0.0.1:SECRETPW/db", id="a password for a port"),
+        pytest.param("postgresql://u@[::1/db?password=SECRETPW", id="no host"),
+        pytest.param("sqlite+aiosqlite:////tmp/x.db", id="another driver"),
+    ],
+)
+def test_a_database_url_that_is_none_is_exit_2_and_not_repeated(quote, monkeypatch, url):
+    """It may hold a password."""
+    monkeypatch.setenv("GPUBROKER_DB_URL", url)
+    error = quote(code=2)
+    assert "SECRETPW" not in error
+    assert "GPUBROKER_DB_URL" in error

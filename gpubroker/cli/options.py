@@ -34,6 +34,8 @@ class Amount(click.ParamType[Decimal]):
             amount = Decimal(str(value) if str(value).isascii() and "_" not in str(value) else "")
         except InvalidOperation:
             self.fail(f"{value[:40]!r} is not a number", param, ctx)
+        if amount and amount.is_finite() and amount.adjusted() < -9:
+            self.fail(f"{value[:40]!r} is too small to mean anything", param, ctx)
         if not amount.is_finite():
             self.fail(f"{value!r} is not a finite number", param, ctx)
         if self._above is not None and amount <= self._above:

@@ -35,6 +35,7 @@ T = TypeVar("T")
 _CHUNK = 1000
 # How long a write waits for another process's: SQLite lets one write at a time.
 BUSY_S = 10
+CONNECT_S = 5
 _POSTGRES = ("postgres", "postgresql", "postgresql+psycopg")
 # What a database says -> what a person does.
 _NEXT_STEPS = (
@@ -63,7 +64,7 @@ class Database:
     @property
     def where(self) -> str:
         """For people; without a password."""
-        return str(self.path) if self.path else self._url.render_as_string(hide_password=True)
+        return str(self.path) if self.path else self._url.set(query={}).render_as_string(hide_password=True)
 
     @property
     def path(self) -> Path | None:
@@ -179,14 +180,14 @@ def _next_step(error: Exception) -> str:
 def _parse(url: str) -> URL:
     try:
         parsed = make_url(url)
-    except exc.ArgumentError:
+    except (exc.ArgumentError, ValueError):
         raise ConfigError(
             "GPUBROKER_DB_URL is not a database URL such as sqlite:////home/me/gpubroker.db"
             " or postgresql://user@host/name"
         ) from None
     if parsed.drivername in _POSTGRES:
         return parsed.set(drivername="postgresql+psycopg")
-    if parsed.get_backend_name() != "sqlite":
+    if parsed.drivername not in ("sqlite", "sqlite+pysqlite"):
         raise ConfigError(f"GPUBROKER_DB_URL: {parsed.drivername} is neither sqlite nor postgresql")
     return parsed
 

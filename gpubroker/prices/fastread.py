@@ -60,7 +60,10 @@ def snapshot(path: str | Path, gpus: Collection[str] | None) -> Snapshot | None:
     Store knows what to do then, and says why.
     """
     # Where its folder may not be written SQLite cannot make the -shm file: read the database as it lies.
-    for mode in ("mode=ro", "mode=ro&immutable=1"):
+    # Not while a -wal file holds what is newest: that would be left out without a word.
+    wal = Path(f"{path}-wal")
+    modes = ("mode=ro",) if wal.exists() and wal.stat().st_size else ("mode=ro", "mode=ro&immutable=1")
+    for mode in modes:
         found = _snapshot(f"{Path(path).absolute().as_uri()}?{mode}", gpus)
         if found is not None:
             return found

@@ -11,6 +11,9 @@ from gpubroker.errors import StoreError, Transient
 from gpubroker.prices.store import Store
 from gpubroker.prices.tables import limits
 
+# A block that ends later was written by a clock that was wrong.
+_LONGEST_BLOCK_S = 2 * 86400 + 300
+
 
 class StoreLimiter:
     """See provider.Limiter. A store that cannot be written costs only the sharing, not the poll."""
@@ -57,7 +60,8 @@ class StoreLimiter:
         mine = (limits.c.provider == provider) & (limits.c.endpoint == endpoint)
         with self._store.database.write(_lock(provider, endpoint)) as connection:
             row = connection.execute(select(limits).where(mine)).first()
-            if row is not None and row.blocked_until * 1000 > now_ms:
+            ahead_s = 0 if row is None else row.blocked_until - now_ms / 1000
+            if row is not None and 0 < ahead_s <= _LONGEST_BLOCK_S:
                 wait_s = row.blocked_until - now_ms / 1000
                 raise Transient(provider, endpoint, row.reason, retry_after_s=wait_s)
             # A slot absurdly far ahead was written by a clock that was wrong: it counts for nothing.

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from gpubroker.config import Settings
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 # A quote may wait this long for all the vendors together.
 REFRESH_S = 4.0
+_LONGEST_REST = timedelta(days=2, minutes=5)
+# A poll from further ahead than this was stamped by a clock that was wrong: its age is unknown.
+_CLOCK_TOLERANCE = timedelta(minutes=5)
 # Reserved terms change by the month and are asked for by whole polls alone.
 _QUOTED_MARKETS: frozenset[Market] = frozenset({"spot", "on_demand", "serverless"})
 
@@ -101,13 +105,28 @@ def view(
     except SchemaTooNew:
         raise
     except StoreError as error:
-        unkept = replace(settings, db_url="sqlite://")
         seen = (
             _view_of(found, wish, settings, clock.now())
             if offline or found is not None
-            else _dear_view(unkept, None, wish, oldest, offline, clock, on_ask)
+            else _unkept_view(settings, wish, oldest, clock, on_ask)
         )
         return replace(seen, problems=(Problem(provider="store", reason=str(error)), *seen.problems))
+
+
+def _unkept_view(
+    settings: Settings,
+    wish: Wish,
+    oldest: datetime,
+    clock: Clock,
+    on_ask: Callable[[list[str]], None],
+) -> View:
+    """What the vendors say, by way of a store that is thrown away."""
+    try:
+        with TemporaryDirectory(prefix="gpubroker-") as folder:
+            unkept = replace(settings, db_url=f"sqlite:///{folder}/prices.db")
+            return _dear_view(unkept, None, wish, oldest, False, clock, on_ask)
+    except (StoreError, OSError):
+        return _view_of(None, wish, settings, clock.now())
 
 
 def _dear_view(
@@ -182,7 +201,7 @@ def _due(
             due.append(name)
         elif not _is_resting(state, now):
             last = fresh.get(name)
-            if last is None or last < oldest:
+            if last is None or last < oldest or last > now + _CLOCK_TOLERANCE:
                 due.append(name)
     return due
 
@@ -194,7 +213,9 @@ def _is_set(variables: str, env: Mapping[str, str]) -> bool:
 
 def _is_resting(state: ProviderState, now: datetime) -> bool:
     """Whether the provider failed so lately that nobody waits for it again."""
-    return state.unreachable_until is not None and state.unreachable_until > now
+    until = state.unreachable_until
+    # A time absurdly far ahead was written by a clock that was wrong.
+    return until is not None and now < until <= now + _LONGEST_REST
 
 
 def _refresh(

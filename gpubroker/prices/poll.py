@@ -184,11 +184,11 @@ def _rest(store: Store, clock: Clock, name: str, reason: str, at_least_s: float 
     store.set_provider_state(name, unreachable_until=until, reason=reason)
 
 
-def _endpoint(source: Guarded) -> str:
+def _endpoint(source: Guarded) -> SplitResult:
     try:
-        return source.endpoint() or ""
-    except BrokerError:
-        return ""  # its own call will say what is wrong
+        return urlsplit(source.endpoint() or "")
+    except (BrokerError, ValueError):
+        return urlsplit("")  # its own call will say what is wrong
 
 
 def unreachable(sources: Sequence[Guarded], pool: Pool, patience_s: float) -> dict[str, str]:
@@ -196,7 +196,7 @@ def unreachable(sources: Sequence[Guarded], pool: Pool, patience_s: float) -> di
 
     A host that is merely slow counts only when no host answered at all: then there is no network.
     """
-    targets = [(source.name, urlsplit(_endpoint(source))) for source in sources]
+    targets = [(source.name, _endpoint(source)) for source in sources]
     remote = [(name, url) for name, url in targets if url.hostname]
     if not remote or _behind_proxy():
         return {}
