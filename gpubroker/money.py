@@ -9,7 +9,6 @@ from decimal import ROUND_HALF_EVEN, Decimal, InvalidOperation
 
 MICRO = Decimal("0.000001")
 SECONDS_PER_HOUR = 3600
-_MICROS_PER_USD = 1_000_000
 # No GPU, node or gigabyte costs more; a larger figure is a broken row, not a price.
 MAX_BELIEVABLE_USD = Decimal(1_000_000)
 

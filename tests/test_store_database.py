@@ -1,5 +1,6 @@
 """The database under the store: migration, the two column types, and every refusal as one sentence."""
 
+import socket
 import sqlite3
 import sys
 from contextlib import closing
@@ -310,3 +311,12 @@ def _series():
         **dict.fromkeys(("provider", "sku", "gpu", "form_factor", "market", "region", "stat", "source"), "x"),
         "gpu_count": 1,
     }
+
+
+def test_a_server_that_takes_the_connection_and_says_nothing_is_given_up(monkeypatch):
+    """psycopg waits for ever unless it is told not to."""
+    monkeypatch.setattr(database, "CONNECT_S", 2)  # libpq's smallest
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"postgresql://u@127.0.0.1:{silent.getsockname()[1]}/x"
+        with Store.open(url, FakeClock()) as store, pytest.raises(StoreError):
+            store.check_schema()

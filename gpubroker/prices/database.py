@@ -35,6 +35,7 @@ T = TypeVar("T")
 _CHUNK = 1000
 # How long a write waits for another process's: SQLite lets one write at a time.
 BUSY_S = 10
+# A server that takes the connection and never answers must not hang a command.
 CONNECT_S = 5
 _POSTGRES = ("postgres", "postgresql", "postgresql+psycopg")
 # What a database says -> what a person does.
@@ -195,7 +196,8 @@ def _parse(url: str) -> URL:
 def _engine(url: URL) -> Engine:
     if url.get_backend_name() != "sqlite":
         try:
-            return create_engine(url, pool_pre_ping=True, connect_args={"client_encoding": "utf8"})
+            options = {"client_encoding": "utf8", "connect_timeout": CONNECT_S}
+            return create_engine(url, pool_pre_ping=True, connect_args=options)
         except ImportError as error:
             raise ConfigError(
                 f"PostgreSQL needs its driver: pip install 'gpubroker[postgres]' ({error})"
