@@ -17,6 +17,7 @@ from typing import Any
 
 from gpubroker.errors import ConfigError
 from gpubroker.gpus import catalogue, parse_request
+from gpubroker.units import parse_duration_s
 
 # Variables that have a meaning of their own and are not settings.
 _NOT_SETTINGS = re.compile(r"GPUBROKER_(CONFIG|DB_URL|\w+_URL|TEST_\w+)")
@@ -51,18 +52,6 @@ class Settings:
     def asks_with(self) -> str:
         """What of the settings shapes the providers' answers: stored ones are out of date when it changes."""
         return repr((self.local_usd_per_kwh, self.local_gpus, self.aws_regions))
-
-
-def parse_duration_s(text: object, name: str = "duration") -> int:
-    """Seconds from "45s", "30m", "2h", "1d" or "1h30m". Raises ConfigError."""
-    parts = re.findall(r"(\d+(?:\.\d+)?)([smhd])", str(text).strip())
-    if not parts or "".join(n + u for n, u in parts) != str(text).strip():
-        raise ConfigError(f"{name}: {str(text)!r} is not a duration such as 45s, 30m, 2h or 1d")
-    unit_s = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-    seconds = sum(Decimal(number) * unit_s[unit] for number, unit in parts)
-    if seconds > 10 * 365 * 86400:
-        raise ConfigError(f"{name}: {text} is longer than ten years")
-    return int(seconds)
 
 
 def config_path(env: Mapping[str, str]) -> Path:

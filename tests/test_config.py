@@ -4,7 +4,7 @@ from decimal import Decimal
 
 import pytest
 
-from gpubroker.config import LocalGpu, load, parse_duration_s
+from gpubroker.config import LocalGpu, load
 from gpubroker.errors import ConfigError
 
 
@@ -100,19 +100,3 @@ def test_a_variable_that_does_not_exist_is_refused():
     with pytest.raises(ConfigError, match="GPUBROKER_MAXAGE"):
         load({"GPUBROKER_MAXAGE": "1h"})
     load({"GPUBROKER_VAST_URL": "http://127.0.0.1:1", "GPUBROKER_RUNPOD_S3_URL": "http://127.0.0.1:1"})
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [("45s", 45), ("30m", 1800), ("2h", 7200), ("1d", 86400), ("1h30m", 5400), ("0.5h", 1800)],
-)
-def test_durations(text, seconds):
-    """With their unit, always."""
-    assert seconds == parse_duration_s(text)
-
-
-@pytest.mark.parametrize("text", ["", "30", "m", "-5m", "5 m", "1w", "nan", "1e3s", "9999999d"])
-def test_what_is_not_a_duration_is_refused(text):
-    """Including a bare number: nobody knows its unit."""
-    with pytest.raises(ConfigError):
-        parse_duration_s(text)

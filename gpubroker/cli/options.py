@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 
 import click
 
-from gpubroker.config import parse_duration_s
 from gpubroker.errors import ConfigError
 from gpubroker.gpus import GpuRequest, parse_request
 from gpubroker.model import MARKETS, Market
+from gpubroker.units import parse_duration_s
 
 F = TypeVar("F", bound=Callable[..., Any])
 
