@@ -19,9 +19,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import sys
-import traceback
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl
@@ -42,8 +40,10 @@ from gpubroker.testcloud.aws_query import (
     parse,
     xml,
 )
+from gpubroker.testcloud.background import Background
 from gpubroker.testcloud.faults import Fault
 from gpubroker.testcloud.front import SSH_PORT, ssh_port
+from gpubroker.testcloud.web import with_fault
 from gpubroker.testcloud.world import Rental, World
 
 ACCESS_KEY = "AKIDTESTCLOUD"
@@ -53,7 +53,6 @@ _LARGEST_FORM_BYTES = 1 << 20
 _SCOPE = re.compile(r"Credential=([^/,\s]+)/\d{8}/([a-z0-9-]+)/([a-z0-9.-]+)/aws4_request")
 _OLD_SIGNATURE = re.compile(r"AWS ([^:\s]+):")
 _QUERY_SERVICES = ("ec2", "sts", "iam", "cloudformation", "autoscaling")  # XML errors as EC2's siblings have
-_BEFORE = ("429", "5xx_before", "capacity")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,15 +73,14 @@ class _Work:
     answer: Callable[[Fault | None], Awaitable[web.StreamResponse]]
 
 
-class Aws:
+class Aws(Background):
     """The vendor. `await start()` gives the endpoint's URL."""
 
     def __init__(self, world: World, *, boot_s: float = 20.0) -> None:
+        super().__init__("aws")
         self.world = world
-        self.bugs: list[BaseException] = []
         self.url = ""
         self.side_url = ""  # of feeds and metadata
-        self._tasks: set[asyncio.Task[Any]] = set()
         self._runners: list[web.AppRunner] = []
         self.moto = Moto(_zone_ids(world))
         self.ec2 = Ec2(world, self.moto, self.spawn, self._environment, boot_s=boot_s)
@@ -97,9 +95,7 @@ class Aws:
 
     async def close(self) -> None:
         """Stop listening, at the instances' addresses too, and stop what runs in the background."""
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.end_tasks()
         for runner in self._runners:
             await runner.cleanup()
         self.ec2.close()
@@ -125,23 +121,6 @@ class Aws:
             await self.ec2.take(instance)
         else:
             self.ec2.reclaim(instance, notice_s)
-
-    def spawn(self, work: Coroutine[Any, Any, Any]) -> None:
-        """Do it in the background, such as a node's boot; an exception is a bug."""
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._finished)
-
-    def bug(self, error: BaseException) -> None:
-        """The test cloud itself is broken: say so where tests and people see it."""
-        self.bugs.append(error)
-        print("testcloud: a bug in aws:", file=sys.stderr)  # noqa: T201
-        traceback.print_exception(error, file=sys.stderr)
-
-    def _finished(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self.bug(error)
 
     def _environment(self, instance_id: str) -> dict[str, str]:
         """Where a node finds what a real instance finds at fixed addresses."""
@@ -172,8 +151,7 @@ class Aws:
             service = caller.service if caller else "s3"
             work = await recognise(request)
             service = work.service
-            fault = self.world.faults.take("aws", request.method, work.endpoint)
-            return await self._with_fault(request, work, fault)
+            return await self._with_fault(request, work)
         except Refused as refused:
             return _error(service, refused)
         except (ConnectionError, asyncio.CancelledError):
@@ -182,25 +160,18 @@ class Aws:
             self.bug(error)
             return _error(service, Refused("InternalError", "A bug of the test cloud", status=500))
 
-    async def _with_fault(self, request: web.Request, work: _Work, fault: Fault | None) -> web.StreamResponse:
-        kind = fault.kind if fault else ""
-        if fault and kind == "delay":
-            await self.world.clock.sleep(fault.seconds)
-        if kind == "drop_before":
-            return _drop(request)
-        if fault and kind in _BEFORE:
-            return _fault_error(work.service, fault)
-        try:
-            answer = await work.answer(fault)
-        except Refused as refused:
-            answer = _error(work.service, refused)
-        if kind == "drop_after":
-            return _drop(request)
-        if fault and kind == "5xx_after":
-            return _fault_error(work.service, fault)
-        if kind == "truncate" and isinstance(answer, web.Response) and isinstance(answer.body, bytes):
-            answer.body = answer.body[: len(answer.body) // 2]
-        return answer
+    async def _with_fault(self, request: web.Request, work: _Work) -> web.StreamResponse:
+        fault = self.world.faults.take("aws", request.method, work.endpoint)
+
+        async def answer() -> web.StreamResponse:
+            try:
+                return await work.answer(fault)
+            except Refused as refused:
+                return _error(work.service, refused)
+
+        return await with_fault(
+            request, fault, self.world.clock, answer, lambda fault: _fault_error(work.service, fault)
+        )
 
     # --- the endpoint ---
 
@@ -381,10 +352,3 @@ def _xml(text: str, status: int = 200) -> web.Response:
 def _json(body: Mapping[str, Any], status: int = 200) -> web.Response:
     headers = {"Content-Type": "application/x-amz-json-1.1", "x-amzn-RequestId": new_request_id()}
     return web.Response(status=status, body=json.dumps(body).encode(), headers=headers)
-
-
-def _drop(request: web.Request) -> web.Response:
-    """The connection is gone before a byte of an answer."""
-    if request.transport is not None:
-        request.transport.abort()
-    return web.Response()

@@ -14,7 +14,6 @@ up.py -> Control -> World, bill.py. Money is a decimal string, time ISO 8601 UTC
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 import signal
@@ -26,6 +25,7 @@ from typing import Any, Protocol
 from aiohttp import web
 
 from gpubroker.testcloud import bill
+from gpubroker.testcloud.background import Background
 from gpubroker.testcloud.world import Rental, Vendor, World
 
 Preempt = Callable[[Rental, float | None], Awaitable[None]]
@@ -51,14 +51,13 @@ class VendorApi(Protocol):
         """Listen no more."""
 
 
-class Control:
+class Control(Background):
     """The control URL of one world."""
 
     def __init__(self, world: World, vendors: Mapping[Vendor, VendorApi]) -> None:
+        super().__init__("control")
         self._world = world
         self._vendors = vendors
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._bugs: list[str] = []
         self._runner: web.AppRunner | None = None
 
     async def start(self, port: int = 0) -> str:
@@ -85,9 +84,7 @@ class Control:
 
     async def close(self) -> None:
         """Listen no more; notices that have been given end with nothing."""
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.end_tasks()
         if self._runner is not None:
             await self._runner.cleanup()
 
@@ -107,9 +104,7 @@ class Control:
         if notice_s is None:
             await work
         else:
-            task = asyncio.get_running_loop().create_task(work)
-            self._tasks.add(task)
-            task.add_done_callback(self._finished)
+            self.spawn(work)
         return web.json_response(_node_row(rental))
 
     async def _preempt_now(self, rental: Rental, notice_s: float | None) -> None:
@@ -187,13 +182,11 @@ class Control:
         return await self._show_clock(request)
 
     async def _show_bugs(self, request: web.Request) -> web.Response:
-        found = [f"{v}: {type(e).__name__}: {e}" for v, api in self._vendors.items() for e in _bugs_of(api)]
-        return web.json_response(found + self._bugs)
-
-    def _finished(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self._bugs.append(f"control: {type(error).__name__}: {error}")
+        owners: dict[str, list[BaseException]] = {v: _bugs_of(api) for v, api in self._vendors.items()}
+        owners["control"] = self.bugs
+        return web.json_response(
+            [f"{v}: {type(e).__name__}: {e}" for v, bugs in owners.items() for e in bugs]
+        )
 
 
 def _bugs_of(api: VendorApi) -> list[BaseException]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -19,7 +20,10 @@ Kind = Literal[
     "stale",  # listings as they were `seconds` ago (eventual consistency)
     "duplicate",  # listing rows twice
     "capacity",  # the vendor's own no-capacity answer
+    "quota",  # `per_day` such requests in a UTC day, where the vendor has a daily quota (vast's searches)
 ]
+_MOST = 10**9
+_LONGEST_S = 1e9
 KINDS: tuple[str, ...] = Kind.__args__  # type: ignore[attr-defined]
 
 
@@ -35,6 +39,7 @@ class Fault:
     status: int = 500
     code: str = ""  # capacity: the vendor's own code, where it has several
     retry_after_s: int | None = None
+    per_day: int = 0  # quota
     hits: int = field(default=0, init=False)
 
     def matches(self, vendor: str, method: str, path: str) -> bool:
@@ -58,10 +63,15 @@ class FaultScript:
         """From now on nothing goes wrong."""
         self._faults.clear()
 
+    def per_day(self, vendor: str, method: str, path: str) -> int | None:
+        """How many such requests a day are answered; None = any number."""
+        quotas = [f.per_day for f in self._faults if f.kind == "quota" and f.matches(vendor, method, path)]
+        return min(quotas, default=None)
+
     def take(self, vendor: str, method: str, path: str) -> Fault | None:
-        """The fault that this request meets, counted; None = none."""
+        """The fault that this request meets, counted; None = none. A quota is met by asking `per_day`."""
         for fault in self._faults:
-            if not fault.matches(vendor, method, path):
+            if fault.kind == "quota" or not fault.matches(vendor, method, path):
                 continue
             if fault.skip > 0:
                 fault.skip -= 1
@@ -88,4 +98,29 @@ def _parse(entry: Any) -> Fault:
         raise ValueError(f"a fault has no {unknown[0]!r}; it has {', '.join(sorted(known))}")
     if "endpoint" not in entry or entry.get("kind") not in KINDS:
         raise ValueError(f"a fault needs an endpoint and a kind of {', '.join(KINDS)}")
+    for name, value in entry.items():
+        if not _CHECKS.get(name, _is_text)(value):
+            raise ValueError(f"a fault's {name} is not {value!r:.60}")
     return Fault(**entry)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_whole(least: int, most: int) -> Callable[[Any], bool]:
+    return lambda value: type(value) is int and least <= value <= most
+
+
+def _is_seconds(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= _LONGEST_S
+
+
+_CHECKS: Mapping[str, Callable[[Any], bool]] = {
+    "count": _is_whole(-1, _MOST),
+    "skip": _is_whole(0, _MOST),
+    "per_day": _is_whole(0, _MOST),
+    "status": _is_whole(500, 599),
+    "seconds": _is_seconds,
+    "retry_after_s": lambda value: value is None or _is_whole(0, _MOST)(value),
+}

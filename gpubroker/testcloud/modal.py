@@ -90,7 +90,7 @@ class Modal:
         if self._server is not None:
             self._server.close()
             await self._server.wait_closed()
-        await self._wire.close()
+        await self._wire.end_tasks()
         await self._volumes.close()
 
     async def preempt(self, rental: Rental, notice_s: float | None) -> None:

@@ -11,15 +11,12 @@ kept in `bugs`.
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import contextlib
 import json
 import string
-import sys
-import traceback
 import uuid
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +28,7 @@ from grpclib.exceptions import StreamTerminatedError
 from grpclib.server import Stream
 from modal_proto import api_pb2
 
+from gpubroker.testcloud.background import Background
 from gpubroker.testcloud.faults import Fault
 from gpubroker.testcloud.world import World
 
@@ -56,13 +54,12 @@ RpcHandler = Callable[[Call], Any]
 Check = Callable[[Mapping[str, Any]], None]  # of an RPC's metadata; raises GRPCError
 
 
-class Wire:
+class Wire(Background):
     """What all RPCs have in common."""
 
     def __init__(self, world: World) -> None:
+        super().__init__("modal")
         self.world = world
-        self.bugs: list[BaseException] = []
-        self._tasks: set[asyncio.Task[Any]] = set()
 
     def service(
         self, base: type, handlers: Mapping[str, RpcHandler], check: Check, queues: Collection[str] = ()
@@ -75,29 +72,6 @@ class Wire:
         return _Service(
             {path: self._wrapped(path, of_rpc, handlers, check, queues) for path, of_rpc in known.items()}
         )
-
-    def spawn(self, work: Coroutine[Any, Any, Any]) -> None:
-        """Do it in the background; an exception is a bug."""
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._finished)
-
-    async def close(self) -> None:
-        """Stop what runs in the background."""
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    def bug(self, error: BaseException) -> None:
-        """The test cloud itself is broken: say so where tests and people see it."""
-        self.bugs.append(error)
-        print("testcloud: a bug in modal:", file=sys.stderr)  # noqa: T201
-        traceback.print_exception(error, file=sys.stderr)
-
-    def _finished(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self.bug(error)
 
     def _wrapped(
         self,

@@ -7,7 +7,8 @@ a key of its own (not the API's); no batch delete, no versions; an object of mor
 Writes are whole or not at all. The secret is not checked, only the access key. Conditional writes are
 refused, for nobody knows whether the vendor has them.
 
-Faults: the endpoint "runpod METHOD /s3/<bucket>/<key>"; delay, drop_before, 429 (SlowDown) and 5xx_before.
+Faults: the endpoint "runpod METHOD /s3/<bucket>/<key>"; a 429 is SlowDown, a stale listing lacks the objects
+that are younger than the fault's seconds.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,6 +30,8 @@ from xml.sax.saxutils import escape
 
 from aiohttp import web
 
+from gpubroker.testcloud.faults import Fault
+from gpubroker.testcloud.web import with_fault
 from gpubroker.testcloud.world import World, new_id
 
 ACCESS_KEY = "user_testcloud"
@@ -90,21 +94,16 @@ class VolumeStore:
 
     async def _serve(self, request: web.Request) -> web.StreamResponse:
         fault = self._world.faults.take("runpod", request.method, f"/s3{request.path}")
-        try:
-            if fault and fault.kind == "delay":
-                await self._world.clock.sleep(fault.seconds)
-            elif fault and fault.kind == "drop_before" and request.transport is not None:
-                request.transport.abort()
-            elif fault and fault.kind in ("429", "5xx_before"):
-                busy = fault.kind == "429"
-                raise _Refused(503 if busy else fault.status, "SlowDown" if busy else "InternalError")
-            return await self._answer(request)
-        except _Refused as refused:
-            code, message = escape(refused.code), escape(refused.message)
-            text = f"<Error><Code>{code}</Code><Message>{message}</Message></Error>"
-            return _xml(text, refused.status)
 
-    async def _answer(self, request: web.Request) -> web.StreamResponse:
+        async def answer() -> web.StreamResponse:
+            try:
+                return await self._answer(request, fault)
+            except _Refused as refused:
+                return _error(refused)
+
+        return await with_fault(request, fault, self._world.clock, answer, _fault_error)
+
+    async def _answer(self, request: web.Request, fault: Fault | None) -> web.StreamResponse:
         if f"Credential={ACCESS_KEY}/" not in request.headers.get("Authorization", ""):
             raise _Refused(403, "InvalidAccessKeyId")
         bucket, _, key = request.path.removeprefix("/").partition("/")
@@ -113,17 +112,19 @@ class VolumeStore:
         if bucket not in self._volumes():
             raise _Refused(404, "NoSuchBucket")
         if not key:
-            return self._bucket(request, bucket)
-        return await self._object(request, bucket, key)
+            return self._bucket(request, bucket, fault)
+        return await self._object(request, bucket, key, whole=fault is not None)
 
-    async def _object(self, request: web.Request, bucket: str, key: str) -> web.StreamResponse:
+    async def _object(
+        self, request: web.Request, bucket: str, key: str, *, whole: bool
+    ) -> web.StreamResponse:
         path, upload = self._path(bucket, key), request.query.get("uploadId")
         if "uploads" in request.query and request.method == "POST":
             return self._begin(bucket, key)
         if upload is not None:
             return await self._multipart(request, path, bucket, key, upload)
         if request.method in ("GET", "HEAD"):
-            return await self._get(request, path)
+            return await self._get(request, path, whole=whole)
         if request.method == "PUT":
             return await self._put(request, path, key)
         if request.method != "DELETE":
@@ -144,17 +145,19 @@ class VolumeStore:
         names = "".join(f"<Bucket><Name>{escape(name)}</Name></Bucket>" for name in self._volumes())
         return _xml(f"<ListAllMyBucketsResult><Buckets>{names}</Buckets></ListAllMyBucketsResult>")
 
-    def _bucket(self, request: web.Request, bucket: str) -> web.Response:
+    def _bucket(self, request: web.Request, bucket: str, fault: Fault | None) -> web.Response:
         if request.method == "HEAD":
             return web.Response()
         if request.method == "GET" and "location" in request.query:
             place = escape(self._volumes()[bucket].data_center)
             return _xml(f"<LocationConstraint>{place}</LocationConstraint>")
         if request.method == "GET":
-            return self._list(bucket, request.query)
+            return self._list(bucket, request.query, fault)
         raise _Refused(501, "NotImplemented")
 
-    def _list(self, bucket: str, query: Mapping[str, str]) -> web.Response:
+    def _list(self, bucket: str, query: Mapping[str, str], fault: Fault | None) -> web.Response:
+        copies = 2 if fault and fault.kind == "duplicate" else 1
+        least_age_s = fault.seconds if fault and fault.kind == "stale" else 0.0
         prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")
         try:
             most = min(_MOST_KEYS, int(query.get("max-keys", _MOST_KEYS)))
@@ -168,6 +171,8 @@ class VolumeStore:
         for key, path in _files(self.folder(bucket)):
             group = _group(key, prefix, delimiter)
             if not key.startswith(prefix) or key <= after or (group and (group in groups or after >= group)):
+                continue
+            if least_age_s and self._age_s(path) < least_age_s:
                 continue
             if len(entries) + len(groups) >= most:
                 cut = True
@@ -183,7 +188,7 @@ class VolumeStore:
             f"<KeyCount>{len(entries) + len(groups)}</KeyCount><MaxKeys>{most}</MaxKeys>"
             f"<IsTruncated>{str(cut).lower()}</IsTruncated>"
             + (f"<NextContinuationToken>{more}</NextContinuationToken>" if cut else "")
-            + "".join(entries)
+            + "".join(entry * copies for entry in entries)
             + "".join(f"<CommonPrefixes><Prefix>{escape(g)}</Prefix></CommonPrefixes>" for g in groups)
             + "</ListBucketResult>"
         )
@@ -204,7 +209,11 @@ class VolumeStore:
             return f'"{tag}"'
         return f'"{status.st_mtime_ns:x}-{status.st_size:x}"'
 
-    async def _get(self, request: web.Request, path: Path) -> web.StreamResponse:
+    def _age_s(self, path: Path) -> float:
+        """Simulated seconds since it was put there."""
+        return (time.time() - path.stat().st_ctime) * self._world.clock.speed
+
+    async def _get(self, request: web.Request, path: Path, *, whole: bool) -> web.StreamResponse:
         if not path.is_file():
             raise _Refused(404, "NoSuchKey")
         size = path.stat().st_size
@@ -219,8 +228,13 @@ class VolumeStore:
         first, last = _range(request.headers.get("Range", ""), size)
         if last - first + 1 < size:
             headers["Content-Range"] = f"bytes {first}-{last}/{size}"
+        status = 206 if "Content-Range" in headers else 200
+        if whole and request.method == "GET":
+            with path.open("rb") as file:
+                file.seek(first)
+                return web.Response(status=status, headers=headers, body=file.read(last - first + 1))
         headers["Content-Length"] = str(last - first + 1)
-        response = web.StreamResponse(status=206 if "Content-Range" in headers else 200, headers=headers)
+        response = web.StreamResponse(status=status, headers=headers)
         await response.prepare(request)
         if request.method == "GET":
             with path.open("rb") as file:
@@ -412,6 +426,19 @@ def _remove(path: Path, folder: Path) -> None:
 
 def _iso(at_s: float) -> str:
     return datetime.fromtimestamp(at_s, UTC).strftime("%Y-%m-%dT%H:%M:%S.000Z")
+
+
+def _error(refused: _Refused) -> web.Response:
+    code, message = escape(refused.code), escape(refused.message)
+    return _xml(f"<Error><Code>{code}</Code><Message>{message}</Message></Error>", refused.status)
+
+
+def _fault_error(fault: Fault) -> web.Response:
+    busy = fault.kind == "429"
+    answer = _error(_Refused(503 if busy else fault.status, "SlowDown" if busy else "InternalError"))
+    if fault.retry_after_s is not None:
+        answer.headers["Retry-After"] = str(fault.retry_after_s)
+    return answer
 
 
 def _xml(text: str, status: int = 200) -> web.Response:

@@ -387,7 +387,7 @@ class Vast:
             return refusal(400, "invalid_request", faults[0])
         filters = {**_DEFAULT_FILTERS, **{k: v for k, v in query.items() if k not in _NOT_FILTERS}}
         order = [(column, direction) for column, direction in query.get("order") or [["score", "desc"]]]
-        self._count_search(call.key)
+        self._count_search(call)
         storage = Decimal(query.get("allocated_storage") or 8)
         rows = [row for host in self._hosts() if (row := self._offer(call, host, kind, storage))]
         limit = int(query.get("limit") or 64)
@@ -421,12 +421,13 @@ class Vast:
             now_s=call.as_of_s,
         )
 
-    def _count_search(self, key: str) -> None:
-        if self.daily_searches is None:
-            return
-        now = self.world.clock.now()
+    def _count_search(self, call: Call) -> None:
+        """Raises Refused when the day's searches of the key are used up; a fault script may say how many."""
+        scripted = self.world.faults.per_day(VENDOR, call.request.method, call.request.path)
+        limit = self.daily_searches if scripted is None else scripted
+        key, now = call.key, self.world.clock.now()
         used = self._searches.get((key, f"{now:%F}"), 0)
-        if used >= self.daily_searches:
+        if limit is not None and used >= limit:
             midnight = datetime(now.year, now.month, now.day, tzinfo=UTC) + timedelta(days=1)
             headers = {"X-RateLimit-Reset": str(int(midnight.timestamp()))}
             raise Refused(Reply(status=429, body={"error": "search_quota_exceeded"}, headers=headers))

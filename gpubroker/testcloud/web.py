@@ -19,19 +19,18 @@ and kept in `site.bugs`.
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import binascii
 import json
-import sys
-import traceback
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Any, TypeVar
 
 from aiohttp import web
 
+from gpubroker.testcloud.background import Background
+from gpubroker.testcloud.clock import SimClock
 from gpubroker.testcloud.faults import Fault
 from gpubroker.testcloud.world import Rental, State, Vendor, World
 
@@ -141,19 +140,18 @@ class Call:
 Handler = Callable[[Call], Awaitable[Reply]]
 
 
-class Site:
+class Site(Background):
     """One vendor's API on a loopback port of its own."""
 
     def __init__(self, world: World, vendor: Vendor, manners: Manners) -> None:
+        super().__init__(vendor)
         self.world = world
         self.vendor = vendor
         self.manners = manners
-        self.bugs: list[BaseException] = []
         self.url = ""
         # key -> the rental it is bound to; "" = the whole account's
         self.keys: dict[str, str] = {account_key(vendor): ""}
         self._free_at_s: dict[tuple[str, str], float] = {}
-        self._tasks: set[asyncio.Task[Any]] = set()
         self._runner: web.AppRunner | None = None
         # Unknown paths and methods go the same way as known ones: no answer of aiohttp's own gets out.
         self._app = web.Application(middlewares=[self._unrouted], client_max_size=_LARGEST_BODY_BYTES)
@@ -170,12 +168,6 @@ class Site:
 
         self._app.router.add_route(method, path, serve)
 
-    def spawn(self, work: Coroutine[Any, Any, Any]) -> None:
-        """Do it in the background, such as a node's boot; an exception is a bug."""
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._finished)
-
     async def start(self, port: int = 0) -> str:
         """Listen on 127.0.0.1; the base URL."""
         self._runner = web.AppRunner(self._app, access_log=None, handle_signals=False, shutdown_timeout=0.2)
@@ -186,17 +178,9 @@ class Site:
 
     async def close(self) -> None:
         """Stop listening and stop what runs in the background."""
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.end_tasks()
         if self._runner is not None:
             await self._runner.cleanup()
-
-    def bug(self, error: BaseException) -> None:
-        """The test cloud itself is broken: say so where tests and people see it."""
-        self.bugs.append(error)
-        print(f"testcloud: a bug in {self.vendor}:", file=sys.stderr)  # noqa: T201
-        traceback.print_exception(error, file=sys.stderr)
 
     @web.middleware
     async def _unrouted(
@@ -214,25 +198,19 @@ class Site:
         self, request: web.Request, handler: Handler, limits: tuple[Limit, ...], public: bool, own: str
     ) -> web.StreamResponse:
         fault = self.world.faults.take(self.vendor, request.method, request.path)
-        kind = fault.kind if fault else ""
-        if fault and kind == "delay":
-            await self.world.clock.sleep(fault.seconds)
-        if kind == "drop_before":
-            return _drop(request)
-        if fault and kind in _BEFORE:
-            return _respond(self._fault_reply(fault))
-        try:
-            reply = await self._answer(request, handler, limits, public, own, fault)
-        except Refused as refused:
-            reply = refused.reply
-        except Exception as error:
-            self.bug(error)
-            reply = self.manners.broken(500)
-        if kind == "drop_after":
-            return _drop(request)
-        if fault and kind == "5xx_after":
-            return _respond(self._fault_reply(fault))
-        return _respond(reply, cut=kind == "truncate")
+
+        async def answer() -> web.Response:
+            try:
+                return _respond(await self._answer(request, handler, limits, public, own, fault))
+            except Refused as refused:
+                return _respond(refused.reply)
+            except Exception as error:
+                self.bug(error)
+                return _respond(self.manners.broken(500))
+
+        return await with_fault(
+            request, fault, self.world.clock, answer, lambda fault: _respond(self._fault_reply(fault))
+        )
 
     async def _answer(
         self,
@@ -291,10 +269,33 @@ class Site:
             return replace(reply, headers={k: v for k, v in reply.headers.items() if k != "Retry-After"})
         return replace(reply, headers={**reply.headers, "Retry-After": str(fault.retry_after_s)})
 
-    def _finished(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self.bug(error)
+
+async def with_fault(
+    request: web.Request,
+    fault: Fault | None,
+    clock: SimClock,
+    answer: Callable[[], Awaitable[web.StreamResponse]],
+    refuse: Callable[[Fault], web.StreamResponse],
+) -> web.StreamResponse:
+    """The answer, as a fault spoils it; `answer` does the work. Only a whole web.Response can be truncated.
+
+    `refuse`: the vendor's own words for 429, 5xx and a lack of capacity.
+    """
+    kind = fault.kind if fault else ""
+    if fault and kind == "delay":
+        await clock.sleep(fault.seconds)
+    if kind == "drop_before":
+        return _drop(request)
+    if fault and kind in _BEFORE:
+        return refuse(fault)
+    response = await answer()
+    if kind == "drop_after":
+        return _drop(request)
+    if fault and kind == "5xx_after":
+        return refuse(fault)
+    if kind == "truncate" and isinstance(response, web.Response) and isinstance(response.body, bytes):
+        response.body = response.body[: len(response.body) // 2]
+    return response
 
 
 def dumps(value: Any) -> str:
@@ -325,7 +326,7 @@ def _key_of(request: web.Request) -> str:
     return value or request.query.get("api_key", "")
 
 
-def _respond(reply: Reply, *, cut: bool = False) -> web.Response:
+def _respond(reply: Reply) -> web.Response:
     if reply.body is None:
         return web.Response(status=reply.status, headers=dict(reply.headers))
     is_text = isinstance(reply.body, str)
@@ -334,7 +335,7 @@ def _respond(reply: Reply, *, cut: bool = False) -> web.Response:
     kind = reply.content_type or ("text/plain" if is_text else "application/json")
     return web.Response(
         status=reply.status,
-        body=(text[: len(text) // 2] if cut else text).encode(),
+        body=text.encode(),
         headers={**reply.headers, "Content-Type": kind},
     )
 
