@@ -1,0 +1,86 @@
+"""The rules that policies are measured against, and what they share: the net that never misses a deadline.
+
+Sources: Wu et al., "Can't Be Late" (NSDI'24) for the net and Uniform Progress.
+"""
+
+from __future__ import annotations
+
+from math import ceil, floor
+
+from gpubroker.policy.interface import Answer, Job, Observation
+
+# Steps or hours: sums are off by rounding, never by this much.
+_EPSILON = 1e-9
+
+
+def steps_up(hours: float, step_h: float) -> int:
+    """Whole steps that hold these hours."""
+    return ceil(hours / step_h - _EPSILON)
+
+
+def steps_down(hours: float, step_h: float) -> int:
+    """Whole steps within these hours."""
+    return floor(hours / step_h + _EPSILON)
+
+
+def net(job: Job, obs: Observation) -> Answer | None:
+    """What the deadline demands now; None where it leaves the choice.
+
+    Whoever waits must still be able to launch twice: a node on spot can die in its last step.
+    """
+    left = steps_down(obs.time_left_h, job.step_h)
+    work, delay = obs.work_left_h, job.restart_delay_h
+    if obs.state != "spot" and steps_up(work + 2 * delay, job.step_h) >= left:
+        return "on_demand"
+    if steps_up(work + delay, job.step_h) >= left:
+        return "spot" if obs.state == "spot" and obs.delay_left_h <= _EPSILON else "on_demand"
+    return None
+
+
+class _Rule:
+    """A rule that needs the job alone."""
+
+    def reset(self, job: Job) -> None:
+        """See Policy."""
+        self._job = job
+
+
+class OnDemand(_Rule):
+    """Never spot."""
+
+    def step(self, obs: Observation) -> Answer:
+        """See Policy."""
+        return "on_demand"
+
+
+class Greedy(_Rule):
+    """Spot when there is any, wait otherwise."""
+
+    def step(self, obs: Observation) -> Answer:
+        """See Policy."""
+        return net(self._job, obs) or ("spot" if obs.spot_available else "none")
+
+
+class OdFallback(_Rule):
+    """Spot when there is any, on demand otherwise."""
+
+    def step(self, obs: Observation) -> Answer:
+        """See Policy."""
+        return net(self._job, obs) or ("spot" if obs.spot_available else "on_demand")
+
+
+class UniformProgress(_Rule):
+    """Never behind the straight line from no work to all of it (Wu et al., NSDI'24)."""
+
+    def step(self, obs: Observation) -> Answer:
+        """See Policy."""
+        return net(self._job, obs) or self._choose(obs)
+
+    def _choose(self, obs: Observation) -> Answer:
+        rate = self._job.work_h / self._job.deadline_h
+        if obs.state == "on_demand":
+            is_ahead = (obs.t_h + 2 * self._job.restart_delay_h) * rate < obs.work_done_h - _EPSILON
+            return "spot" if obs.spot_available and is_ahead else "on_demand"
+        if obs.spot_available:
+            return "spot"
+        return "on_demand" if obs.work_done_h < obs.t_h * rate - _EPSILON else "none"
