@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from decimal import Decimal
+from pathlib import Path
 
 import pytest
 
@@ -206,6 +207,43 @@ def test_files_in_another_region_are_refused(here: Room) -> None:
     here.ask("POST", "/filesystems", {"name": "far", "region": ELSEWHERE})
     answered = here.ask("POST", "/instance-operations/launch", body_of(file_system_names=["far"]))
     assert "instance-operations/launch/file-system-in-wrong-region" == code_of(answered)
+
+
+def test_a_file_system_is_a_folder_that_outlives_its_instances(here: Room, tmp_path: Path) -> None:
+    """Seen where the launch says or at /lambda/nfs/<name>; in use it cannot be deleted; then its files go."""
+    here.nodes.homes = tmp_path
+    names = {name: here.ask("POST", "/filesystems", {"name": name, "region": REGION}) for name in ("a", "b")}
+    ids = {name: answered.body["data"]["id"] for name, answered in names.items()}
+    mounts = [{"mount_point": "/home/ubuntu/data", "file_system_id": ids["b"]}]
+    first = launched(here, file_system_names=["a"], file_system_mounts=mounts)
+    (tmp_path / first / "lambda/nfs/a/epoch-1.manifest.json").write_text("{}")
+    (tmp_path / first / "data/step").write_text("7")
+    assert "filesystems/filesystem-in-use" == code_of(here.ask("DELETE", f"/filesystems/{ids['a']}"))
+    here.ask("POST", "/instance-operations/terminate", {"instance_ids": [first]})
+    second = launched(here, file_system_names=["a", "b"])
+    assert "7" == (tmp_path / second / "lambda/nfs/b/step").read_text()
+    assert {"a": 2, "b": 1} == {
+        row["name"]: row["bytes_used"] for row in here.ask("GET", "/file-systems").body["data"]
+    }
+    assert ["job-1", ""] == [here.world.rentals[number].published_by for number in (first, second)]
+    here.ask("POST", "/instance-operations/terminate", {"instance_ids": [second]})
+    folder = (tmp_path / second / "lambda/nfs/a").resolve()
+    assert 200 == here.ask("DELETE", f"/filesystems/{ids['a']}").status
+    assert not folder.exists()
+
+
+def test_a_file_system_is_billed_by_the_hour_for_what_it_holds(here: Room) -> None:
+    """20 cents a GB and month; an empty one costs nothing, and a deleted one no more."""
+    number = here.ask("POST", "/filesystems", {"name": "a", "region": REGION}).body["data"]["id"]
+    with (here.vendor.folders.folder(number) / "large").open("wb") as file:
+        file.truncate(72 * 10**9)
+    assert {"a": 0} == here.vendor.other_charges(here.clock.now_s() + 3500)
+    here.clock.pass_s(3700)
+    here.world.tick()
+    assert {"a": Decimal("0.02")} == here.vendor.other_charges(here.clock.now_s())
+    assert 200 == here.ask("DELETE", f"/filesystems/{number}").status
+    here.clock.pass_s(10**6)
+    assert {"a": Decimal("0.02")} == here.vendor.other_charges(here.clock.now_s())
 
 
 def test_one_request_a_second_and_a_launch_in_twelve(here: Room) -> None:

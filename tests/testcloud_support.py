@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -69,9 +70,10 @@ class NoNode:
 
 
 class NoNodes:
-    """A NodeHost without processes: what was started, with which keys."""
+    """A NodeHost without processes: what was started, with which keys. `homes`: where real homes are made."""
 
     def __init__(self) -> None:
+        self.homes: Path | None = None
         self.started: dict[str, NoNode] = {}
         self.keys: dict[str, list[str]] = {}
         self.envs: dict[str, Mapping[str, str]] = {}
@@ -80,7 +82,9 @@ class NoNodes:
     async def start(
         self, rental_id: str, truth: HostTruth, authorized_keys: Iterable[str], env: Mapping[str, str]
     ) -> NoNode:
-        node = NoNode(20_000 + len(self.started), f"/home/{rental_id}")
+        node = NoNode(20_000 + len(self.started), f"{self.homes or '/home'}/{rental_id}")
+        if self.homes is not None:
+            Path(node.home).mkdir(exist_ok=True)
         self.started[rental_id] = node
         self.keys[rental_id] = list(authorized_keys)
         self.envs[rental_id] = env

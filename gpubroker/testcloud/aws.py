@@ -27,7 +27,7 @@ from urllib.parse import parse_qsl
 from aiohttp import web
 
 from gpubroker.testcloud.aws_ec2 import NO_ROOM, Ec2
-from gpubroker.testcloud.aws_imds import Metadata
+from gpubroker.testcloud.aws_imds import Metadata, instance_of
 from gpubroker.testcloud.aws_moto import Moto, NotThere
 from gpubroker.testcloud.aws_public import Public
 from gpubroker.testcloud.aws_query import (
@@ -188,7 +188,10 @@ class Aws(Background):
         where = request.path if caller.service == "s3" else _action_of(request)
 
         async def answer(fault: Fault | None) -> web.StreamResponse:
-            return await self._moto(request, None, fault)
+            found = await self._moto(request, None, fault)
+            if caller.service == "s3":
+                await self._note(request, found.status)
+            return found
 
         return _Work(service=caller.service, endpoint=f"/{caller.service}{where}", answer=answer)
 
@@ -246,6 +249,16 @@ class Aws(Background):
             return await self.moto.pass_on(request, body, whole=fault is not None)
         except NotThere as error:
             raise Refused("UnsupportedOperation", "The test cloud does not do this") from error
+
+    async def _note(self, request: web.Request, status: int) -> None:
+        """A manifest that S3 has taken was published by the node whose request it was, if it was one's."""
+        is_part = "partNumber" in request.query or "uploads" in request.query
+        if request.method not in ("PUT", "POST") or status != 200 or is_part:
+            return
+        token = request.headers.get("X-Amz-Security-Token") or request.query.get("X-Amz-Security-Token", "")
+        peer = request.transport and request.transport.get_extra_info("peername")
+        key = request.path.removeprefix("/")
+        await self.world.publishing.put(key, f"s3://{key}", peer or None, node=instance_of(token))
 
     # --- feeds and metadata ---
 

@@ -21,6 +21,7 @@ from gpubroker.testcloud.aws_query import iso
 TTL_HEADER = "X-aws-ec2-metadata-token-ttl-seconds"
 TOKEN_HEADER = "X-aws-ec2-metadata-token"  # noqa: S105
 _LONGEST_TTL_S = 21600
+_TOKEN = "testcloud/"  # then the instance, which the test cloud knows by it  # noqa: S105
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,13 +125,18 @@ class Metadata:
             "Type": "AWS-HMAC",
             "AccessKeyId": self._access_key,
             "SecretAccessKey": self._secret,
-            "Token": "testcloud",
+            "Token": f"{_TOKEN}{instance.id}",
             "Expiration": iso(self._now_s() + _LONGEST_TTL_S),
         }
         return {
             "iam/security-credentials": role,
             f"iam/security-credentials/{role}": json.dumps(keys),
         }
+
+
+def instance_of(token: str) -> str:
+    """Whose role's session token that is; "" = none's."""
+    return token.removeprefix(_TOKEN) if token.startswith(_TOKEN) else ""
 
 
 def _notice(instance: Instance) -> dict[str, str]:

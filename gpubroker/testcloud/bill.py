@@ -6,7 +6,7 @@ Rental.events -> lines -> up.py and control.py (GET /bill), vast.py (its charges
             every state, dearer while nothing runs; bytes both ways at the host's prices
     runpod  GPU and container disk by the second while running; the volume disk in every state, double when
             stopped; network volumes by the hour begun
-    lambda  by the minute begun, from active to terminate
+    lambda  by the minute begun, from active to terminate; file systems by the hour begun, for what they hold
     aws     by the second from running, 60 s at least for each start; a spot instance that AWS takes back in
             its first hour is free; the volume by the second in every state
     modal   GPU, CPU and RAM by the second from creation to end, times the region's factor
@@ -34,6 +34,7 @@ VAST_STOPPED_DISK = Decimal(4) / 3
 # USD per GB and month.
 _RUNPOD_CONTAINER, _RUNPOD_VOLUME, _RUNPOD_VOLUME_STOPPED = Decimal("0.10"), Decimal("0.10"), Decimal("0.20")
 _RUNPOD_FIRST_GB, _RUNPOD_FIRST, _RUNPOD_BEYOND = 1000, Decimal("0.07"), Decimal("0.05")
+_LAMBDA_FILES = Decimal("0.20")
 _EBS_GP3 = Decimal("0.08")
 # USD per second: a physical core, a GiB, of a sandbox.
 MODAL_CORE, MODAL_GIB = Decimal("0.00003942"), Decimal("0.00000667")
@@ -98,6 +99,20 @@ def network_volume(sizes: Sequence[tuple[float, int]], now_s: float) -> Decimal:
         size_gb = next(gb for at_s, gb in reversed(sizes) if at_s <= began_s + 3600 * hour)
         first_gb = min(size_gb, _RUNPOD_FIRST_GB)
         usd += (first_gb * _RUNPOD_FIRST + (size_gb - first_gb) * _RUNPOD_BEYOND) / _MONTH_H
+    return round(usd, _DIGITS)
+
+
+def file_system(used: Sequence[tuple[float, int]], until_s: float) -> Decimal:
+    """A Lambda file system, by (since when, bytes), at most one an hour: by the hour begun.
+
+    An hour costs what was there when it was first looked at.
+    """
+    if not used:
+        return Decimal(0)
+    began_s, usd = used[0][0], Decimal(0)
+    for hour in range(math.ceil((until_s - began_s) / 3600)):
+        held = next(size for at_s, size in reversed(used) if (at_s - began_s) // 3600 <= hour)
+        usd += Decimal(held) / _GB * _LAMBDA_FILES / _MONTH_H
     return round(usd, _DIGITS)
 
 

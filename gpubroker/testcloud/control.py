@@ -3,7 +3,8 @@
     GET    /nodes                     every rental, the ended ones too
     POST   /nodes/{id}/preempt        {"notice_s": n or null}; with a notice it answers at once
     POST   /nodes/{id}/transfer       {"bytes_in": n, "bytes_out": n}: bytes the vendor would have metered
-    POST   /nodes/{id}/published      {"attempt": text}: who published a checkpoint from there
+    POST   /nodes/{id}/published      {"attempt": text}: who published a checkpoint from there, where the test
+                                      cloud cannot see it by itself (publishing.py)
     POST   /faults, DELETE /faults    the fault script
     GET    /bill                      {vendor: {tag: USD}}; ?by=node: the lines of every node
     GET    /clock, POST /clock        {"speed": x}
@@ -91,6 +92,7 @@ class Control(Background):
     # Nodes
 
     async def _nodes(self, request: web.Request) -> web.Response:
+        self._world.publishing.look()
         return web.json_response([_node_row(rental) for rental in self._world.rentals.values()])
 
     async def _preempt(self, request: web.Request) -> web.Response:
@@ -203,6 +205,7 @@ def _node_row(rental: Rental) -> dict[str, Any]:
         "state": rental.state,
         "since": _iso(rental.since_s),
         "published_by": rental.published_by,
+        "published": [{"at": _iso(one.at_s), "where": one.where} for one in rental.published],
         "market": rental.market,
         "region": rental.host.region,
         "host": rental.host.id,

@@ -6,7 +6,8 @@ As the vendor's document says it: answers are {"data": ...} or {"error": {code, 
 request a second, a launch every twelve. A launch names one region, one SSH key and no quantity; it may be
 refused for capacity that was listed a moment ago (fault "capacity"). An instance boots for minutes, without
 `ip` until it is active; then SSH is at `ip`, user ubuntu, port 22 (`front.ssh_port()`). Nothing stops: there
-are restart and terminate. `user_data` is run when it is a script (#!).
+are restart and terminate. `user_data` is run when it is a script (#!). A file system is a folder that
+outlives the instances that mount it (volumes.py); it is billed by the hour begun for what lies in it.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ import ipaddress
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from decimal import Decimal
 from typing import Any
 
-from gpubroker.testcloud import shapes
+from gpubroker.testcloud import bill, shapes
 from gpubroker.testcloud.front import SSH_PORT, Front, open_front, ssh_port
 from gpubroker.testcloud.keys import is_key, new_key_pair
 from gpubroker.testcloud.shapes import Shape, choice, items, record, text, whole
+from gpubroker.testcloud.volumes import Folders, mount
 from gpubroker.testcloud.web import Call, Handler, Limit, Manners, Refused, Reply, Site, account_key
 from gpubroker.testcloud.world import Host, Rental, State, World, new_id
 
@@ -47,6 +50,7 @@ REGIONS = {
 _ALL = Limit("all", 1.0)
 _LAUNCH = Limit("launch", 12.0)
 _USER = {"id": "usr0" + "0" * 28, "email": "renter@example.invalid", "status": "active"}
+_HOME = "/home/ubuntu"
 _REMEMBER_S = 3600.0  # how long a terminated instance can still be looked up
 _LARGEST_USER_DATA = 1 << 20
 
@@ -159,15 +163,16 @@ class Instance:
         return any(mount["file_system_id"] == files.id for mount in self.mounts)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class FileSystem:
-    """A shared folder in one region."""
+    """A shared folder in one region; `used` is what its bill is made of: (since when, bytes), one an hour."""
 
     id: str
     name: str
     region: str
     created: str
-    bytes_used: int = 0
+    used: list[tuple[float, int]]
+    deleted_s: float | None = None  # None = it is there
 
 
 @dataclass(slots=True, kw_only=True)
@@ -191,10 +196,13 @@ class LambdaCloud:
         self.instances: dict[str, Instance] = {}
         self.keys: dict[str, dict[str, str]] = {}
         self.files: dict[str, FileSystem] = {}
+        self.old_files: list[FileSystem] = []  # deleted; their bill stays
+        self.folders = Folders("lambda")
         self.rulesets: dict[str, Ruleset] = {}
         self.global_rules: list[dict[str, Any]] = []
         self.audit: list[dict[str, Any]] = []
         world.on_tick.append(self._close_old_fronts)
+        world.on_tick.append(self._measure_files)
         self._add_routes()
 
     def _add_routes(self) -> None:
@@ -232,8 +240,9 @@ class LambdaCloud:
         return await self.site.start(port)
 
     async def close(self) -> None:
-        """Stop listening, at the instances' addresses too."""
+        """Stop listening, at the instances' addresses too; the file systems' files are gone."""
         await self.site.close()
+        self.folders.close()
         for instance in self.instances.values():
             if instance.front is not None:
                 instance.front.close()
@@ -247,6 +256,15 @@ class LambdaCloud:
             "LAMBDA_API_KEY": account_key("lambda"),
             **port,
         }
+
+    def other_charges(self, now_s: float) -> dict[str, Decimal]:
+        """USD of file systems, by name: they are billed and are no rentals."""
+        self._measure_files(now_s)
+        charges: dict[str, Decimal] = {}
+        for files in (*self.old_files, *self.files.values()):
+            usd = bill.file_system(files.used, now_s if files.deleted_s is None else files.deleted_s)
+            charges[files.name] = charges.get(files.name, Decimal(0)) + usd
+        return charges
 
     # --- types and images ---
 
@@ -332,6 +350,9 @@ class LambdaCloud:
         await self.world.boot(rental, self._keys_of(instance), {})
         if rental.state != "running":
             return
+        for wanted in instance.mounts:
+            folder = self.folders.folder(wanted["file_system_id"])
+            mount(self.world, rental, wanted["mount_point"], folder, home=_HOME)
         instance.front = await open_front(lambda: rental.node.ssh_port if rental.node else None)
         script = instance.wish.get("user_data", "")
         if script.startswith("#!") and rental.node is not None:
@@ -349,8 +370,8 @@ class LambdaCloud:
             if not found:
                 raise _missing("Specified file system does not exist.")
             wanted[found[0].id] = mount_point(found[0])
-        for mount in body.get("file_system_mounts", []):
-            wanted[mount["file_system_id"]] = mount["mount_point"]
+        for asked in body.get("file_system_mounts", []):
+            wanted[asked["file_system_id"]] = asked["mount_point"]
         for files_id in wanted:
             if files_id not in self.files:
                 raise _missing("Specified file system does not exist.")
@@ -469,7 +490,13 @@ class LambdaCloud:
         body = _well_formed(_CREATE_FILES, call.body)
         if any(files.name == body["name"] for files in self.files.values()):
             raise Refused(error(400, "global/duplicate", "A file system with this name exists already."))
-        files = FileSystem(id=new_id(), name=body["name"], region=body["region"], created=self._stamp())
+        files = FileSystem(
+            id=new_id(),
+            name=body["name"],
+            region=body["region"],
+            created=self._stamp(),
+            used=[(self.world.clock.now_s(), 0)],
+        )
         self.files[files.id] = files
         self._log("filesystem", "created", files.id)
         return Reply(body={"data": self._files_row(files)})
@@ -480,7 +507,10 @@ class LambdaCloud:
             raise Refused(error(404, "global/object-does-not-exist", "Filesystem was not found."))
         if self._is_in_use(files):
             raise Refused(error(400, "filesystems/filesystem-in-use", "The file system is in use."))
-        del self.files[files.id]
+        self._measure_files(self.world.clock.now_s())
+        files.deleted_s = self.world.clock.now_s()
+        self.old_files.append(self.files.pop(files.id))
+        self.folders.forget(files.id)
         self._log("filesystem", "deleted", files.id)
         return Reply(body={"data": {"deleted_ids": [files.id]}})
 
@@ -496,8 +526,15 @@ class LambdaCloud:
             "created_by": _USER,
             "is_in_use": self._is_in_use(files),
             "region": region_row(files.region),
-            "bytes_used": files.bytes_used,
+            "bytes_used": self.folders.bytes_used(files.id),
         }
+
+    def _measure_files(self, now_s: float) -> None:
+        """What each file system holds, once an hour."""
+        for files in self.files.values():
+            began_s = files.used[0][0]
+            if (now_s - began_s) // 3600 > (files.used[-1][0] - began_s) // 3600:
+                files.used.append((now_s, self.folders.bytes_used(files.id)))
 
     # --- firewalls: kept, and without effect on loopback ---
 

@@ -38,7 +38,7 @@ class Modal:
         self.url = ""
         self._wire = Wire(world)
         account = Account(world)
-        self._volumes = Volumes(account)
+        self._volumes = Volumes(account, world.publishing)
         self._sandboxes = Sandboxes(self._wire, account, self._volumes, boot_s=boot_s)
         router = Router(self._wire, account, self._sandboxes, lambda: self.url)
         self._services = [

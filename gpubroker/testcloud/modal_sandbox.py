@@ -314,7 +314,7 @@ class Sandboxes:
         if sandbox.result is not None or sandbox.rental.node is None:
             return
         try:
-            self._volumes.mount(sandbox.definition, Path(sandbox.rental.node.home))
+            self._volumes.mount(sandbox.definition, Path(sandbox.rental.node.home), sandbox.rental)
             if sandbox.definition.entrypoint_args:
                 await self._run_entry(sandbox)
         except GRPCError as error:

@@ -27,6 +27,8 @@ from modal_proto import api_pb2
 
 from gpubroker.testcloud.modal_account import Account
 from gpubroker.testcloud.modal_rpc import Call, RpcHandler, modal_id, refused
+from gpubroker.testcloud.publishing import Publishing
+from gpubroker.testcloud.world import Rental
 
 BLOCK_BYTES = 8 * 1024 * 1024
 _LONGEST_PATH_BYTES = 200
@@ -82,8 +84,9 @@ def in_container(home: Path, text: str) -> Path:
 class Volumes:
     """All volumes of the account, and the server of their blocks."""
 
-    def __init__(self, account: Account) -> None:
+    def __init__(self, account: Account, publishing: Publishing) -> None:
         self._account = account
+        self._publishing = publishing
         self._volumes: dict[str, Volume] = {}
         self._root = Path()
         self._runner: web.AppRunner | None = None
@@ -117,7 +120,7 @@ class Volumes:
             raise refused(Status.NOT_FOUND, f"Volume {volume_id} not found.")
         return self._volumes[volume_id]
 
-    def mount(self, definition: Any, home: Path) -> None:
+    def mount(self, definition: Any, home: Path, rental: Rental) -> None:
         """Put a sandbox's volumes where it wants them, with its home for its root."""
         for mount in definition.volume_mounts:
             volume = self.find(mount.volume_id)
@@ -127,6 +130,7 @@ class Volumes:
             source.mkdir(parents=True, exist_ok=True)
             if not place.exists():
                 place.symlink_to(source, target_is_directory=True)
+                self._publishing.mounted(rental, source)
 
     def handlers(self) -> dict[str, RpcHandler]:
         """The RPCs that are its own."""
@@ -332,6 +336,8 @@ class Volumes:
                 shutil.copytree(source, place, dirs_exist_ok=True)
             else:
                 shutil.copyfile(source, place)
+            for path in (place, *place.rglob("*")):
+                self._publishing.claim(path)
         return Empty()
 
     # Blocks
@@ -350,6 +356,7 @@ class Volumes:
             out.truncate(file.size)
         unfinished.chmod(file.mode & 0o777 or 0o644)
         unfinished.replace(path)
+        self._publishing.claim(path)
 
     async def _put_block(self, request: web.Request) -> web.Response:
         data = await request.read()

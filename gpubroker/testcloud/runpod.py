@@ -17,7 +17,6 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
 from gpubroker.testcloud import bill, shapes
@@ -35,6 +34,7 @@ from gpubroker.testcloud.runpod_catalog import (
 )
 from gpubroker.testcloud.runpod_s3 import ACCESS_KEY, SECRET_KEY, VolumeStore
 from gpubroker.testcloud.shapes import Shape, boolean, choice, items, nullable, record, table, text, whole
+from gpubroker.testcloud.volumes import mount
 from gpubroker.testcloud.web import Call, Limit, Manners, Refused, Reply, Site, account_key
 from gpubroker.testcloud.world import Host, Rental, State, World, new_id
 
@@ -611,18 +611,9 @@ class RunPod:
 
     def _mount(self, pod: Pod) -> None:
         """The network volume, as a link in the pod's home: /workspace is ~/workspace there."""
-        node = pod.rental.node
-        if node is None or not pod.volume_id or not Path(node.home).is_dir():
-            return
-        parts = [
-            part
-            for part in pod.spec["mounts"]["network"][0]["path"].split("/")
-            if part not in ("", ".", "..")
-        ]
-        link = Path(node.home, *parts)
-        if parts and not link.exists():
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(self.store.folder(pod.volume_id), target_is_directory=True)
+        if pod.volume_id:
+            path = pod.spec["mounts"]["network"][0]["path"]
+            mount(self.world, pod.rental, path, self.store.folder(pod.volume_id))
 
     async def _run_args(self, pod: Pod) -> None:
         """The container's command; nothing comes of how it ends."""

@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol
 
 from gpubroker.testcloud.clock import SimClock
 from gpubroker.testcloud.faults import FaultScript
+from gpubroker.testcloud.publishing import Publication, Publishing
 
 Vendor = Literal["vast", "runpod", "lambda", "aws", "modal"]
 Market = Literal["spot", "on_demand", "serverless"]
@@ -36,8 +37,9 @@ class HostTruth:
     ecc_errors: int = 0  # uncorrected, volatile
     foreign_process_mib: int = 0  # memory that another tenant's process holds
     cuda_error: int = 0  # what cuInit answers; 802 = system not yet initialised
-    disk_free_gb: int = 500
-    network: Literal["ok", "slow", "dead"] = "ok"
+    disk_free_gb: int = 500  # 0: writing fails; any other amount is only what `df` says
+    # nodes_network.py; no_egress: SSH works, and nothing that runs there can connect to anybody
+    network: Literal["ok", "slow", "no_egress", "dead"] = "ok"
     ssh: Literal["ok", "slow", "never"] = "ok"
 
 
@@ -93,6 +95,7 @@ class Rental:
     events: list[Event] = field(default_factory=list)
     node: Node | None = None
     published_by: str = ""  # the attempt that last published a checkpoint from here
+    published: list[Publication] = field(default_factory=list)  # those that were seen, the last one last
     # Starting and killing its node take turns: what is stopped while it starts dies when it has started.
     turn: asyncio.Lock = field(default_factory=asyncio.Lock, repr=False)
 
@@ -152,6 +155,7 @@ class World:
         self.rentals: dict[str, Rental] = {}
         self.series: dict[tuple[Vendor, str], PriceSeries] = {}
         self.on_tick: list[Callable[[float], Any]] = []
+        self.publishing = Publishing(self)
 
     def add_host(self, host: Host) -> None:
         """Put a host on the market, with a price series of its own."""
@@ -276,6 +280,7 @@ class World:
             node, rental.node = rental.node, None
             if node is not None:
                 await node.kill()
+                self.publishing.unmounted(rental)
 
 
 class PriceSeries:
