@@ -7,11 +7,11 @@ import pytest
 
 from gpubroker.gpus import parse_request
 from gpubroker.model import Priced
-from gpubroker.plan.bill import Work
 from gpubroker.plan.rank import Ask, LeftOut, best_of_each, in_region, merge, rank, why_not
 from gpubroker.plan.sentence import advice
+from gpubroker.plan.work import Work
 from tests.support import NOW
-from tests.test_bill import FEES, offer
+from tests.test_bill import PRICING, offer
 
 WORK = Work(hours=Decimal(8), disk_gb=Decimal(0))
 ASK = Ask(work=WORK, gpus=(parse_request("h100"),))
@@ -29,13 +29,13 @@ def test_an_offer_with_more_gpus_is_priced_whole():
     """Eight H100 at $10 are dearer than one at $7, though the hour of one card is cheaper."""
     eight = priced(sku="eight", gpu_count=8, usd_per_hour=Decimal(10))
     one = priced(sku="one", usd_per_hour=Decimal(7))
-    assert ["one", "eight"] == order(rank([eight, one], ASK, FEES))
+    assert ["one", "eight"] == order(rank([eight, one], ASK, PRICING))
 
 
 def test_what_has_no_stock_comes_last():
     """However cheap: it cannot be had."""
     gone = priced(sku="gone", usd_per_hour=Decimal(1), stock="none")
-    assert ["here", "gone"] == order(rank([gone, priced(sku="here")], ASK, FEES))
+    assert ["here", "gone"] == order(rank([gone, priced(sku="here")], ASK, PRICING))
 
 
 def test_equal_bills_go_to_what_cannot_be_preempted_then_to_what_is_live():
@@ -45,7 +45,7 @@ def test_equal_bills_go_to_what_cannot_be_preempted_then_to_what_is_live():
         priced(sku="listed", live=False),
         priced(sku="live"),
     ]
-    assert ["live", "listed", "spot"] == order(rank(rows, ASK, FEES))
+    assert ["live", "listed", "spot"] == order(rank(rows, ASK, PRICING))
 
 
 @pytest.mark.parametrize(
@@ -65,14 +65,14 @@ def test_each_misfit_is_left_out_with_its_reason(values, ask, reason):
     """The first reason that holds."""
     asked = Ask(**{"work": WORK, "gpus": (parse_request("h100"),), **ask})
     assert reason in why_not(offer(**values), asked)
-    assert [LeftOut] == [type(x) for x in rank([priced(**values)], asked, FEES).left_out]
+    assert [LeftOut] == [type(x) for x in rank([priced(**values)], asked, PRICING).left_out]
 
 
 def test_other_cards_are_not_even_left_out():
     """A PCIe card when SXM was asked for: nobody asked."""
     asked = Ask(work=WORK, gpus=(parse_request("h100-sxm"),))
     pcie = priced(form_factor="PCIe")
-    assert ((), ()) == (rank([pcie], asked, FEES).quotes, rank([pcie], asked, FEES).left_out)
+    assert ((), ()) == (rank([pcie], asked, PRICING).quotes, rank([pcie], asked, PRICING).left_out)
     assert "another card" == why_not(pcie.offer, asked)
 
 
@@ -135,7 +135,7 @@ def test_the_table_has_the_best_of_each_vendor_then_the_next_best():
         priced(sku="b", provider="b", usd_per_hour=Decimal(9)),
         priced(sku="c", provider="c", usd_per_hour=Decimal(8)),
     ]
-    quotes = rank(rows, ASK, FEES).quotes
+    quotes = rank(rows, ASK, PRICING).quotes
     assert ["a0", "a1", "c", "b"] == [q.offer.sku for q in best_of_each(quotes, 4)]
     assert ["a0", "c", "b"] == [q.offer.sku for q in best_of_each(quotes, 1)]
     assert 7 == len(best_of_each(quotes, 100))
@@ -144,20 +144,20 @@ def test_the_table_has_the_best_of_each_vendor_then_the_next_best():
 def test_rows_that_look_the_same_are_shown_once():
     """Modal's H100 and H100! differ in what may be given, not in anything the table shows."""
     rows = [priced(sku="H100"), priced(sku="H100!"), priced(sku="else", usd_per_hour=Decimal(3))]
-    quotes = rank(rows, ASK, FEES).quotes
+    quotes = rank(rows, ASK, PRICING).quotes
     assert ["H100", "else"] == [q.offer.sku for q in best_of_each(quotes, 10)]
 
 
 def test_what_can_be_taken_away_is_said_even_when_nothing_firm_is_there():
     """--market spot."""
-    quotes = rank([priced(market="spot", preemptible=True)], ASK, FEES).quotes
+    quotes = rank([priced(market="spot", preemptible=True)], ASK, PRICING).quotes
     assert "It can be taken away at any time." in advice(quotes, ASK, NOW)
 
 
 def test_ones_own_gpu_is_named_first():
     """Even when renting would be cheaper, which is then said."""
     own = priced(provider="local", usd_per_hour=Decimal("0.119"))
-    quotes = rank([own, priced(sku="rented")], ASK, FEES).quotes
+    quotes = rank([own, priced(sku="rented")], ASK, PRICING).quotes
     assert advice(quotes, ASK, NOW).startswith(
         "Your own 1x H100 can do it for $0.95 of electricity; the cheapest to rent"
     )
@@ -166,7 +166,7 @@ def test_ones_own_gpu_is_named_first():
 def test_the_sentence_says_what_to_take_why_and_what_is_firm():
     """A preemptible winner names the best that cannot be taken away."""
     spot = priced(market="spot", preemptible=True, usd_per_hour=Decimal(1), region="US")
-    quotes = rank([spot, priced(provider="other")], ASK, FEES).quotes
+    quotes = rank([spot, priced(provider="other")], ASK, PRICING).quotes
     assert (
         "Take cloud 1x H100 SXM spot in US: $8.05 for 8 h, the cheapest of 2 offers, $7.95 less than the best of "
         "other. It can be taken away at any time; other 1x H100 SXM on-demand cannot, for $7.95 more."
@@ -175,11 +175,11 @@ def test_the_sentence_says_what_to_take_why_and_what_is_firm():
 
 def test_an_old_list_price_is_cautioned_where_it_is_recommended():
     """A person must not rent by a price of last spring."""
-    quotes = rank([priced(live=False, as_of=NOW - timedelta(days=120))], ASK, FEES).quotes
+    quotes = rank([priced(live=False, as_of=NOW - timedelta(days=120))], ASK, PRICING).quotes
     assert "list price from 120 days ago" in advice(quotes, ASK, NOW)
 
 
 def test_nobody_having_one_is_said():
     """No stock anywhere."""
-    quotes = rank([priced(stock="none")], ASK, FEES).quotes
+    quotes = rank([priced(stock="none")], ASK, PRICING).quotes
     assert advice(quotes, ASK, NOW).startswith("Nobody has one free right now")

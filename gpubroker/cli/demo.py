@@ -21,16 +21,16 @@ from rich.table import Table
 from rich.text import Text
 
 from gpubroker import config
+from gpubroker.cli.ask import pricing_for
 from gpubroker.cli.options import GpuName
 from gpubroker.cli.render import console, dollars, say, table
 from gpubroker.doors import Clock, SystemClock
 from gpubroker.errors import ConfigError
 from gpubroker.gpus import GpuRequest
 from gpubroker.model import OfferQuery
-from gpubroker.plan.bill import Work
-from gpubroker.plan.fees import FeeTable
 from gpubroker.plan.rank import Ask, Quote, rank
 from gpubroker.plan.sentence import advice
+from gpubroker.plan.work import Work
 from gpubroker.prices.market import open_context
 from gpubroker.prices.poll import poll
 from gpubroker.provider import names
@@ -112,7 +112,7 @@ def _watch(gpu: GpuRequest, vendors: Sequence[str], seconds: int, clock: Clock) 
     settings = config.load()
     query = OfferQuery(gpus=gpu.names, markets=frozenset({"spot", "on_demand", "serverless"}), whole=False)
     ask = Ask(work=Work(hours=_HOURS), gpus=(gpu,))
-    fees = FeeTable.load(settings.fees)
+    pricing = pricing_for(ask, settings)
     courses: dict[tuple[str, str], Course] = {}
     leaders: list[str] = []
     quotes: Sequence[Quote] = ()
@@ -120,7 +120,7 @@ def _watch(gpu: GpuRequest, vendors: Sequence[str], seconds: int, clock: Clock) 
     with open_context(settings, os.environ, clock) as (store, context), Live(console=console()) as live:
         while (passed_s := clock.monotonic_s() - began_s) < seconds:
             poll(store, context, vendors, query, _ROUND_S)
-            quotes = rank(store.current(gpu.names), ask, fees).quotes
+            quotes = rank(store.current(gpu.names), ask, pricing).quotes
             _note(courses, quotes)
             if quotes:
                 leaders.append(f"{quotes[0].offer.provider} {quotes[0].offer.market}")

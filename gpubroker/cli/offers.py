@@ -14,8 +14,8 @@ from gpubroker.doors import SystemClock
 from gpubroker.gpus import GpuRequest, catalogue
 from gpubroker.model import Gpu, Market, Priced
 from gpubroker.money import usd_text
-from gpubroker.plan.bill import Work
 from gpubroker.plan.rank import Ask, list_price_text, merge, why_not
+from gpubroker.plan.work import Work
 from gpubroker.prices import book, market
 
 

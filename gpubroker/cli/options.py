@@ -12,7 +12,7 @@ import click
 from gpubroker.errors import ConfigError
 from gpubroker.gpus import GpuRequest, parse_request
 from gpubroker.model import MARKETS, Market
-from gpubroker.units import parse_duration_s
+from gpubroker.units import parse_duration_s, parse_size_gb
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -60,6 +60,22 @@ class Duration(click.ParamType[int]):
             return parse_duration_s(value)
         except ConfigError as error:
             self.fail(str(error).removeprefix("duration: "), param, ctx)
+
+
+class Size(click.ParamType[Decimal]):
+    """12GB, 1.5TiB -> gigabytes of 10^9 bytes. A bare number is gigabytes: the option says so."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Decimal:
+        """See click."""
+        if isinstance(value, Decimal):
+            return value
+        text = str(value).strip()
+        try:
+            return parse_size_gb(f"{text}GB" if re.fullmatch(r"[0-9.]+", text) else text)
+        except ConfigError as error:
+            self.fail(str(error).removeprefix("size: "), param, ctx)
 
 
 class GpuName(click.ParamType[GpuRequest]):
@@ -151,6 +167,59 @@ def filter_options(command: F) -> F:
                 "verified",
                 default=True,
                 help="Only hosts that the vendor has verified (the default), or any.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+def work_options(command: F) -> F:
+    """How much there is to do, and what it moves and keeps."""
+    for option in reversed(
+        (
+            click.option("--hours", type=Amount(above=0, most=100_000), help="Useful GPU work, on any card."),
+            click.option(
+                "--work",
+                "amount",
+                metavar="AMOUNT",
+                help="Instead: 8h@h100-sxm or 3e21flop, converted to each card.",
+            ),
+            click.option(
+                "--bound",
+                default="compute",
+                show_default=True,
+                help="What limits the work: compute, memory, or compute's share such as 0.7.",
+            ),
+            click.option("--job", "job_name", help="Convert by what `gpubroker calibrate` measured for it."),
+            click.option(
+                "--disk-gb",
+                type=Size(),
+                default="50",
+                show_default=True,
+                help="Disk of the node.",
+            ),
+            click.option("--ingress-gb", type=Size(), default="0", help="Data set and image, at each start."),
+            click.option("--data-at", default="", help="The provider that the data set is read from."),
+            click.option("--egress-gb", type=Size(), default="0", help="Artifacts that leave at the end."),
+            click.option("--checkpoint-gb", type=Size(), default="0", help="One checkpoint."),
+            click.option(
+                "--checkpoint-save", type=Duration(), help="The pause of one save.  [default: from its size]"
+            ),
+            click.option(
+                "--checkpoint-every", type=Duration(), help="Work between saves.  [default: what costs least]"
+            ),
+            click.option(
+                "--checkpoint-at",
+                default="",
+                help="The provider that keeps checkpoints: aws, cloudflare-r2 …  [default: the node's own]",
+            ),
+            click.option("--volume-gb", type=Size(), default="0", help="A network volume of the provider's."),
+            click.option(
+                "--preemptions-per-hour",
+                "preemption_rate",
+                type=Amount(least=0, most=1000),
+                help="Of preemptible offers, instead of what is known of each.",
             ),
         )
     ):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime, timedelta
-from decimal import Decimal
 from typing import Any
 
 import click
@@ -14,18 +12,15 @@ from rich.padding import Padding
 from rich.text import Text
 
 from gpubroker import config
-from gpubroker.cli.options import Amount, Duration, filter_options, format_option
+from gpubroker.cli.ask import ask_from, pricing_for, rows_for
+from gpubroker.cli.options import Duration, filter_options, format_option, work_options
 from gpubroker.cli.render import age, console, dollars, iso, print_csv, print_json, say, table
 from gpubroker.doors import SystemClock
-from gpubroker.errors import ConfigError, NoFeasibleOffer
-from gpubroker.gpus import GpuRequest, catalogue
-from gpubroker.model import Market
+from gpubroker.errors import NoFeasibleOffer
 from gpubroker.money import usd_text
-from gpubroker.plan.bill import Work
-from gpubroker.plan.fees import FeeTable
-from gpubroker.plan.rank import Ask, LeftOut, Quote, best_of_each, list_price_text, merge, rank, row_id
+from gpubroker.plan.rank import Ask, LeftOut, Quote, best_of_each, list_price_text, rank, row_id
 from gpubroker.plan.sentence import advice
-from gpubroker.prices import book, market
+from gpubroker.prices import market
 
 _CSV = (
     "provider", "sku", "gpu", "form_factor", "gpu_count", "market", "preemptible", "region", "zone", "cloud",
@@ -45,18 +40,7 @@ Examples:
   gpubroker quote --min-vram 48 --hours 2 --format json""",
 )
 @filter_options
-@click.option("--hours", type=Amount(above=0, most=100_000), required=True, help="Useful GPU work.")
-@click.option(
-    "--disk-gb",
-    type=Amount(least=0, most=1_000_000),
-    default="50",
-    show_default=True,
-    help="Disk while it runs.",
-)
-@click.option(
-    "--egress-gb", type=Amount(least=0, most=10_000_000), default="0", help="GB that leave the vendor."
-)
-@click.option("--ingress-gb", type=Amount(least=0, most=10_000_000), default="0", help="GB that go in.")
+@work_options
 @click.option(
     "--top",
     type=click.IntRange(1, 1000),
@@ -68,71 +52,20 @@ Examples:
 @click.option("--offline", is_flag=True, help="Never ask a vendor: stored prices and the price book.")
 @click.option("--explain", is_flag=True, help="Show every line's arithmetic and all that was left out.")
 @format_option("table", "json", "csv")
-def quote(
-    *,
-    gpus: tuple[GpuRequest, ...],
-    count: int,
-    markets: tuple[Market, ...],
-    providers: tuple[str, ...],
-    regions: tuple[str, ...],
-    min_vram: int | None,
-    verified: bool,
-    hours: Decimal,
-    disk_gb: Decimal,
-    egress_gb: Decimal,
-    ingress_gb: Decimal,
-    top: int,
-    max_age: int | None,
-    offline: bool,
-    explain: bool,
-    output: str,
-) -> None:
-    """What a job costs on every market: compute by billing unit, start-up, disk and transfer.
+def quote(*, top: int, max_age: int | None, offline: bool, explain: bool, output: str, **asked: Any) -> None:
+    """What a job costs on every market: compute by billing unit, start-up, preemptions, disk and transfer.
 
     Uses prices polled within --max-age, refreshes older ones in at most 4 seconds, and falls back to dated
     list prices; every row says how old its price is.
     """
-    if not gpus and min_vram is None:
-        raise click.UsageError("say which GPU: --gpu h100, or --min-vram 48 for any with that much memory")
     settings = config.load()
     clock = SystemClock()
-    work = Work(
-        hours=hours,
-        disk_gb=disk_gb,
-        egress_gb=egress_gb,
-        ingress_gb=ingress_gb,
-        egress_gb_this_month=settings.egress_gb_this_month,
-        cpu_cores_per_gpu=settings.cpu_cores_per_gpu,
-        ram_gib_per_gpu=settings.ram_gib_per_gpu,
-    )
-    ask = Ask(
-        work=work,
-        gpus=gpus,
-        gpu_count=count,
-        markets=markets,
-        providers=providers,
-        regions=regions,
-        min_vram_gib=min_vram,
-        verified_only=verified,
-    )
+    ask = ask_from(asked, settings)
+    pricing = pricing_for(ask, settings, preemption_rate=asked["preemption_rate"])
     max_age_s = settings.max_age_s if max_age is None else max_age
-    view = market.view(
-        settings,
-        market.Wish(names=_names(ask), providers=frozenset(providers), verified_only=verified),
-        max_age_s=max_age_s,
-        offline=offline,
-        clock=clock,
-        on_ask=_say_who_is_asked,
-    )
-    listed = [p for p in book.load(_names(ask)) if p.offer.provider not in settings.disabled_providers]
-    known = {p.offer.provider for p in listed} | {p.offer.provider for p in view.live} | set(view.providers)
-    for name in providers:
-        if name in settings.disabled_providers:
-            raise ConfigError(f"provider {name} is disabled: disabled_providers in your config")
-        if name not in known:
-            raise ConfigError(f"no provider is called {name!r}; known: {', '.join(sorted(known))}")
-    rows, superseded = merge(view.live, listed, view.covered)
-    ranking = rank(rows, ask, FeeTable.load(settings.fees))
+    rows = rows_for(ask, settings, max_age_s=max_age_s, offline=offline, clock=clock)
+    view, superseded = rows.view, rows.superseded
+    ranking = rank(rows.priced, ask, pricing)
     unread = [LeftOut(provider=name, id=skip.id, reason=skip.reason) for name, skip in view.skipped]
     left_out = [*superseded, *ranking.left_out]
 
@@ -158,24 +91,6 @@ def quote(
         near = Counter(item.reason for item in ranking.left_out).most_common(4)
         why = "; ".join(f"{n} left out: {reason}" for reason, n in near) or "no price is known for it"
         raise NoFeasibleOffer(f"nothing fits: {why}")
-
-
-def _say_who_is_asked(names: list[str]) -> None:
-    """A person at a terminal waits up to four seconds: for whom?"""
-    if names and sys.stderr.isatty():
-        say(f"asking {', '.join(names)} …")
-
-
-def _names(ask: Ask) -> frozenset[str]:
-    """Canonical cards that can match at all."""
-    if ask.gpus:
-        names = frozenset().union(*(g.names for g in ask.gpus))
-    else:
-        names = frozenset(name for name, _ in catalogue())
-    if ask.min_vram_gib is None:
-        return names
-    big = {name for (name, _), gpu in catalogue().items() if gpu.vram_gib >= ask.min_vram_gib}
-    return names & big or names
 
 
 def _print_table(

@@ -1,33 +1,22 @@
 """An offer and a job -> the lines of its bill. Pure; every line carries its arithmetic and its source.
 
-Compute runs from the moment the vendor starts billing: start-up (boot, image pull, preflight), the useful
-hours, and what the billing unit and minimum add. The lines are rounded to the micro-dollar one by one and
-the total is their sum, so that they always add up.
+The node is paid from the moment the vendor starts billing: start-up (boot, image pull, preflight), the useful
+hours, what preemptions are expected to add (checkpoints, lost work, restarts), and what the billing unit and
+minimum add. The lines are rounded to the micro-dollar one by one and the total is their sum, so that they
+always add up.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, Decimal
 
 from gpubroker.model import Offer
 from gpubroker.money import SECONDS_PER_HOUR, round_usd
-from gpubroker.plan.fees import UNKNOWN, Direction, FeeTable
-
-ZERO = Decimal(0)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
-    """What has to be paid for, whichever offer does it. Gigabytes are 10^9 bytes."""
-
-    hours: Decimal  # useful GPU work
-    disk_gb: Decimal = Decimal(50)
-    egress_gb: Decimal = ZERO
-    ingress_gb: Decimal = ZERO
-    egress_gb_this_month: Decimal = ZERO  # already used of account-monthly tiers
-    cpu_cores_per_gpu: Decimal = Decimal(2)  # billed only where CPU and RAM are apart
-    ram_gib_per_gpu: Decimal = Decimal(16)
+from gpubroker.plan.course import Course
+from gpubroker.plan.fees import UNKNOWN, Charge, Direction, FeeTable
+from gpubroker.plan.work import ZERO, Work
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,58 +31,96 @@ class CostLine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bill:
-    """What one offer would cost for the work."""
+    """What one offer is expected to cost for the work."""
 
     lines: tuple[CostLine, ...]
     total_usd: Decimal
     billed_s: Decimal
+    course: Course
 
 
-def bill_for(offer: Offer, work: Work, fees: FeeTable, *, price_source: str) -> Bill:
-    """Every line of the bill for running `work` once on `offer`, without interruptions."""
-    startup = fees.startup(offer.provider, offer.market)
-    useful_s = work.hours * SECONDS_PER_HOUR
-    run_s = useful_s + startup.billed_s
+def bill_for(
+    offer: Offer, work: Work, fees: FeeTable, course: Course, *, price_source: str, risk_source: str = ""
+) -> Bill:
+    """Every line of the bill for `work` on `offer`, going as `course` says.
+
+    `risk_source` says where the preemptions of the course come from.
+    """
+    run_s = course.run_h * SECONDS_PER_HOUR
     billed_s = billed_seconds(run_s, offer.billing_increment_s, offer.minimum_s)
+    # Each lost node ends somewhere in a billing unit: half of one is wasted, on average.
+    billed_s += course.preemptions * (offer.billing_increment_s - 1) / 2
     billed_h = billed_s / SECONDS_PER_HOUR
-
     lines = [
-        CostLine(
-            item="compute",
-            usd=round_usd(offer.usd_per_hour * work.hours),
-            how=f"{work.hours:f} h x ${offer.usd_per_hour:f}/h",
-            source=price_source,
-        )
+        *_node(offer, course, fees, price_source, risk_source),
+        *_billing_unit(offer, billed_s - run_s, price_source),
+        *_cpu_and_ram(offer, work, billed_h, fees, price_source),
+        *_disk(offer, work, billed_h, fees),
+        *_paused_disk(offer, work, course, fees),
+        *_held(offer, work, course, fees),
+        *_transfer(offer, work, course, fees),
     ]
-    if startup.billed_s:
-        lines.append(
-            CostLine(
-                item="start-up",
-                usd=round_usd(offer.usd_per_hour * startup.billed_s / SECONDS_PER_HOUR),
-                how=f"{startup.billed_s} s x ${offer.usd_per_hour:f}/h",
-                source=startup.source,
-            )
+    return Bill(
+        lines=tuple(lines),
+        total_usd=sum((line.usd for line in lines), ZERO),
+        billed_s=billed_s,
+        course=course,
+    )
+
+
+def _node(offer: Offer, course: Course, fees: FeeTable, price: str, risk: str) -> Iterator[CostLine]:
+    """The hours of the node, by what they are spent on."""
+    rate = offer.usd_per_hour
+    yield CostLine(
+        item="compute",
+        usd=round_usd(rate * course.useful_h),
+        how=f"{_hours(course.useful_h)} h x ${rate:f}/h",
+        source=price,
+    )
+    if course.start_h:
+        yield CostLine(
+            item="start-up",
+            usd=round_usd(rate * course.start_h),
+            how=f"{_seconds(course.start_h)} s x ${rate:f}/h",
+            source=fees.startup(offer.provider, offer.market).source,
         )
-    if billed_s > run_s:
-        extra_s = billed_s - run_s
-        lines.append(
-            CostLine(
-                item="billing unit",
-                usd=round_usd(offer.usd_per_hour * extra_s / SECONDS_PER_HOUR),
-                how=_unit_text(offer, extra_s),
-                source=price_source,
-            )
+    if not course.preemptions:
+        return
+    if course.pauses_h:
+        yield CostLine(
+            item="checkpoints",
+            usd=round_usd(rate * course.pauses_h),
+            how=f"{_pauses_text(course)} x ${rate:f}/h",
+            source=f"the interval that costs least; {risk}",
         )
-    lines += _cpu_and_ram(offer, work, billed_h, fees, price_source)
-    lines += _disk(offer, work, billed_h, fees)
-    lines += _transfer(offer, work, fees)
-    return Bill(lines=tuple(lines), total_usd=sum((line.usd for line in lines), ZERO), billed_s=billed_s)
+    for item, hours, what in (
+        ("rework", course.rework_h, "lost and done again"),
+        ("restarts", course.restarts_h, "starting again and reading the checkpoint"),
+    ):
+        yield CostLine(
+            item=item,
+            usd=round_usd(rate * hours),
+            how=f"{_hours(course.preemptions)} preemptions expected: {_hours(hours)} h {what} x ${rate:f}/h",
+            source=risk,
+        )
+
+
+def _pauses_text(course: Course) -> str:
+    each_s = _seconds(course.pauses_h / course.checkpoints) if course.checkpoints else "0"
+    every = "" if course.interval_h is None else f", one every {_hours(course.interval_h * 60)} min"
+    return f"{_hours(course.checkpoints)} saves of {each_s} s{every}"
 
 
 def billed_seconds(run_s: Decimal, increment_s: int, minimum_s: int) -> Decimal:
     """The run rounded up to whole billing increments, and at least the minimum."""
     units = (run_s / increment_s).to_integral_value(rounding=ROUND_CEILING)
     return max(units * increment_s, Decimal(minimum_s))
+
+
+def _billing_unit(offer: Offer, extra_s: Decimal, source: str) -> Iterator[CostLine]:
+    usd = round_usd(offer.usd_per_hour * extra_s / SECONDS_PER_HOUR)
+    if usd:
+        yield CostLine(item="billing unit", usd=usd, how=_unit_text(offer, extra_s), source=source)
 
 
 def _unit_text(offer: Offer, extra_s: Decimal) -> str:
@@ -103,7 +130,7 @@ def _unit_text(offer: Offer, extra_s: Decimal) -> str:
         what = f"at least {offer.minimum_s} s are billed"
     else:
         what = f"billed in steps of {offer.billing_increment_s} s"
-    return f"{what}: {extra_s:f} s x ${offer.usd_per_hour:f}/h"
+    return f"{what}: {_hours(extra_s)} s x ${offer.usd_per_hour:f}/h"
 
 
 def _cpu_and_ram(offer: Offer, work: Work, billed_h: Decimal, fees: FeeTable, source: str) -> list[CostLine]:
@@ -140,53 +167,124 @@ def _ram_for_disk_gib(offer: Offer, work: Work, fees: FeeTable) -> Decimal:
     return (disk_gib / per_ram_gib).to_integral_value(rounding=ROUND_CEILING)
 
 
-def _disk(offer: Offer, work: Work, billed_h: Decimal, fees: FeeTable) -> list[CostLine]:
+def _disk(offer: Offer, work: Work, billed_h: Decimal, fees: FeeTable) -> Iterator[CostLine]:
     extra_gb = work.disk_gb - offer.disk_included_gb
     if extra_gb <= 0:
-        return []
+        return
     if offer.storage_usd_per_gb_month is not None:
         rate, source, is_known = offer.storage_usd_per_gb_month, "the offer itself", True
     else:
         fee = fees.storage_usd_per_gb_month(offer.provider)
         rate, source, is_known = fee.usd, fee.source_text, fee.status != UNKNOWN
     if is_known and not rate:
-        return []  # no line for what is free; one of $0 for what nobody knows
-    month_h = fees.hours_per_month(offer.provider)
-    return [
-        CostLine(
-            item="disk",
-            usd=round_usd(extra_gb * rate * billed_h / month_h),
-            how=f"{_disk_text(offer, work)} x ${rate:f}/GB-month x {_hours(billed_h)} h / {month_h} h",
-            source=source,
-        )
-    ]
-
-
-def _disk_text(offer: Offer, work: Work) -> str:
-    if not offer.disk_included_gb:
-        return f"{work.disk_gb:f} GB"
-    return f"({work.disk_gb:f} - {offer.disk_included_gb} included) GB"
-
-
-def _transfer(offer: Offer, work: Work, fees: FeeTable) -> list[CostLine]:
-    ways: tuple[tuple[Direction, Decimal, Decimal | None, Decimal], ...] = (
-        ("ingress", work.ingress_gb, offer.ingress_usd_per_gb, ZERO),
-        ("egress", work.egress_gb, offer.egress_usd_per_gb, work.egress_gb_this_month),
+        return  # no line for what is free; one of $0 for what nobody knows
+    what = f"({work.disk_gb:f} - {offer.disk_included_gb} included)" if offer.disk_included_gb else extra_gb
+    yield _disk_line(
+        "disk", extra_gb, f"{what}", rate, billed_h, fees.hours_per_month(offer.provider), source
     )
-    lines = []
-    for item, gb, rate, so_far_gb in ways:
-        if not gb:
-            continue
-        if rate is not None:
-            usd, how, source = round_usd(gb * rate), f"{gb:f} GB x ${rate:f}/GB", "the offer itself"
-        else:
-            charge = fees.transfer_usd(
-                offer.provider, item, gb, region=offer.region, month_so_far_gb=so_far_gb
-            )
-            usd, how, source = charge.usd, charge.how, charge.source_text
-        lines.append(CostLine(item=item, usd=usd, how=how, source=source))
-    return lines
 
 
-def _hours(hours: Decimal) -> str:
-    return f"{hours:.4f}".rstrip("0").rstrip(".")
+def _disk_line(
+    item: str, gb: Decimal, gb_text: str, rate: Decimal, hours: Decimal, month_h: int, source: str
+) -> CostLine:
+    return CostLine(
+        item=item,
+        usd=round_usd(gb * rate * hours / month_h),
+        how=f"{gb_text} GB x ${rate:f}/GB-month x {_hours(hours)} h / {month_h} h",
+        source=source,
+    )
+
+
+# Where a preempted node is stopped rather than ended, so that its disk stays and is paid.
+_KEEPS_DISK = frozenset({("vast", "spot")})
+
+
+def keeps_disk(offer: Offer) -> bool:
+    """Whether a preempted node waits with its disk, instead of starting from nothing elsewhere."""
+    return (offer.provider, offer.market) in _KEEPS_DISK
+
+
+def _paused_disk(offer: Offer, work: Work, course: Course, fees: FeeTable) -> Iterator[CostLine]:
+    """The disk of a node that waits to come back."""
+    if not keeps_disk(offer) or not course.wait_h:
+        return
+    stopped = fees.storage_usd_per_gb_month(offer.provider, "storage_stopped")
+    rate, source = stopped.usd, stopped.source_text
+    if stopped.status == UNKNOWN and offer.storage_usd_per_gb_month is not None:
+        rate, source = (
+            offer.storage_usd_per_gb_month,
+            "the offer's running rate; a stopped disk may cost more",
+        )
+    gb, month_h = work.disk_gb, fees.hours_per_month(offer.provider)
+    yield _disk_line("disk while waiting", gb, f"{gb:f}", rate, course.wait_h, month_h, source)
+
+
+def _held(offer: Offer, work: Work, course: Course, fees: FeeTable) -> Iterator[CostLine]:
+    """What lies apart from the node from the first start to the end: a volume, and kept checkpoints."""
+    saves = work.checkpoints
+    if work.volume_gb:
+        charge = fees.held_usd(offer.provider, work.volume_gb, course.wall_h)
+        yield _charged("network volume", charge)
+    if saves.gb and saves.store:
+        charge = fees.held_usd(saves.store, saves.gb * saves.generations, course.wall_h, kind="bucket")
+        yield _charged("kept checkpoints", charge)
+
+
+def _transfer(offer: Offer, work: Work, course: Course, fees: FeeTable) -> Iterator[CostLine]:
+    """What goes in at each start, and what leaves: checkpoints as they are written, artifacts at the end.
+
+    A monthly tier is used up in that order.
+    """
+    saves = work.checkpoints
+    starts = Decimal(1) if keeps_disk(offer) else 1 + course.preemptions
+    if work.ingress_gb:
+        gb = work.ingress_gb * starts
+        yield _moved("ingress", "ingress", gb, offer, work, fees)
+        if work.data_store not in ("", offer.provider):
+            yield _from_store("data leaving its store", gb, work.data_store, fees)
+    left_gb = ZERO
+    if saves.leave(offer.provider):
+        left_gb = saves.gb * course.checkpoints
+        if left_gb:
+            yield _moved("checkpoint egress", "egress", left_gb, offer, work, fees)
+        read_gb = saves.gb * course.preemptions
+        if read_gb:
+            yield _moved("checkpoint ingress", "ingress", read_gb, offer, work, fees)
+            yield _from_store("checkpoints leaving their store", read_gb, saves.store, fees)
+    if work.egress_gb:
+        yield _moved("egress", "egress", work.egress_gb, offer, work, fees, before_gb=left_gb)
+
+
+def _moved(
+    item: str,
+    direction: Direction,
+    gb: Decimal,
+    offer: Offer,
+    work: Work,
+    fees: FeeTable,
+    before_gb: Decimal = ZERO,
+) -> CostLine:
+    """Into or out of the node's provider, by the offer's own rate where it has one."""
+    rate = offer.egress_usd_per_gb if direction == "egress" else offer.ingress_usd_per_gb
+    if rate is not None:
+        text = f"{_hours(gb)} GB x ${rate:f}/GB"
+        return CostLine(item=item, usd=round_usd(gb * rate), how=text, source="the offer itself")
+    so_far_gb = work.egress_gb_this_month + before_gb if direction == "egress" else ZERO
+    charge = fees.transfer_usd(offer.provider, direction, gb, region=offer.region, month_so_far_gb=so_far_gb)
+    return _charged(item, charge)
+
+
+def _from_store(item: str, gb: Decimal, store: str, fees: FeeTable) -> CostLine:
+    return _charged(item, fees.transfer_usd(store, "egress", gb))
+
+
+def _charged(item: str, charge: Charge) -> CostLine:
+    return CostLine(item=item, usd=charge.usd, how=charge.how, source=charge.source_text)
+
+
+def _hours(value: Decimal) -> str:
+    return f"{value:.4f}".rstrip("0").rstrip(".")
+
+
+def _seconds(hours: Decimal) -> str:
+    return f"{hours * SECONDS_PER_HOUR:.0f}"

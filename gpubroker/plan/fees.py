@@ -7,7 +7,7 @@ nobody has stated is a charge of 0 that says so: unknown is not free.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal, localcontext
 from typing import Literal
 
@@ -16,7 +16,7 @@ from gpubroker.gpus import read_table
 from gpubroker.money import round_usd
 
 Direction = Literal["egress", "ingress"]
-StorageKind = Literal["storage_running", "storage_stopped", "network_volume"]
+StorageKind = Literal["storage_running", "storage_stopped", "network_volume", "bucket"]
 
 # The first words that a row's status may have, the most trusted first.
 TRUST = (
@@ -48,6 +48,9 @@ COMMON_ITEMS = frozenset(
 _GB_IN_GIB = Decimal(10**9) / Decimal(2**30)
 # Where a fee depends on the region, the one whose fee stands for regions that the table does not have.
 _USUAL_REGION = {"aws": "us-east-1"}
+_VOLUME = "network_volume_usd_per_gb_month"
+# What a bucket is called where it is not the network volume.
+_BUCKETS = {"aws": "s3_standard_usd_per_gb_month", "cloudflare-r2": "storage_usd_per_gb_month"}
 # Vast bills GB * storage_cost / 30 / 24; the others bill by the year's average month.
 _HOURS_PER_MONTH = {"vast": 720}
 
@@ -154,6 +157,38 @@ class FeeTable:
             return _unknown(f"no {kind.replace('_', ' ')} fee of {provider} is known")
         return self._charge(provider, item, "", _spread(tiers[:1], Decimal(1), tiers[0].start))
 
+    def held_usd(
+        self, provider: str, gb: Decimal, hours: Decimal, *, kind: StorageKind = "network_volume"
+    ) -> Charge:
+        """Holding `gb` (10^9 bytes) for some hours, tier by tier, in a bucket or on a network volume.
+
+        A bucket at a provider that sells none by that name is its network volume.
+        """
+        item = _BUCKETS.get(provider, _VOLUME) if kind == "bucket" else f"{kind}_usd_per_gb_month"
+        month_h = self.hours_per_month(provider)
+        lasting = f"x {hours:.4f} h / {month_h} h"
+        own = self._overrides.get((provider, item))
+        if own is not None:
+            usd = round_usd(gb * own * hours / month_h)
+            return _own(usd, f"{_short(gb)} GB x ${own:f}/GB-month {lasting}")
+        tiers = self._tiers(provider, item, "")
+        if not tiers:
+            return _unknown(f"no {kind.replace('_', ' ')} fee of {provider} is known")
+        charge = self._charge(provider, item, "", _spread(tiers, gb, Decimal(0)), share=hours / month_h)
+        return replace(charge, how=f"({charge.how}) a month {lasting}")
+
+    def has_volumes(self, provider: str) -> bool:
+        """Whether a network volume of the provider's has a price."""
+        return (provider, _VOLUME) in self._fees or (provider, _VOLUME) in self._overrides
+
+    def stores(self) -> frozenset[str]:
+        """Providers that can keep checkpoints and data: those with a fee for leaving and one for holding."""
+        return frozenset(
+            provider
+            for provider, item in self._fees
+            if item == "egress_usd_per_gb" and (provider, _BUCKETS.get(provider, _VOLUME)) in self._fees
+        )
+
     def get(self, provider: str, item: str) -> Decimal | None:
         """One figure as the table has it, unrounded; None when nobody states it."""
         own = self._overrides.get((provider, item))
@@ -194,9 +229,16 @@ class FeeTable:
         below = [tier for tier in anywhere if tier.start < here[0].start]
         return below + here
 
-    def _charge(self, provider: str, item: str, region: str, parts: Sequence[tuple[Decimal, Fee]]) -> Charge:
+    def _charge(
+        self,
+        provider: str,
+        item: str,
+        region: str,
+        parts: Sequence[tuple[Decimal, Fee]],
+        share: Decimal = Decimal(1),
+    ) -> Charge:
         with localcontext(prec=60):
-            usd = round_usd(sum((amount * fee.value for amount, fee in parts), Decimal(0)))
+            usd = round_usd(share * sum((amount * fee.value for amount, fee in parts), Decimal(0)))
         how = " + ".join(
             f"{_short(amount)} {fee.unit_name} x ${fee.value:f}/{fee.unit_name}" for amount, fee in parts
         )

@@ -5,15 +5,17 @@ Rows rank by what one would really pay: an offer with more GPUs than asked is pr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from decimal import Decimal
 
 from gpubroker.gpus import GpuRequest
 from gpubroker.model import Market, Offer, Priced
-from gpubroker.plan.bill import Bill, Work, bill_for
+from gpubroker.plan.bill import Bill, bill_for
+from gpubroker.plan.course import NO_RISK, Risk, course_of
 from gpubroker.plan.fees import FeeTable
+from gpubroker.plan.work import Work
 
 OWN = "local"
 # ISO 3166 codes of countries in Europe.
@@ -41,11 +43,27 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Pricing:
+    """What prices an offer beside its own terms: fees, how often nodes are lost, how fast the card is.
+
+    `hours_on` converts the work to the offer's card: hours and how they were worked out, or the reason why
+    they cannot be; None = the hours asked for are hours on any card.
+    """
+
+    fees: FeeTable
+    risk_of: Callable[[Offer], Risk] = lambda offer: NO_RISK
+    hours_on: Callable[[Offer], tuple[Decimal, str] | str] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Quote:
     """One offer with its bill."""
 
     priced: Priced
     bill: Bill
+    work: Work  # with the hours that it takes on this card
+    risk: Risk
+    pace: str = ""  # how the hours on this card were worked out; "" = they are those asked for
 
     @property
     def offer(self) -> Offer:
@@ -75,7 +93,7 @@ class Ranking:
     left_out: tuple[LeftOut, ...]
 
 
-def rank(offers: Iterable[Priced], ask: Ask, fees: FeeTable) -> Ranking:
+def rank(offers: Iterable[Priced], ask: Ask, pricing: Pricing) -> Ranking:
     """Price every offer of the cards asked for that fits, and sort by total.
 
     Other cards are not "left out": nobody asked for them.
@@ -85,14 +103,35 @@ def rank(offers: Iterable[Priced], ask: Ask, fees: FeeTable) -> Ranking:
         offer = priced.offer
         if not is_asked_card(offer, ask):
             continue
-        reason = why_not(offer, ask)
-        if reason is None:
-            source = price_source(priced)
-            quotes.append(Quote(priced=priced, bill=bill_for(offer, ask.work, fees, price_source=source)))
+        found = why_not(offer, ask) or quote_of(priced, ask.work, pricing)
+        if isinstance(found, Quote):
+            quotes.append(found)
         else:
-            left_out.append(LeftOut(provider=offer.provider, id=row_id(offer), reason=reason))
+            left_out.append(LeftOut(provider=offer.provider, id=row_id(offer), reason=found))
     quotes.sort(key=_order)
     return Ranking(quotes=tuple(quotes), left_out=tuple(left_out))
+
+
+def quote_of(priced: Priced, work: Work, pricing: Pricing, *, risk: Risk | None = None) -> Quote | str:
+    """One offer's bill, or the reason why it has none; `risk` stands in for the table's."""
+    offer, pace = priced.offer, ""
+    if work.volume_gb and not pricing.fees.has_volumes(offer.provider):
+        return "no network volumes there"
+    if pricing.hours_on is not None:
+        converted = pricing.hours_on(offer)
+        if isinstance(converted, str):
+            return converted
+        work, pace = replace(work, hours=converted[0]), converted[1]
+    if risk is None:
+        risk = pricing.risk_of(offer)
+    start_s = Decimal(pricing.fees.startup(offer.provider, offer.market).billed_s)
+    course = course_of(offer, work, start_s, risk.per_hour)
+    if course is None:
+        return f"would never finish: lost {risk.per_hour:.2g} times an hour"
+    bill = bill_for(
+        offer, work, pricing.fees, course, price_source=price_source(priced), risk_source=risk.source
+    )
+    return Quote(priced=priced, bill=bill, work=work, risk=risk, pace=pace)
 
 
 def _order(quote: Quote) -> tuple[bool, Decimal, bool, bool, int, str, str, str]:

@@ -1,0 +1,131 @@
+"""From what was asked on a command line to rows that can be priced: shared by quote and plan."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+import click
+
+from gpubroker.cli.render import say
+from gpubroker.config import Settings
+from gpubroker.doors import Clock
+from gpubroker.errors import ConfigError
+from gpubroker.gpus import catalogue
+from gpubroker.model import Priced
+from gpubroker.plan.course import Risk
+from gpubroker.plan.fees import FeeTable
+from gpubroker.plan.rank import Ask, LeftOut, Pricing, merge
+from gpubroker.plan.work import Checkpoints, Work
+from gpubroker.prices import book, market
+
+ASKED_RATE = "as asked"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """Offers to price, what newer knowledge replaced, and how the market was seen."""
+
+    priced: list[Priced]
+    superseded: list[LeftOut]
+    view: market.View
+
+
+def ask_from(asked: Mapping[str, Any], settings: Settings) -> Ask:
+    """The options of `filter_options` and `work_options` as an Ask. Raises UsageError."""
+    if not asked["gpus"] and asked["min_vram"] is None:
+        raise click.UsageError("say which GPU: --gpu h100, or --min-vram 48 for any with that much memory")
+    if (asked["hours"] is None) == (asked["amount"] is None):
+        raise click.UsageError(
+            "say how much work: --hours 8, or --work 8h@h100-sxm to convert it to each card"
+        )
+    work = Work(
+        hours=asked["hours"] or Decimal(0),
+        disk_gb=asked["disk_gb"],
+        egress_gb=asked["egress_gb"],
+        ingress_gb=asked["ingress_gb"],
+        data_store=asked["data_at"].lower(),
+        volume_gb=asked["volume_gb"],
+        egress_gb_this_month=settings.egress_gb_this_month,
+        cpu_cores_per_gpu=settings.cpu_cores_per_gpu,
+        ram_gib_per_gpu=settings.ram_gib_per_gpu,
+        checkpoints=Checkpoints(
+            gb=asked["checkpoint_gb"],
+            save_s=_seconds(asked["checkpoint_save"]),
+            every_s=_seconds(asked["checkpoint_every"]),
+            store=asked["checkpoint_at"].lower(),
+        ),
+    )
+    return Ask(
+        work=work,
+        gpus=asked["gpus"],
+        gpu_count=asked["count"],
+        markets=asked["markets"],
+        providers=asked["providers"],
+        regions=asked["regions"],
+        min_vram_gib=asked["min_vram"],
+        verified_only=asked["verified"],
+    )
+
+
+def pricing_for(ask: Ask, settings: Settings, *, preemption_rate: Decimal | None = None) -> Pricing:
+    """Fees, hazards and speeds in force. Raises ConfigError for a store that no fee is known of."""
+    fees = FeeTable.load(settings.fees)
+    stores = fees.stores()
+    for option, store in (("data-at", ask.work.data_store), ("checkpoint-at", ask.work.checkpoints.store)):
+        if store and store not in stores:
+            raise ConfigError(f"--{option}: no store {store[:40]!r}; there are {', '.join(sorted(stores))}")
+    if preemption_rate is None:
+        return Pricing(fees=fees)
+    rate, none = Risk(per_hour=float(preemption_rate), source=ASKED_RATE), Risk(per_hour=0.0, source="")
+    return Pricing(fees=fees, risk_of=lambda offer: rate if offer.preemptible else none)
+
+
+def rows_for(ask: Ask, settings: Settings, *, max_age_s: int, offline: bool, clock: Clock) -> Rows:
+    """Stored and listed prices of the cards asked for, refreshed where they are too old.
+
+    Raises ConfigError for a provider that is unknown or disabled.
+    """
+    names = names_of(ask)
+    view = market.view(
+        settings,
+        market.Wish(names=names, providers=frozenset(ask.providers), verified_only=ask.verified_only),
+        max_age_s=max_age_s,
+        offline=offline,
+        clock=clock,
+        on_ask=_say_who_is_asked,
+    )
+    listed = [p for p in book.load(names) if p.offer.provider not in settings.disabled_providers]
+    known = {p.offer.provider for p in listed} | {p.offer.provider for p in view.live} | set(view.providers)
+    for name in ask.providers:
+        if name in settings.disabled_providers:
+            raise ConfigError(f"provider {name} is disabled: disabled_providers in your config")
+        if name not in known:
+            raise ConfigError(f"no provider is called {name!r}; known: {', '.join(sorted(known))}")
+    rows, superseded = merge(view.live, listed, view.covered)
+    return Rows(priced=rows, superseded=superseded, view=view)
+
+
+def names_of(ask: Ask) -> frozenset[str]:
+    """Canonical cards that can match at all."""
+    if ask.gpus:
+        names = frozenset().union(*(g.names for g in ask.gpus))
+    else:
+        names = frozenset(name for name, _ in catalogue())
+    if ask.min_vram_gib is None:
+        return names
+    big = {name for (name, _), gpu in catalogue().items() if gpu.vram_gib >= ask.min_vram_gib}
+    return names & big or names
+
+
+def _seconds(value: int | None) -> Decimal | None:
+    return None if value is None else Decimal(value)
+
+
+def _say_who_is_asked(names: list[str]) -> None:
+    """A person at a terminal waits up to four seconds: for whom?"""
+    if names and sys.stderr.isatty():
+        say(f"asking {', '.join(names)} …")

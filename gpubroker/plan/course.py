@@ -1,0 +1,107 @@
+"""How a job will go on an offer: hours of each kind that somebody bills, expected over preemptions. Pure.
+
+bill.py multiplies them by prices. The closed form and its assumptions are preempt.py's; here an offer and
+the work become its inputs, and its floats become decimals that add up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from decimal import Decimal
+
+from gpubroker.model import Offer
+from gpubroker.money import SECONDS_PER_HOUR
+from gpubroker.plan.preempt import Expectation, Interruptions, expect
+from gpubroker.plan.work import ZERO, Work
+
+_NANO = Decimal("0.000000001")
+# Mean wait for the same market to have a node again. The pooled public spot traces return at 1.64 an hour in
+# the first hour without one, 0.31 from there to the fourth, 0.10 later: 1.6 h on average.
+_WAIT_H = {"spot": 1.6}
+# A serverless scheduler starts the next container by itself.
+_OTHER_WAIT_H = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Risk:
+    """How often an offer's nodes are lost, and who says so."""
+
+    per_hour: float  # of billed time
+    source: str
+
+
+NO_RISK = Risk(per_hour=0.0, source="")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Course:
+    """Expected hours and counts of one job on one offer."""
+
+    useful_h: Decimal
+    start_h: Decimal = ZERO  # billed before the first useful second
+    pauses_h: Decimal = ZERO  # writing checkpoints
+    rework_h: Decimal = ZERO  # work that was lost and done again
+    restarts_h: Decimal = ZERO  # starts after preemptions
+    wait_h: Decimal = ZERO  # without a node, not billed
+    preemptions: Decimal = ZERO
+    checkpoints: Decimal = ZERO
+    interval_h: Decimal | None = None  # None = none is written at intervals
+    reload_h: Decimal = ZERO  # of one restart, reading the checkpoint
+
+    @property
+    def run_h(self) -> Decimal:
+        """What a vendor bills, before billing units."""
+        return self.useful_h + self.start_h + self.pauses_h + self.rework_h + self.restarts_h
+
+    @property
+    def wall_h(self) -> Decimal:
+        """From the first start to the end."""
+        return self.run_h + self.wait_h
+
+
+def interruptions(offer: Offer, work: Work, start_s: Decimal, hazard_per_hour: float) -> Interruptions:
+    """The inputs of the closed form."""
+    saves = work.checkpoints
+    return Interruptions(
+        hazard_per_hour=hazard_per_hour,
+        restart_h=_hours(start_s + saves.reload_s),
+        first_start_h=_hours(start_s),
+        checkpoint_h=_hours(saves.pause_s),
+        interval_h=None if saves.every_s is None else _hours(saves.every_s),
+        wait_h=_WAIT_H.get(offer.market, _OTHER_WAIT_H),
+    )
+
+
+def course_of(offer: Offer, work: Work, start_s: Decimal, hazard_per_hour: float) -> Course | None:
+    """The expected course; None where restarts are lost faster than they end, so that it never finishes."""
+    start_h = start_s / SECONDS_PER_HOUR
+    if not hazard_per_hour:
+        return Course(useful_h=work.hours, start_h=start_h)
+    found = expect(float(work.hours), interruptions(offer, work, start_s, hazard_per_hour))
+    return _decimal(found, work, start_h) if found.finishes and found.billed_h < _LONGEST_H else None
+
+
+_LONGEST_H = 1e6
+
+
+def _decimal(found: Expectation, work: Work, start_h: Decimal) -> Course:
+    return Course(
+        useful_h=work.hours,
+        start_h=start_h,
+        pauses_h=_nano(found.checkpoint_pause_h),
+        rework_h=_nano(found.rework_h),
+        restarts_h=_nano(found.restart_h),
+        wait_h=_nano(found.wait_h),
+        preemptions=_nano(found.preemptions),
+        checkpoints=_nano(found.checkpoints_written),
+        interval_h=None if found.interval_h is None else _nano(found.interval_h),
+        reload_h=work.checkpoints.reload_s / SECONDS_PER_HOUR,
+    )
+
+
+def _hours(seconds: Decimal) -> float:
+    return float(seconds / SECONDS_PER_HOUR)
+
+
+def _nano(value: float) -> Decimal:
+    return Decimal(repr(value)).quantize(_NANO)
