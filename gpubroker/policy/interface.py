@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 State: TypeAlias = Literal["none", "spot", "on_demand"]
+# Saved at the preemption itself, or every so often: see gpubroker.policy.replay.
+Checkpoint: TypeAlias = Literal["instant", "periodic"]
 # 'spot' means: stay in the zone where the node is, else the cheapest available one.
 Answer: TypeAlias = Literal["none", "spot", "on_demand"] | tuple[Literal["spot"], int]
 
@@ -24,7 +26,7 @@ class Job:
     step_h: float  # the time between two observations; a live run may keep to it only roughly
     on_demand_price: float  # $/h, the lowest of the zones
     zones: tuple[str, ...]
-    checkpoint: Literal["instant", "periodic"] = "instant"
+    checkpoint: Checkpoint = "instant"
     ckpt_interval_h: float = 0.0  # of work on spot between two checkpoints
     ckpt_cost_h: float = 0.0  # without progress
     grace_h: float = 0.0  # notice before a preemption

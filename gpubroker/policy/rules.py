@@ -70,7 +70,10 @@ class OdFallback(_Rule):
 
 
 class UniformProgress(_Rule):
-    """Never behind the straight line from no work to all of it (Wu et al., NSDI'24)."""
+    """Never behind the straight line from no work to all of it (Wu et al., NSDI'24).
+
+    The published runs decide exact ties of the first comparison by rounding; so does this one.
+    """
 
     def step(self, obs: Observation) -> Answer:
         """See Policy."""
@@ -79,7 +82,7 @@ class UniformProgress(_Rule):
     def _choose(self, obs: Observation) -> Answer:
         rate = self._job.work_h / self._job.deadline_h
         if obs.state == "on_demand":
-            is_ahead = (obs.t_h + 2 * self._job.restart_delay_h) * rate < obs.work_done_h - _EPSILON
+            is_ahead = (obs.t_h + 2 * self._job.restart_delay_h) * rate < obs.work_done_h
             return "spot" if obs.spot_available and is_ahead else "on_demand"
         if obs.spot_available:
             return "spot"

@@ -43,13 +43,18 @@ class Timeline:
     """The zones of one job side by side, step by step, with the sums that let a replay stride."""
 
     name: str
-    step_h: float
+    step_s: int
     on_demand_usd_per_hour: float  # of the cheapest zone
     zones: tuple[str, ...]
     available: tuple[tuple[bool, ...], ...]  # by step, then zone
     price: tuple[tuple[float, ...], ...]  # $/h by step, then zone
     usd_before: tuple[tuple[float, ...], ...]  # by zone, then step: what all earlier steps would have cost
     unchanged: tuple[int, ...]  # by step: steps until any zone's availability changes, at least 1
+
+    @property
+    def step_h(self) -> float:
+        """The same as policies see it."""
+        return self.step_s / 3600
 
     def __len__(self) -> int:
         return len(self.available)
@@ -60,7 +65,6 @@ def timeline(traces: Sequence[Trace], name: str | None = None) -> Timeline:
     first = traces[0]
     if any(t.step_s != first.step_s for t in traces):
         raise ConfigError(f"{first.group}: the zones of one group must have the same step")
-    step_h = first.step_s / 3600
     length = min(len(t.available) for t in traces)
     available = tuple(zip(*(t.available[:length] for t in traces), strict=True))
     unchanged = [1] * length
@@ -69,13 +73,14 @@ def timeline(traces: Sequence[Trace], name: str | None = None) -> Timeline:
             unchanged[k] = unchanged[k + 1] + 1
     return Timeline(
         name=name or (first.name if len(traces) == 1 else first.group),
-        step_h=step_h,
+        step_s=first.step_s,
         on_demand_usd_per_hour=min(t.on_demand_usd_per_hour for t in traces),
         zones=tuple(t.zone for t in traces),
         available=available,
         price=tuple(zip(*(t.spot_usd_per_hour[:length] for t in traces), strict=True)),
         usd_before=tuple(
-            tuple(accumulate((p * step_h for p in t.spot_usd_per_hour[:length]), initial=0.0)) for t in traces
+            tuple(accumulate((p * first.step_s / 3600 for p in t.spot_usd_per_hour[:length]), initial=0.0))
+            for t in traces
         ),
         unchanged=tuple(unchanged),
     )
