@@ -117,6 +117,18 @@ KNOWN_DEVIATIONS = (
     ),
     Deviation(
         vendor="vast",
+        operation="deleteVolume",
+        text="request: *",
+        reason="the vendor's client sends the id in the query, with an empty object",
+    ),
+    Deviation(
+        vendor="vast",
+        operation="rentVolume",
+        text="answer: status 4?? is not listed",
+        reason="the document lists no answer but 200; an offer may be gone and a size too large",
+    ),
+    Deviation(
+        vendor="vast",
         operation="PUT /api/v0/search/asks*",
         text="request: * is not in the document",
         reason="the vendor's client has it; the document does not",

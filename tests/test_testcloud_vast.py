@@ -11,6 +11,7 @@ import json
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -702,6 +703,103 @@ def test_secrets_and_the_account() -> None:
         assert [200, 400] == [(await room.ask("DELETE", path, {"key": "token"}))[0] for _ in range(2)]
         assert 400 == (await room.ask("PUT", path, {"key": "token", "value": "b"}))[0]
         assert isinstance((await room.ask("GET", "/api/v0/users/current/"))[1]["id"], int)
+
+    run(check)
+
+
+def test_a_volume_is_local_outlives_its_instances_and_is_billed_until_it_is_deleted(tmp_path: Path) -> None:
+    """Searched, rented, listed, used at create, kept while in use."""
+
+    async def check(room: Bench) -> None:
+        room.nodes.homes = tmp_path
+        query = {"machine_id": {"eq": STEADY.facts["machine_id"]}, "verified": {"in": [True, False]}}
+        offers = (await room.ask("POST", "/api/v0/volumes/search/", query))[1]["offers"]
+        assert [STEADY.facts["machine_id"]] == [offer["machine_id"] for offer in offers]
+        rented = {"id": offers[0]["id"], "size": 72, "name": "data"}
+        status, made = await room.ask("PUT", "/api/v0/volumes/", rented)
+        assert (200, "data") == (status, made["volume_name"])
+        began_s = room.clock.now_s()
+        volume = (await room.ask("GET", "/api/v0/volumes/"))[1]["volumes"][0]
+        assert (72, []) == (volume["disk_space"], volume["instances"])
+        info = {"create_new": False, "volume_id": volume["id"], "mount_path": "/workspace"}
+        first = await room.rent(price=0.9, volume_info=info, label="job-a1")
+        (tmp_path / first / "workspace/manifest.json").write_text("{}")
+        assert ["/workspace"] == [v["mount_path"] for v in (await room.instance(first))["volume_info"]]
+        assert 400 == (await room.ask("DELETE", "/api/v0/volumes/", {"id": volume["id"]}))[0]
+        await room.ask("DELETE", f"/api/v0/instances/{first}/")
+        assert "job-a1" == room.rental(first).published_by
+        second = await room.rent(volume_info=info)
+        assert "{}" == (tmp_path / second / "workspace/manifest.json").read_text()
+        await room.ask("DELETE", f"/api/v0/instances/{second}/")
+        assert 200 == (await room.ask("DELETE", "/api/v0/volumes/", {}, id=str(volume["id"])))[0]
+        hours = D(str(room.clock.now_s() - began_s)) / 3600
+        await room.pass_s(10**6)
+        usd = 72 * D(STEADY.facts["storage_cost"]) / 720 * hours
+        assert {"data": round(usd, 12)} == room.vast.other_charges(room.clock.now_s())
+        charges = (await room.ask("GET", "/api/v0/charges/", select_filters='{"day": {"gte": 1}}'))[1][
+            "results"
+        ]
+        assert ["instance", "instance", "volume"] == [row["type"] for row in charges]
+
+    run(check)
+
+
+def test_a_volume_may_be_made_with_its_instance() -> None:
+    """The SDK's --create-volume; the id is the volume offer's."""
+
+    async def check(room: Bench) -> None:
+        offer = (await room.ask("POST", "/api/v0/volumes/search/", {"verified": {"in": [True, False]}}))[1]
+        info = {"create_new": True, "volume_id": offer["offers"][0]["id"], "size": 30, "mount_path": "/data"}
+        number = await room.rent(volume_info=info)
+        volumes = (await room.ask("GET", "/api/v0/volumes/"))[1]["volumes"]
+        assert [(30, [{"id": int(number)}])] == [(v["disk_space"], v["instances"]) for v in volumes]
+
+    run(check)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"volume_id": 7}, "no such volume"),
+        ({"mount_path": "data"}, "mount_path"),
+        ({"create_new": True, "volume_id": 7}, "no such volume offer"),
+        ({"create_new": None}, "create_new"),
+    ],
+)
+def test_a_volume_that_is_not_there_or_elsewhere_is_refused(change: dict[str, Any], says: str) -> None:
+    """With nothing made."""
+    elsewhere = next(host for host in MACHINES if host.id != STEADY.id)
+
+    async def check(room: Bench) -> None:
+        volume = room.vast.volumes._make(elsewhere, 10, "far")
+        usual = {"create_new": False, "volume_id": volume.id, "mount_path": "/data"}
+        for info in (usual, {**usual, **change}):
+            status, answer = await room.create(volume_info=info)
+            assert (400, "invalid_args") == (status, answer["error"])
+        assert says in answer["msg"]
+        assert {} == room.world.rentals
+
+    run(check)
+
+
+def test_a_volume_larger_than_the_disk_or_a_wrong_id_is_refused() -> None:
+    """And a deleted one is gone."""
+
+    async def check(room: Bench) -> None:
+        offer = (await room.ask("POST", "/api/v0/volumes/search/", {"verified": {"in": [True, False]}}))[1]
+        number = offer["offers"][0]["id"]
+        statuses = [
+            (await room.ask(method, "/api/v0/volumes/", body))[0]
+            for method, body in (
+                ("PUT", {"id": number, "size": 99_999}),
+                ("PUT", {"id": 1}),
+                ("PUT", {"id": number, "size": "x"}),
+                ("DELETE", {"id": 5}),
+                ("DELETE", {"id": "x"}),
+            )
+        ]
+        assert [400, 404, 400, 404, 400] == statuses
+        assert {} == room.vast.volumes.volumes
 
     run(check)
 

@@ -42,7 +42,11 @@ BODIES: dict[tuple[str, str], Any] = {
         "target_state": "running",
         "cancel_unavail": False,
         "args": [],
+        "volume_info": {"create_new": False, "volume_id": 30_000_001, "mount_path": "/data"},
     },
+    ("POST", "/api/v0/volumes/search"): {"limit": 5, "verified": {"eq": True}, "disk_space": {"gte": 1}},
+    ("PUT", "/api/v0/volumes"): {"id": 1, "size": 10, "name": "v"},
+    ("DELETE", "/api/v0/volumes"): {"id": 30_000_001},
     ("PUT", "/api/v0/instances/{id}"): {"state": "stopped", "label": "m"},
     ("DELETE", "/api/v0/instances"): {"instance_ids": [20_000_001]},
     ("PUT", "/api/v0/instances/bid_price/{id}"): {"client_id": "me", "price": 0.7},
@@ -55,6 +59,7 @@ BODIES: dict[tuple[str, str], Any] = {
 }
 QUERIES = {
     "limit": ["1", "0", "-1", "x", "²", "9" * 40],
+    "id": ["1", "30000001", "x", "²"],
     "after_token": ["x", "e30=", "eyJ2YWx1ZXMiOiB7ImlkIjogMTIzfX0="],
     "order_by": ['[{"col":"label","dir":"desc"}]', "[1]", '[{"col":7}]', "{", "[[[["],
     "select_filters": ['{"label":{"eq":"l"}}', '{"label":1}', '{"id":{"in":7}}', '{"id":{"gt":"x"}}', "NaN"],
@@ -70,6 +75,8 @@ def vast() -> Iterator[Room]:
         made.ask("POST", "/api/v0/ssh/", {"ssh_key": KEY})
         offer = made.ask("POST", "/api/v0/bundles/", {}).body["offers"][0]
         assert 200 == made.ask("PUT", f"/api/v0/asks/{offer['id']}/", {"image": "x"}).status
+        volume = made.ask("POST", "/api/v0/volumes/search/", {}).body["offers"][0]
+        assert 200 == made.ask("PUT", "/api/v0/volumes/", {"id": volume["id"]}).status
         yield made
 
 
@@ -77,12 +84,14 @@ def state_of(vast: Vast) -> str:
     """Everything that a request could change."""
     rentals = [(r.id, r.state, r.tag, r.wish, len(r.events)) for r in vast.world.rentals.values()]
     keys = [(extra.keys, extra.authorized) for extra in vast._extras.values() if extra.authorized]
-    return repr([rentals, keys, vast.account.ssh_keys, vast.account.secrets, vast.site.keys])
+    volumes = [vast.volumes.volumes, len(vast.volumes.old)]
+    return repr([rentals, keys, volumes, vast.account.ssh_keys, vast.account.secrets, vast.site.keys])
 
 
 def ids_of(vast: Vast) -> list[str]:
     """Ids of what exists: keys, instances, asks."""
     numbers = [*vast.account.ssh_keys, *list(vast.world.rentals)[-5:], *list(vast._asks)[-5:]]
+    numbers += [*list(vast.volumes.volumes)[-5:], vast.volumes._offer_id(vast.volumes._hosts()[0])]
     return [str(number) for number in numbers]
 
 
@@ -113,6 +122,8 @@ def test_vast_survives_any_request(vast: Room, endpoint: tuple[str, str]) -> Non
         names = data.draw(st.lists(st.sampled_from(sorted(QUERIES)), max_size=3, unique=True))
         query = {key: data.draw(st.sampled_from(QUERIES[key])) for key in names}
         body = None if method == "GET" else data.draw(st.none() | bodies(BODIES.get(endpoint)) | JSON)
+        if isinstance(body, dict) and body.get("id") in (1, 30_000_001) and isinstance(chosen, int):
+            body["id"] = int(name)
         try:
             where = path.replace("{id}", quote(name, safe="")).replace("{key_id}", quote(name, safe=""))
         except UnicodeError:

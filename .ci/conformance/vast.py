@@ -71,6 +71,12 @@ def by_sdk(vast: VastAI) -> list[tuple[str, Callable[[], object]]]:
         )
         made["bid_id"] = answer["new_contract"]
 
+    def search_volumes() -> None:
+        made["volume offer"] = vast.search_volumes(limit=5)[0]["id"]
+
+    def show_volumes() -> None:
+        made["volume"] = vast.show_volumes()[0]["id"]
+
     def running(key: str) -> None:
         wait_for(lambda: (vast.show_instance(made[key]) or {}).get("actual_status") == "running")
 
@@ -99,6 +105,10 @@ def by_sdk(vast: VastAI) -> list[tuple[str, Callable[[], object]]]:
         ("sdk show_instance again", lambda: running("id")),
         ("sdk reboot_instance", lambda: vast.reboot_instance(made["id"])),
         ("sdk show_user", lambda: check(vast.show_user()["id"])),
+        ("sdk search_volumes", search_volumes),
+        ("sdk create_volume", lambda: vast.create_volume(made["volume offer"], size=10, name="sdk")),
+        ("sdk show_volumes", show_volumes),
+        ("sdk delete_volume", lambda: vast.delete_volume(made["volume"])),
         ("sdk destroy_instance", gone),
         ("sdk destroy_instance bid", lambda: vast.destroy_instance(made["bid_id"])),
     ]

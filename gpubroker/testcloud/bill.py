@@ -3,7 +3,8 @@
 Rental.events -> lines -> up.py and control.py (GET /bill), vast.py (its charges)
 
     vast    GPU by the second while running, at the rate then in force; the disk from creation to destroy in
-            every state, dearer while nothing runs; bytes both ways at the host's prices
+            every state, dearer while nothing runs; bytes both ways at the host's prices; volumes by the
+            second
     runpod  GPU and container disk by the second while running; the volume disk in every state, double when
             stopped; network volumes by the hour begun
     lambda  by the minute begun, from active to terminate; file systems by the hour begun, for what they hold
@@ -100,6 +101,11 @@ def network_volume(sizes: Sequence[tuple[float, int]], now_s: float) -> Decimal:
         first_gb = min(size_gb, _RUNPOD_FIRST_GB)
         usd += (first_gb * _RUNPOD_FIRST + (size_gb - first_gb) * _RUNPOD_BEYOND) / _MONTH_H
     return round(usd, _DIGITS)
+
+
+def vast_volume(size_gb: int, usd_per_gb_month: Decimal, seconds: float) -> Decimal:
+    """A vast volume: by the second, at its machine's price for disks, used or not."""
+    return round(size_gb * Decimal(usd_per_gb_month) / _MONTH_H * Decimal(str(seconds)) / _HOUR_S, _DIGITS)
 
 
 def file_system(used: Sequence[tuple[float, int]], until_s: float) -> Decimal:

@@ -1,7 +1,7 @@
 """vast.ai's API in the test cloud: a market of single machines, rented on demand or by bid.
 
 Call -> Vast -> World (rentals, bids against the market) -> vast_rows.py, vast_list.py -> Reply
-     -> Account (vast_account.py): keys, secrets, charges
+     -> Account (vast_account.py): keys, secrets, charges; Volumes (vast_volumes.py)
 
 Facts are from vast's OpenAPI description and from what public clients met:
 - an ask id lives for minutes; the machine stays;
@@ -40,6 +40,7 @@ from gpubroker.testcloud.shapes import (
 from gpubroker.testcloud.vast_account import Account, public_key, refusal
 from gpubroker.testcloud.vast_list import decoded, page_of, whole
 from gpubroker.testcloud.vast_rows import BadQuery
+from gpubroker.testcloud.vast_volumes import Chosen, Volumes
 from gpubroker.testcloud.web import Call, Handler, Limit, Manners, Refused, Reply, Site, account_key
 from gpubroker.testcloud.world import Host, Rental, State, Vendor, World
 
@@ -71,6 +72,10 @@ _LIMITS = {
     "deposit": Limit("deposit", 3.0),
     "detach": Limit("detach", 2.0),
     "charges": Limit("charges", 1.0),
+    "search volumes": Limit("search volumes", 5.5),
+    "rent volume": Limit("rent volume", 5.5),
+    "list volumes": Limit("list volumes", 5.5),
+    "delete volume": Limit("delete volume", 5.5),
     "new key": Limit("new key", 1.0),
     "new secret": Limit("new secret", 3.0),
     "secrets": Limit("secrets", 5.0),
@@ -175,7 +180,8 @@ class Vast:
         self._asks: dict[int, Ask] = {}
         self._extras: dict[str, Extra] = {}
         self._next_contract = _FIRST_CONTRACT
-        self.account = Account(world, self._authorize_all)
+        self.volumes = Volumes(world)
+        self.account = Account(world, self._authorize_all, self.volumes)
         self._searches: dict[tuple[str, str], int] = {}
         self._settled_s = 0.0
         self._routes()
@@ -192,8 +198,13 @@ class Vast:
         return {"GPUBROKER_VAST_URL": url, "VAST_URL": url, "VAST_API_KEY": account_key(VENDOR)}
 
     async def close(self) -> None:
-        """Serve no more."""
+        """Serve no more; the volumes' files are gone."""
         await self.site.close()
+        self.volumes.folders.close()
+
+    def other_charges(self, now_s: float) -> dict[str, Decimal]:
+        """USD of volumes, by name: they are billed and are no rentals."""
+        return self.volumes.charges(now_s)
 
     async def preempt(self, rental: Rental, notice_s: float | None) -> None:
         """Somebody bids more, without a notice: this vendor gives none."""
@@ -220,7 +231,7 @@ class Vast:
         self._add("GET", f"{instance}/ssh", self._instance_keys)
         self._add("POST", f"{instance}/ssh", self._attach_key)
         self._add("DELETE", f"{instance}/ssh/{{key_id}}", self._detach_key, "detach")
-        for method, path, handler, limit in self.account.routes():
+        for method, path, handler, limit in (*self.account.routes(), *self.volumes.routes()):
             self._add(method, path, handler, limit)
 
     def _add(self, method: str, path: str, handler: Handler, limit: str = "", **more: Any) -> None:
@@ -316,6 +327,7 @@ class Vast:
         if node is None:
             return
         rental.wish["last_port"] = node.ssh_port
+        self.volumes.mount(rental)
         if script:
             self.site.spawn(self._run_onstart(rental, str(script), env))
 
@@ -445,7 +457,7 @@ class Vast:
             message = f"error 404/3603: no_such_ask Instance type by id {ask_id} is not available."
             return refusal(404, "invalid_args", message, ask_id=ask_id)
         host = self.world.hosts["vast", ask.host_id]
-        self._check_create(body, host, ask_id)
+        volume = self._check_create(body, host, ask_id)
         price = None if body.get("price") is None else Decimal(body["price"])
         wanted = body.get("target_state") or "running"
         cancel = body.get("cancel_unavail")
@@ -455,6 +467,7 @@ class Vast:
             message = f"error 410/3907: no_such_ask Instance type {ask_id} is no longer available."
             return refusal(410, "no_such_ask", message, ask_id=ask_id)
         rental = self._rent(host, body, price, wanted)
+        self.volumes.attach(rental, volume)
         if fits and wanted == "running":
             self._run(rental)
             self._settle(host)
@@ -470,12 +483,18 @@ class Vast:
             }
         )
 
-    def _check_create(self, body: dict[str, Any], host: Host, ask_id: int | None) -> None:
+    def _check_create(self, body: dict[str, Any], host: Host, ask_id: int | None) -> Chosen | None:
+        """The volume that it asks for. Raises Refused."""
         faults = complaints(_CREATE, body)
         if not body.get("image") and not body.get("template_hash_id"):
             faults.append("image: is required")
         if body.get("disk") is not None and not faults and body["disk"] > host.facts["disk_space"]:
             faults.append(f"disk: the machine has {host.facts['disk_space']} GB")
+        volume = None
+        try:
+            volume = self.volumes.chosen(body.get("volume_info"), host)
+        except ValueError as error:
+            faults.append(str(error))
         if faults:
             raise Refused(
                 refusal(400, "invalid_args", f"error 400/3467: Invalid args: {faults[0]}", ask_id=ask_id)
@@ -485,6 +504,7 @@ class Vast:
             raise Refused(
                 refusal(400, "invalid_price", f"error 400/3468: price{price_faults[0]}", ask_id=ask_id)
             )
+        return volume
 
     def _fits(self, host: Host, price: Decimal | None) -> bool:
         """Whether it would run at once."""
@@ -532,13 +552,14 @@ class Vast:
         return rental
 
     def _row(self, call: Call, rental: Rental) -> dict[str, Any]:
-        return vast_rows.instance_row(
+        row = vast_rows.instance_row(
             rental,
             call.state(rental),
             min_bid=self._min_bid_now(rental.host),
             tag=rental.tag,
             now_s=self.world.clock.now_s(),
         )
+        return {**row, "volume_info": self.volumes.info(rental)}
 
     async def _show(self, call: Call) -> Reply:
         try:

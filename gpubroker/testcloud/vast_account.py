@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import datetime
 from decimal import Decimal
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gpubroker.testcloud import bill, vast_rows
 from gpubroker.testcloud.keys import is_key
@@ -16,6 +16,9 @@ from gpubroker.testcloud.shapes import complaints, record, text
 from gpubroker.testcloud.vast_list import decoded, whole
 from gpubroker.testcloud.web import Call, Handler, Refused, Reply
 from gpubroker.testcloud.world import Rental, World
+
+if TYPE_CHECKING:
+    from gpubroker.testcloud.vast_volumes import Volume, Volumes
 
 _USER_ID = 424242
 _SECRET = record({"key": text(1, 128, r"[A-Za-z_][A-Za-z0-9_]*\Z"), "value": text(0, 4096)}, {}, closed=False)
@@ -29,8 +32,9 @@ def refusal(status: int, code: str, message: str, **more: Any) -> Reply:
 class Account:
     """Its state and its routes. `keys_changed` is called when other SSH keys open its instances."""
 
-    def __init__(self, world: World, keys_changed: Callable[[], None]) -> None:
+    def __init__(self, world: World, keys_changed: Callable[[], None], volumes: Volumes) -> None:
         self.world = world
+        self._volumes = volumes
         self.ssh_keys: dict[int, tuple[str, datetime]] = {}
         self.secrets: dict[str, str] = {}
         self._keys_changed = keys_changed
@@ -122,6 +126,7 @@ class Account:
         if not limit:
             return refusal(400, "invalid_request", "Error in query parameters: limit is not a number")
         results = [_charge_row(rental, now_s) for rental in rentals]
+        results += [_volume_row(volume, now_s) for volume in self._volumes.all()]
         return Reply(
             body={
                 "success": True,
@@ -171,26 +176,38 @@ def _charge_row(rental: Rental, now_s: float) -> dict[str, Any]:
     began, ended = int(rental.events[0].at_s), int(now_s)
     if rental.state == "ended":
         ended = int(rental.since_s)
-    lines = bill.lines(rental, now_s)
+    parts = [(kinds[line.item], line.item, line.usd) for line in bill.lines(rental, now_s)]
+    return _contract_row("instance", rental.id, rental.tag, (began, ended), parts)
+
+
+def _volume_row(volume: Volume, now_s: float) -> dict[str, Any]:
+    """One volume's charges; USD."""
+    ended = int(now_s if volume.deleted_s is None else volume.deleted_s)
+    parts = [("disk", "disk", volume.usd(now_s))]
+    return _contract_row("volume", str(volume.id), volume.name, (int(volume.created_s), ended), parts)
+
+
+def _contract_row(
+    kind: str, number: str, label: str, when: tuple[int, int], parts: list[tuple[str, str, Decimal]]
+) -> dict[str, Any]:
+    dates = {"start": when[0], "end": when[1]}
     return {
-        "start": began,
-        "end": ended,
-        "type": "instance",
-        "source": f"instance-{rental.id}",
-        "description": f"Instance {rental.id}",
-        "amount": vast_rows.money(sum((line.usd for line in lines), Decimal(0))),
-        "metadata": {"label": rental.tag},
+        **dates,
+        "type": kind,
+        "source": f"{kind}-{number}",
+        "description": f"{kind.capitalize()} {number}",
+        "amount": vast_rows.money(sum((usd for _, _, usd in parts), Decimal(0))),
+        "metadata": {"label": label},
         "items": [
             {
-                "start": began,
-                "end": ended,
-                "type": kinds[line.item],
+                **dates,
+                "type": letters,
                 "source": None,
-                "description": line.item,
-                "amount": vast_rows.money(line.usd),
+                "description": item,
+                "amount": vast_rows.money(usd),
                 "metadata": {},
                 "items": [],
             }
-            for line in lines
+            for letters, item, usd in parts
         ],
     }

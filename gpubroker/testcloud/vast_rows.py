@@ -272,7 +272,6 @@ def instance_row(
         "client_run_time": Decimal(1),
         "host_run_time": Decimal(1),
         "country_code": host.region,
-        "volume_info": [],
     }
     return row
 
