@@ -1,6 +1,7 @@
 """Nodes of the test cloud: homes, commands, and that nothing of them outlives them. Real processes, both ways."""
 
 import asyncio
+import contextlib
 import functools
 import os
 import signal
@@ -376,33 +377,32 @@ async def test_everything_dies_with_the_keeper(tmp_path, isolation):
             await nodes.start("r2", H100, [], {})
 
 
-def test_an_ordinary_user_has_nodes_too(tmp_path_factory):
-    """As root: the same as nobody, by user namespaces or the subreaper. Else all of these tests are that test."""
+def as_nobody(script, *words):
+    """What a Python script says that an ordinary user runs. Skips where there is none to be."""
     if os.getuid() != 0:
         pytest.skip("this is an ordinary user")
-    nobody = {"user": 65534, "group": 65534, "extra_groups": [], "cwd": "/", "capture_output": True}
     env = {"PATH": os.defpath, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *sys.path])}
+    nobody = {"env": env, "user": 65534, "group": 65534, "extra_groups": [], "cwd": "/"}
     for python in (sys.executable, "/usr/bin/python3"):
-        try:
+        with contextlib.suppress(OSError):
             tried = subprocess.run(
-                [python, "-c", "import asyncssh, pytest, gpubroker"], env=env, **nobody, check=False
+                [python, "-c", "import asyncssh, pytest, gpubroker"],
+                capture_output=True,
+                check=False,
+                **nobody,
             )
-        except OSError:
-            continue
-        if tried.returncode == 0:
-            break
-    else:
-        pytest.skip("nobody may not run this Python or read its packages")
+            if tried.returncode == 0:
+                done = subprocess.run(
+                    [python, "-B", "-c", script, *words], stdout=subprocess.PIPE, check=False, **nobody
+                )
+                return done.stdout.decode()
+    pytest.skip("nobody may not run this Python or read its packages")
+
+
+def test_an_ordinary_user_has_nodes_too():
+    """As root: the same as nobody, by user namespaces or the subreaper. Else all of these tests are that test."""
     mark = new_mark()
-    with subprocess.Popen(
-        [python, "-B", "-c", ORDINARY, mark],
-        env=env,
-        stdout=subprocess.PIPE,
-        user=65534,
-        group=65534,
-        cwd="/",
-    ) as process:
-        output = process.stdout.read().decode().split()
+    output = as_nobody(ORDINARY, mark).split()
     assert ["65534", "0", "escaped", "0"] == output
     assert [] == marked(mark)
 

@@ -97,6 +97,7 @@ LIARS = (
     Liar(name="cuda-802", truth={"cuda_error": 802}),
     Liar(name="no-disk", truth={"disk_free_gb": 0}),
     Liar(name="slow-network", truth={"network": "slow"}),
+    Liar(name="no-egress", truth={"network": "no_egress"}),
     Liar(name="dead-network", truth={"network": "dead"}),
     Liar(name="no-ssh", truth={"ssh": "never"}),
 )

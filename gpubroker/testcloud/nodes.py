@@ -4,6 +4,7 @@
       -> nodes.py
            -> nodes_home.py     the home, and the GPU it seems to have (fakes/)
            -> nodes_ssh.py      the server on a loopback port
+           -> nodes_network.py  how well it is reached, and what it reaches
            -> nodes_process.py  commands, by way of one helper process (nodes_keeper.py)
 
 A node is a fixture, not a jail: its commands are kept together so that all of them die at once, but they are
@@ -25,6 +26,7 @@ from urllib.parse import quote
 import asyncssh
 
 from gpubroker.testcloud.nodes_home import build_fakes, environment, furnish
+from gpubroker.testcloud.nodes_network import Network
 from gpubroker.testcloud.nodes_process import Command, Descriptors, Init, Isolation, Keeper, copy_out
 from gpubroker.testcloud.nodes_ssh import Inside, SshServer
 from gpubroker.testcloud.world import HostTruth
@@ -39,14 +41,16 @@ class LocalNode:
         self, home: Path, init: Init, env: Mapping[str, str], host_key: asyncssh.SSHKey, truth: HostTruth
     ) -> None:
         self.home = str(home)
+        self.disk = init.disk  # free; full = ENOSPC in its home; unwritable = EFBIG wherever files are
+        self.network = Network(truth.network, init.connects)
         self.host_key = host_key.export_public_key().decode().strip()  # known_hosts without the host's name
         self._init = init
         self._env = dict(env)
         self._shell = "/bin/bash" if os.path.exists("/bin/bash") else "/bin/sh"
         inside = Inside(init=init, home=self.home, shell=self._shell, env=self._environment)
-        self._server = SshServer(inside, host_key, truth.ssh)
+        self._server = SshServer(inside, host_key, truth.ssh, self.network)
         self.ssh_port = self._server.port
-        init.gone.add_done_callback(lambda _: self._server.abort())
+        init.gone.add_done_callback(lambda _: self._sever())
 
     async def run(self, argv: Sequence[str], env: Mapping[str, str]) -> tuple[int, bytes, bytes]:
         """Run a command as a vendor without SSH does: status (128 + n = signal n), output, errors."""
@@ -83,7 +87,7 @@ class LocalNode:
 
     async def kill(self) -> None:
         """Connections drop and every process is gone when this returns; the home stays."""
-        self._server.abort()
+        self._sever()
         self._init.order_end()
         await asyncio.shield(self._init.gone)
 
@@ -91,6 +95,10 @@ class LocalNode:
     def alive(self) -> bool:
         """Whether it has processes, or may start some."""
         return not self._init.gone.done()
+
+    def _sever(self) -> None:
+        self._server.abort()
+        self.network.close()
 
     def _environment(self, user: str, more: Mapping[str, str]) -> dict[str, str]:
         return environment(Path(self.home), self._shell, user, {**self._env, **more})
@@ -120,7 +128,9 @@ class LocalNodes:
             await self._nodes[rental_id].kill()
         home = self._home(rental_id)
         furnish(home, truth, authorized_keys, self._fakes)
-        init = await keeper.new_init()
+        init = await keeper.new_init(
+            full=str(home) if truth.disk_free_gb <= 0 else "", connects=truth.network != "ok"
+        )
         if rental_id not in self._host_keys:
             self._host_keys[rental_id] = asyncssh.generate_private_key("ssh-ed25519")
         node = LocalNode(home, init, env, self._host_keys[rental_id], truth)

@@ -7,8 +7,8 @@
     <home>/.testcloud/bin       nvidia-smi, df, python and python3
 
 The fakes are built once under the nodes' root and linked into each home: two hundred nodes come up at once.
-A node shares the machine's file system, network and user: `df` is the only sign of `disk_free_gb`, nothing
-shows `network` yet. A command's own PATH, LD_LIBRARY_PATH and PYTHONPATH come after the node's.
+A node shares the machine's file system and user. A command's own PATH, LD_LIBRARY_PATH and PYTHONPATH come
+after the node's.
 """
 
 from __future__ import annotations

@@ -9,10 +9,16 @@ namespace: the keeper and each init are process 1 of a PID namespace; when one e
 that ran under it. subreaper: orphans come back to their init, which kills its descendants until none is left.
 Either way the end of a socket is the order to stop, so a test cloud killed with -9 takes everything along.
 
+A full disk is a file system of one page, taken, mounted on the home where the init has mounts of its own;
+what is in the home already stays as it is. Elsewhere the kernel refuses every write to a file as too large
+(EFBIG). What a node connects to is told to the test cloud by a seccomp filter with a listener, which a
+command can neither see nor leave, whatever it does to its environment.
+
 Requests are datagrams with file descriptors. To the keeper: `node` (the init's socket, a pipe that closes
-when the node is gone). To an init: `run` (stdin, stdout, stderr, JSON of argv, env, cwd and tty, a pipe for
-"pid N" and "exit STATUS"), `signal PID N` for that command's process group, `all N` (a pipe to
-close when done).
+when the node is gone, JSON of `full`: the home whose disk is full or "", `connects`: whether they are told);
+the init answers `up free|full|unwritable` and the listener where there is one. To an init: `run` (stdin,
+stdout, stderr, JSON of argv, env, cwd and tty, a pipe for "pid N" and "exit STATUS"), `signal PID N` for that
+command's process group, `all N` (a pipe to close when done).
 """
 
 from __future__ import annotations
@@ -23,18 +29,29 @@ import ctypes
 import fcntl
 import json
 import os
+import platform
+import resource
 import select
 import signal
 import socket
+import struct
 import sys
 import termios
 import time
 from collections.abc import Callable, Collection
-from typing import NoReturn
+from typing import Any, NoReturn
 
 _CLONE_NEWNS, _CLONE_NEWUSER, _CLONE_NEWPID = 0x00020000, 0x10000000, 0x20000000
 _MS_REC, _MS_PRIVATE, _MS_NOSUID_NODEV_NOEXEC = 0x4000, 0x40000, 0x2 | 0x4 | 0x8
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+_MS_NOSUID_NODEV, _MS_BIND = 0x2 | 0x4, 0x1000
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+_PR_SET_NO_NEW_PRIVS = 38
+_SECCOMP_SET_MODE_FILTER, _SECCOMP_FILTER_FLAG_NEW_LISTENER = 1, 8
+_SECCOMP_RET_USER_NOTIF, _SECCOMP_RET_ALLOW = 0x7FC00000, 0x7FFF0000
+_BPF_LOAD, _BPF_JUMP_IF_EQUAL, _BPF_RETURN = 0x20, 0x15, 0x06
+# machine -> (AUDIT_ARCH, the number of seccomp, the number of connect)
+_CALLS = {"x86_64": (0xC000003E, 317, 42), "aarch64": (0xC00000B7, 277, 203)}
 _KILL_ROUNDS = 2_000  # of a millisecond or more
 _HEARD = (signal.SIGCHLD, signal.SIGTERM)
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -115,7 +132,9 @@ class _Keeper(_Server):
         self._own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC) if mode == "namespace" else -1
 
     def obey(self, words: list[str], fds: list[int]) -> None:
-        control, gone = fds
+        control, gone, wish = fds
+        wanted = _read_json(wish)
+        os.close(wish)
         try:
             pid = self._fork()
         except OSError as error:  # the pipe closes: the node never came
@@ -123,7 +142,7 @@ class _Keeper(_Server):
             os.close(gone)
         else:
             if pid == 0:
-                _run_init(self._mode, control)
+                _run_init(self._mode, control, wanted)
             self._gone[pid] = gone
         os.close(control)
 
@@ -156,9 +175,10 @@ class _Keeper(_Server):
 class _Init(_Server):
     """One node: starts its commands, reports their ends, reaps its orphans, ends them all."""
 
-    def __init__(self, mode: str, control: socket.socket) -> None:
+    def __init__(self, mode: str, control: socket.socket, disk: str) -> None:
         super().__init__(control)
         self._mode = mode
+        self._disk = disk
         self._reports: dict[int, int] = {}  # a command's pid -> where its end is told
 
     def obey(self, words: list[str], fds: list[int]) -> None:
@@ -166,7 +186,7 @@ class _Init(_Server):
             *stdio, wish, report = fds
             pid = _fork()
             if pid == 0:
-                _become(stdio, wish)
+                _become(stdio, wish, self._disk)
             self._reports[pid] = report
             _tell(report, f"pid {pid}\n")
             fds.remove(report)
@@ -214,7 +234,7 @@ def _fork() -> int:
     return pid
 
 
-def _run_init(mode: str, control: int) -> NoReturn:
+def _run_init(mode: str, control: int, wanted: dict[str, Any]) -> NoReturn:
     """In the child: keep the one descriptor that is ours, be an init, end."""
     try:
         os.closerange(3, control)
@@ -228,8 +248,12 @@ def _run_init(mode: str, control: int) -> NoReturn:
             _die_with_parent(signal.SIGTERM)
             _check("prctl", _PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         sock = socket.socket(fileno=control)
-        init = _Init(mode, sock)
-        sock.send(b"up")
+        disk = _fill_disk(mode, wanted["full"]) if wanted["full"] else "free"
+        init = _Init(mode, sock, disk)
+        listeners = _watch_connects() if wanted["connects"] else []
+        socket.send_fds(sock, [f"up {disk}".encode()], listeners)
+        for fd in listeners:
+            os.close(fd)
         init.serve()
     except BaseException as error:  # the frames above belong to the keeper: never return into them
         sys.stderr.write(f"a node's init: {error!r}\n")
@@ -237,17 +261,74 @@ def _run_init(mode: str, control: int) -> NoReturn:
     os._exit(0)
 
 
-def _become(stdio: list[int], wish: int) -> NoReturn:
+def _fill_disk(mode: str, home: str) -> str:
+    """No file in the home can grow; full: ENOSPC, unwritable: EFBIG."""
+    if mode == "namespace":  # elsewhere a mount would be seen by all of the machine, and outlive us
+        with contextlib.suppress(OSError):
+            _mount_full(home)
+            return "full"
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    return "unwritable"
+
+
+def _mount_full(home: str) -> None:
+    """What lies in the home shows through. Raises OSError when nothing may be mounted."""
+    below = os.open(home, os.O_PATH | os.O_DIRECTORY)
+    before = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in os.scandir(home)]
+    size = f"size={_PAGE_BYTES},mode=0755".encode()
+    _check("mount", b"tmpfs", os.fsencode(home), b"tmpfs", _MS_NOSUID_NODEV, size)
+    for name, is_folder in before:
+        source, place = f"/proc/self/fd/{below}/{name}", os.path.join(home, name)
+        if os.path.islink(source):
+            os.symlink(os.readlink(source), place)
+            continue
+        if is_folder:
+            os.mkdir(place)
+        else:
+            os.close(os.open(place, os.O_CREAT))
+        _check("mount", os.fsencode(source), os.fsencode(place), None, _MS_BIND, None)
+    os.close(below)
+    taken = os.open(home, os.O_TMPFILE | os.O_WRONLY)  # stays open as long as the init lives
+    os.write(taken, bytes(_PAGE_BYTES))
+
+
+def _watch_connects() -> list[int]:
+    """The listener of all connects from here on; none where the kernel has no such thing for us."""
+    if platform.machine() not in _CALLS:
+        return []
+    machine, seccomp, connect = _CALLS[platform.machine()]
+    steps = (
+        (_BPF_LOAD, 0, 0, 4),  # the machine, else another one's numbers would be taken for ours
+        (_BPF_JUMP_IF_EQUAL, 0, 3, machine),
+        (_BPF_LOAD, 0, 0, 0),  # the number of the call
+        (_BPF_JUMP_IF_EQUAL, 0, 1, connect),
+        (_BPF_RETURN, 0, 0, _SECCOMP_RET_USER_NOTIF),
+        (_BPF_RETURN, 0, 0, _SECCOMP_RET_ALLOW),
+    )
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
+    program = ctypes.create_string_buffer(struct.pack("HP", len(steps), ctypes.addressof(code)))
+    with contextlib.suppress(OSError):
+        _check("prctl", _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+        _libc.syscall.restype = ctypes.c_long
+        flags = _SECCOMP_FILTER_FLAG_NEW_LISTENER
+        fd = _libc.syscall(ctypes.c_long(seccomp), _SECCOMP_SET_MODE_FILTER, flags, program)
+        if fd >= 0:
+            return [fd]
+    return []
+
+
+def _become(stdio: list[int], wish: int, disk: str) -> NoReturn:
     """In the child: turn into the command, in a session of its own."""
     try:
-        asked = json.loads(os.pread(wish, os.fstat(wish).st_size, 0))
+        asked = _read_json(wish)
         os.setsid()
         for target, fd in enumerate(stdio):
             os.dup2(fd, target)
         if asked["tty"]:
             fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-        for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores these, and that is inherited
-            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores these two, and that is inherited
+        if disk != "unwritable":
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         os.chdir(asked["cwd"])
         os.execvpe(asked["argv"][0], asked["argv"], asked["env"])  # noqa: S606
     except FileNotFoundError as error:
@@ -361,6 +442,10 @@ def _receive(sock: socket.socket) -> tuple[list[str], list[int]]:
         if kind == socket.SCM_RIGHTS:
             fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
     return data.decode().split(), list(fds)
+
+
+def _read_json(fd: int) -> Any:
+    return json.loads(os.pread(fd, os.fstat(fd).st_size, 0))
 
 
 def _tell(fd: int, text: str) -> None:

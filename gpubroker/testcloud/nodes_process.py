@@ -19,9 +19,11 @@ import sys
 import termios
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 Isolation = Literal["namespace", "subreaper"]
+# full: writing to a file in the home fails with ENOSPC; unwritable: to any file, with EFBIG.
+Disk = Literal["free", "full", "unwritable"]
 _SCRIPT = Path(__file__).with_name("nodes_keeper.py")
 _CHUNK_BYTES = 65_536
 _LINGER_S = 1.0  # how long output is waited for that a command's children may still write after its end
@@ -76,23 +78,30 @@ class Keeper:
         _allow_many_files()
         return keeper
 
-    async def new_init(self) -> Init:
-        """The processes of a new node: none yet. Raises KeeperFailed."""
+    async def new_init(self, *, full: str = "", connects: bool = False) -> Init:
+        """The processes of a new node: none yet. Raises KeeperFailed.
+
+        full: the home on whose disk nothing can be written; `disk` of the init says how that is done.
+        connects: its `connects` is to be the listener of what it connects to, where that is possible.
+        """
         control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         gone, gone_theirs = os.pipe()
         control.setblocking(False)
         init = Init(control, gone)
         try:
-            with theirs, _closing(gone_theirs):
-                await _send(self._hub, self._turn, "node", [theirs.fileno(), gone_theirs])
-            answer = await asyncio.get_running_loop().sock_recv(control, 64)
+            with theirs, _closing(gone_theirs), _memory({"full": full, "connects": connects}) as wish:
+                await _send(self._hub, self._turn, "node", [theirs.fileno(), gone_theirs, wish])
+            await _ready(control.fileno(), asyncio.get_running_loop().create_future())
+            answer, fds, _, _ = socket.recv_fds(control, 64, 1, socket.MSG_CMSG_CLOEXEC)
         except BaseException:
             control.close()  # which ends it
             raise
-        if answer != b"up":
+        if not answer.startswith(b"up "):
             control.close()
             raise KeeperFailed("the keeper gave no init")
         init.up = True
+        init.disk = cast(Disk, answer.decode().split()[1])
+        init.connects = fds[0] if fds else -1
         return init
 
     async def close(self) -> None:
@@ -108,6 +117,8 @@ class Init:
 
     def __init__(self, control: socket.socket, gone: int) -> None:
         self.up = False
+        self.disk: Disk = "free"
+        self.connects = -1  # for who takes it to close
         self._control = control
         self._turn = asyncio.Lock()
         self.gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # done when all are gone
@@ -126,8 +137,7 @@ class Init:
         wish = {"argv": list(argv), "env": dict(env), "cwd": cwd, "tty": tty}
         report, report_theirs = os.pipe()
         command = Command(report)
-        with _closing(os.memfd_create("wish")) as memory, _closing(report_theirs):
-            os.write(memory, json.dumps(wish).encode())
+        with _memory(wish) as memory, _closing(report_theirs):
             await self._ask("run", [*stdio, memory, report_theirs])
         return command
 
@@ -261,7 +271,7 @@ async def copy_in(read: Callable[[int], Awaitable[bytes]], fd: int) -> None:
                 try:
                     rest = rest[os.write(fd, rest) :]
                 except BlockingIOError:
-                    await _room(fd)
+                    await writable(fd)
 
 
 def _read(fd: int, most: int) -> bytes:
@@ -299,7 +309,7 @@ async def _ready(fd: int, enough: asyncio.Future[None]) -> None:
         enough.remove_done_callback(tell)
 
 
-async def _room(fd: int) -> None:
+async def writable(fd: int) -> None:
     """Until there is room to write, or nobody who reads."""
     loop = asyncio.get_running_loop()
     room = loop.create_future()
@@ -341,7 +351,7 @@ async def _send(sock: socket.socket, turn: asyncio.Lock, words: str, fds: Sequen
                 socket.send_fds(sock, [words.encode()], fds)
                 return
             except BlockingIOError:
-                await _room(sock.fileno())
+                await writable(sock.fileno())
 
 
 @contextlib.contextmanager
@@ -350,6 +360,14 @@ def _closing(fd: int) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
+
+
+@contextlib.contextmanager
+def _memory(value: object) -> Iterator[int]:
+    """JSON of any size, beside a request."""
+    with _closing(os.memfd_create("wish")) as memory:
+        os.write(memory, json.dumps(value).encode())
+        yield memory
 
 
 def _allow_many_files() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import os
 import posixpath
@@ -23,6 +24,7 @@ from typing import Any, Literal
 
 import asyncssh
 
+from gpubroker.testcloud.nodes_network import Network
 from gpubroker.testcloud.nodes_process import Command, Descriptors, Init, copy_in, copy_out
 
 _SLOW_BANNER_S = 3.0
@@ -45,8 +47,13 @@ class SshServer:
     """Listens from when it is made. `banner`: slow = after seconds, never = the port refuses connections."""
 
     def __init__(
-        self, inside: Inside, host_key: asyncssh.SSHKey, banner: Literal["ok", "slow", "never"]
+        self,
+        inside: Inside,
+        host_key: asyncssh.SSHKey,
+        banner: Literal["ok", "slow", "never"],
+        network: Network,
     ) -> None:
+        self._network = network
         self._inside = inside
         self._host_key = host_key
         self._banner = banner
@@ -92,9 +99,12 @@ class SshServer:
             except asyncio.CancelledError:
                 client.close()
                 raise
+        near = self._network.near(client)
+        if near is None:
+            return
         with contextlib.suppress(asyncssh.Error, OSError):  # a client that gave up, or has no key of ours
             await asyncssh.run_server(
-                client,
+                near,
                 server_factory=lambda: _Server(self._inside, self._connections),
                 server_host_keys=[self._host_key],
                 encoding=None,
@@ -143,7 +153,7 @@ class _Session(asyncssh.SSHServerProcess[bytes]):
     """A shell, a command, SFTP or scp."""
 
     def __init__(self, inside: Inside, user: str) -> None:
-        super().__init__(self._run, lambda chan: _HomeFiles(chan, inside.home), _SFTP_VERSION, True)
+        super().__init__(self._run, lambda chan: _HomeFiles(chan, inside), _SFTP_VERSION, True)
         self._inside = inside
         self._user = user
         self._running: Command | None = None
@@ -236,12 +246,19 @@ class _Session(asyncssh.SSHServerProcess[bytes]):
 class _HomeFiles(asyncssh.SFTPServer):
     """Files as seen from the home: relative paths start there, absolute ones are the machine's."""
 
-    def __init__(self, chan: Any, home: str) -> None:
+    def __init__(self, chan: Any, inside: Inside) -> None:
         super().__init__(chan)
-        self._home = home.encode()
+        self._home = inside.home.encode()
+        self._full = inside.init.disk != "free"
 
     def map_path(self, path: bytes) -> bytes:
         return posixpath.join(self._home, path)
+
+    def write(self, file_obj: object, offset: int, data: bytes) -> Any:
+        """Where commands find the disk full, so do files that come this way."""
+        if self._full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(file_obj, offset, data)
 
     def exit(self) -> None:
         """The client is done: OpenSSH's scp takes a session without an exit status for a failure."""
