@@ -114,26 +114,27 @@ def test_lambda_bills_minutes_begun_from_active_to_terminate(seconds: int, minut
 
 
 def test_aws_bills_a_minute_at_least_and_the_volume_in_every_state() -> None:
-    """Ended after 20 s of running; 9 GB of gp3 for two minutes."""
-    one = rental("aws", [made(0, "36"), at(60, "running"), at(80, "ended", reason="user")], disk_gb=9)
-    assert {"gpu": D("0.6"), "volume": round(D("0.001") * 80 / 3600, 12)} == items(one, 120)
+    """Ended after 18 s of running; 9 GB of gp3 for 80 s; the address for the 18 s."""
+    one = rental("aws", [made(0, "36"), at(62, "running"), at(80, "ended", reason="user")], disk_gb=9)
+    volume = round(D("0.001") * 80 / 3600, 12)
+    assert {"gpu": D("0.6"), "volume": volume, "public_ip": D("0.000025")} == items(one, 120)
 
 
 def test_aws_bills_the_minimum_for_each_start() -> None:
-    """Two starts of 30 s are two minutes."""
+    """Two starts of 36 s are two minutes; the address is billed by the second."""
     one = rental(
         "aws",
-        [made(0, "36"), at(0, "running"), at(30, "stopped"), at(90, "running"), at(120, "ended")],
+        [made(0, "36"), at(0, "running"), at(36, "stopped"), at(90, "running"), at(126, "ended")],
     )
-    assert {"gpu": D("1.2")} == items(one, 120)
+    assert {"gpu": D("1.2"), "public_ip": D("0.0001")} == items(one, 130)
 
 
 @pytest.mark.parametrize(
     ("market", "ran_s", "reason", "usd"),
     [
         pytest.param("spot", 3599, bill.RECLAIMED, D(0), id="taken back in the first hour"),
-        pytest.param("spot", 3600, bill.RECLAIMED, D(36), id="taken back after it"),
-        pytest.param("spot", 1800, "Client.UserInitiatedShutdown", D(18), id="ended by its user"),
+        pytest.param("spot", 3600, bill.RECLAIMED, D("36.005"), id="taken back after it"),
+        pytest.param("spot", 1800, "Client.UserInitiatedShutdown", D("18.0025"), id="ended by its user"),
     ],
 )
 def test_a_spot_instance_that_aws_takes_back_in_its_first_hour_is_free(
@@ -142,6 +143,45 @@ def test_a_spot_instance_that_aws_takes_back_in_its_first_hour_is_free(
     """Only what AWS itself ends, and only in the first hour."""
     one = rental("aws", [made(0, "36"), at(0, "running"), at(ran_s, "ended", reason=reason)], market=market)
     assert usd == bill.total(one, 9999)
+
+
+def sent(vendor: Vendor, number: str, *transfers: tuple[float, int]) -> Rental:
+    """A rental that sent so many bytes at these moments, and received as many."""
+    events = [at(at_s, "transfer", bytes_out=size, bytes_in=size) for at_s, size in transfers]
+    one = rental(vendor, [made(0, "1"), *events])
+    one.id = number
+    return one
+
+
+GB, MONTH_S = 10**9, 31 * 86400  # January 1970
+
+
+@pytest.mark.parametrize(
+    ("rentals", "usd"),
+    [
+        pytest.param([sent("aws", "a", (0, 100 * GB))], {"a": D(0)}, id="the first 100 GB are free"),
+        pytest.param(
+            [sent("aws", "a", (0, 60 * GB)), sent("aws", "b", (1, 60 * GB))],
+            {"a": D(0), "b": D("1.80")},
+            id="account-wide, in order of time",
+        ),
+        pytest.param(
+            [sent("aws", "a", (0, 110 * GB), (MONTH_S, 110 * GB))], {"a": D("1.80")}, id="each month anew"
+        ),
+        pytest.param(
+            [sent("aws", "a", (0, 200_000 * GB))],
+            {"a": D("0.09") * 10140 + D("0.085") * 40960 + D("0.07") * 102400 + D("0.05") * 46400},
+            id="all tiers",
+        ),
+        pytest.param([sent("modal", "m", (0, 1025 * 2**30))], {"m": D("0.04")}, id="modal beyond a TiB"),
+        pytest.param(
+            [sent("lambda", "l", (0, 10**15)), sent("runpod", "r", (0, 10**15))], {}, id="free elsewhere"
+        ),
+    ],
+)
+def test_what_leaves_is_billed_by_the_accounts_month(rentals: list[Rental], usd: dict[str, Decimal]) -> None:
+    """AWS: 0.09 USD per GB beyond 100 GB, then less; Modal: 0.04 per GiB beyond a TiB. What comes in is free."""
+    assert usd == bill.egress(rentals)
 
 
 def test_modal_bills_gpu_cores_and_memory_times_the_regions_factor() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
@@ -164,6 +165,23 @@ def test_transfers_and_checkpoints_are_recorded() -> None:
         row = (await room.client.ask("POST", "/nodes/n1/published", {"attempt": "a7"}))[1]
         assert 10 == rental.events[-1].bytes_out
         assert "a7" == row["published_by"]
+
+    run(check)
+
+
+def test_what_leaves_aws_is_on_the_bill_of_the_node_that_sent_it() -> None:
+    """By node and by tag; the account's first 100 GB a month are free."""
+
+    async def check(room: Bench) -> None:
+        aws = replace(HOST, vendor="aws")
+        for number in ("n1", "n2"):
+            room.world.create(aws, "spot", rental_id=number, tag="job", usd_per_hour=Decimal(1))
+            body = {"bytes_in": 10**12, "bytes_out": 100 * 10**9}
+            assert 200 == (await room.client.ask("POST", f"/nodes/{number}/transfer", body))[0]
+            room.clock.pass_s(1)
+        rows = (await room.client.ask("GET", "/bill?by=node"))[1]
+        assert [{}, {"bytes_out": "9.000000"}] == [rows[number]["lines"] for number in ("n1", "n2")]
+        assert {"job": "9.000000"} == (await room.client.ask("GET", "/bill"))[1]["aws"]
 
     run(check)
 

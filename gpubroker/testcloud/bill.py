@@ -9,8 +9,10 @@ Rental.events -> lines -> up.py and control.py (GET /bill), vast.py (its charges
             stopped; network volumes by the hour begun
     lambda  by the minute begun, from active to terminate; file systems by the hour begun, for what they hold
     aws     by the second from running, 60 s at least for each start; a spot instance that AWS takes back in
-            its first hour is free; the volume by the second in every state
-    modal   GPU, CPU and RAM by the second from creation to end, times the region's factor
+            its first hour is free; the volume by the second in every state; a public IPv4 address while
+            running; what leaves AWS by the account's monthly tiers
+    modal   GPU, CPU and RAM by the second from start to end, times the region's factor; what leaves Modal by
+            the workspace's monthly tiers
 
 It is written after the vendors' rules and not after the planner: nothing of `gpubroker.plan` is imported, so
 that agreement between the two means something. Amounts keep twelve digits; rounding to cents is
@@ -22,6 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from decimal import Decimal
 
 from gpubroker.testcloud.world import Event, Rental, State, Vendor
@@ -39,6 +42,20 @@ _LAMBDA_FILES = Decimal("0.20")
 _EBS_GP3 = Decimal("0.08")
 # USD per second: a physical core, a GiB, of a sandbox.
 MODAL_CORE, MODAL_GIB = Decimal("0.00003942"), Decimal("0.00000667")
+_PUBLIC_IPV4 = Decimal("0.005")  # USD per hour
+# What leaves the vendor in the account's calendar month, UTC: bytes of a unit, (from so many, USD for each).
+_EGRESS: Mapping[Vendor, tuple[int, tuple[tuple[int, Decimal], ...]]] = {
+    "aws": (
+        10**9,
+        (
+            (100, Decimal("0.09")),
+            (10_240, Decimal("0.085")),
+            (51_200, Decimal("0.07")),
+            (153_600, Decimal("0.05")),
+        ),
+    ),
+    "modal": (2**30, ((1024, Decimal("0.04")),)),
+}
 _AWS_LEAST_S = 60
 _AWS_FREE_S = 3600
 RECLAIMED = "Server.SpotInstanceTermination"  # the reason of an end that is AWS's own doing
@@ -48,7 +65,7 @@ RECLAIMED = "Server.SpotInstanceTermination"  # the reason of an end that is AWS
 class Line:
     """One item of a bill."""
 
-    item: str  # gpu, cpu, ram, disk, volume, bytes_in, bytes_out, network_volume
+    item: str  # gpu, cpu, ram, disk, volume, public_ip, bytes_in, bytes_out
     usd: Decimal
 
 
@@ -85,6 +102,38 @@ def lines(rental: Rental, now_s: float) -> list[Line]:
 def total(rental: Rental, now_s: float) -> Decimal:
     """USD until now."""
     return sum((line.usd for line in lines(rental, now_s)), Decimal(0))
+
+
+def egress(rentals: Iterable[Rental]) -> dict[str, Decimal]:
+    """USD by rental of what left vendors whose price goes by all that the account has sent in the month.
+
+    Each transfer costs what it adds at its own moment: who sends first has the free part.
+    """
+    sent = [
+        (event, rental)
+        for rental in rentals
+        if rental.vendor in _EGRESS
+        for event in rental.events
+        if event.kind == "transfer" and event.bytes_out
+    ]
+    so_far: dict[tuple[Vendor, str], int] = {}
+    usd: dict[str, Decimal] = {}
+    for event, rental in sorted(sent, key=lambda one: one[0].at_s):
+        month = (rental.vendor, f"{datetime.fromtimestamp(event.at_s, UTC):%Y-%m}")
+        before = so_far.get(month, 0)
+        so_far[month] = before + event.bytes_out
+        added = _tiered(rental.vendor, so_far[month]) - _tiered(rental.vendor, before)
+        usd[rental.id] = usd.get(rental.id, Decimal(0)) + added
+    return {rental_id: round(sum_, _DIGITS) for rental_id, sum_ in usd.items()}
+
+
+def _tiered(vendor: Vendor, sent_bytes: int) -> Decimal:
+    """What a month with so much costs."""
+    unit, tiers = _EGRESS[vendor]
+    units, usd = Decimal(sent_bytes) / unit, Decimal(0)
+    for (start, price), end in zip(tiers, (*(start for start, _ in tiers[1:]), None), strict=True):
+        usd += price * max(Decimal(0), (units if end is None else min(units, Decimal(end))) - start)
+    return usd
 
 
 def network_volume(sizes: Sequence[tuple[float, int]], now_s: float) -> Decimal:
@@ -184,6 +233,7 @@ def _aws(rental: Rental, history: list[Span]) -> Iterator[Line]:
             continue
         for span in run:
             yield Line(item="gpu", usd=span.usd_per_hour * span.hours)
+            yield Line(item="public_ip", usd=_PUBLIC_IPV4 * span.hours)
         missing_s = max(Decimal(0), _AWS_LEAST_S - ran_s)
         if run[-1].closed:
             yield Line(item="gpu", usd=run[-1].usd_per_hour * missing_s / _HOUR_S)

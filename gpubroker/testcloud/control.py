@@ -160,10 +160,12 @@ class Control(Background):
         now_s = self._world.clock.now_s()
         if request.query.get("by") == "node":
             return web.json_response(_by_node(self._world.rentals.values(), now_s))
+        left = bill.egress(self._world.rentals.values())
         sums: dict[str, dict[str, Decimal]] = {vendor: {} for vendor in self._vendors}
         for rental in self._world.rentals.values():
             tags = sums.setdefault(rental.vendor, {})
-            tags[rental.tag] = tags.get(rental.tag, Decimal(0)) + bill.total(rental, now_s)
+            usd = bill.total(rental, now_s) + left.get(rental.id, Decimal(0))
+            tags[rental.tag] = tags.get(rental.tag, Decimal(0)) + usd
         for vendor, api in self._vendors.items():
             others: Callable[[float], Mapping[str, Decimal]] | None = getattr(api, "other_charges", None)
             for tag, usd in (others(now_s) if others else {}).items():
@@ -218,13 +220,17 @@ def _node_row(rental: Rental) -> dict[str, Any]:
 
 def _by_node(rentals: Iterable[Rental], now_s: float) -> dict[str, Any]:
     table: dict[str, Any] = {}
+    rentals = list(rentals)
+    left = bill.egress(rentals)
     for rental in rentals:
-        lines = bill.lines(rental, now_s)
+        lines = {line.item: line.usd for line in bill.lines(rental, now_s)}
+        if usd := left.get(rental.id):
+            lines["bytes_out"] = usd
         table[rental.id] = {
             "vendor": rental.vendor,
             "tag": rental.tag,
-            "usd": _usd(sum((line.usd for line in lines), Decimal(0))),
-            "lines": {line.item: _usd(line.usd) for line in lines},
+            "usd": _usd(sum(lines.values(), Decimal(0))),
+            "lines": {item: _usd(usd) for item, usd in lines.items()},
         }
     return table
 
