@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from gpubroker.model import Offer, Priced
 from gpubroker.money import round_usd
 from gpubroker.plan.bill import Bill, CostLine, bill_for, billed_seconds
-from gpubroker.plan.course import Course, Risk, course_of
+from gpubroker.plan.course import Course, Risk, course_of, interruptions
 from gpubroker.plan.fees import FeeTable
 from gpubroker.plan.preempt import Interruptions, expect
 from gpubroker.plan.rank import Pricing, quote_of
@@ -62,7 +62,7 @@ PRICING = Pricing(fees=FEES)
 def bill_of(made, work, fees=FEES, hazard=0.0):
     """The bill of an offer whose nodes are lost `hazard` times an hour."""
     start_s = Decimal(fees.startup(made.provider, made.market).billed_s)
-    course = course_of(made, work, start_s, hazard)
+    course = course_of(work, start_s, interruptions(made, work, start_s, hazard))
     return bill_for(made, work, fees, course, price_source="live", risk_source="a risk")
 
 
@@ -297,7 +297,7 @@ def test_data_is_read_again_at_each_start():
 
 
 def test_an_outbid_node_waits_with_its_disk():
-    """Vast: the disk of a stopped instance is billed; no fee is known, so the running rate stands in."""
+    """Vast: a stopped instance's disk is billed; no fee is known, so the running rate stands in."""
     host = offer(provider="vast", storage_usd_per_gb_month=Decimal("0.72"), **SPOT)
     bill = bill_of(host, Work(hours=Decimal(10), disk_gb=Decimal(100)), hazard=0.1)
     line = next(line for line in bill.lines if line.item == "disk while waiting")

@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.padding import Padding
-from rich.text import Text
 
 from gpubroker import config
 from gpubroker.cli.ask import ask_from, pricing_for, rows_for
 from gpubroker.cli.options import Duration, filter_options, format_option, work_options
-from gpubroker.cli.render import age, console, dollars, iso, print_csv, print_json, say, table
+from gpubroker.cli.render import iso, print_csv, print_json, say
 from gpubroker.doors import SystemClock
 from gpubroker.errors import NoFeasibleOffer
 from gpubroker.money import usd_text
-from gpubroker.plan.rank import Ask, LeftOut, Quote, best_of_each, list_price_text, rank, row_id
-from gpubroker.plan.sentence import advice
+from gpubroker.plan.rank import Ask, LeftOut, Pricing, Quote, best_of_each, list_price_text, rank
 from gpubroker.prices import market
+
+if TYPE_CHECKING:
+    from gpubroker.plan.simulate import Distribution
 
 _CSV = (
     "provider", "sku", "gpu", "form_factor", "gpu_count", "market", "preemptible", "region", "zone", "cloud",
-    "stock", "usd_per_hour", "total_usd", "as_of", "source", "live", "stale",
+    "stock", "usd_per_hour", "total_usd", "p50_usd", "p90_usd", "p99_usd", "finish_p90_h", "as_of", "source",
+    "live", "stale",
 )  # fmt: skip
-
-# Lines that every bill has; the table names only what comes on top.
-_ALWAYS = ("compute", "start-up")
+# Rows of json and csv that have a distribution.
+_SPREAD_ROWS = 10
 
 
 @click.command(
@@ -37,7 +37,8 @@ _ALWAYS = ("compute", "start-up")
 Examples:
   gpubroker quote --gpu h100 --hours 8
   gpubroker quote --gpu a100-80gb --count 4 --hours 24 --market spot --egress-gb 200
-  gpubroker quote --min-vram 48 --hours 2 --format json""",
+  gpubroker quote --gpu h100 --hours 40 --checkpoint-gb 30 --checkpoint-at cloudflare-r2 --explain
+  gpubroker quote --min-vram 48 --work 8h@h100-sxm --format json""",
 )
 @filter_options
 @work_options
@@ -64,28 +65,30 @@ def quote(*, top: int, max_age: int | None, offline: bool, explain: bool, output
     pricing = pricing_for(ask, settings, preemption_rate=asked["preemption_rate"])
     max_age_s = settings.max_age_s if max_age is None else max_age
     rows = rows_for(ask, settings, max_age_s=max_age_s, offline=offline, clock=clock)
-    view, superseded = rows.view, rows.superseded
     ranking = rank(rows.priced, ask, pricing)
-    unread = [LeftOut(provider=name, id=skip.id, reason=skip.reason) for name, skip in view.skipped]
-    left_out = [*superseded, *ranking.left_out]
+    unread = [LeftOut(provider=name, id=skip.id, reason=skip.reason) for name, skip in rows.view.skipped]
+    left_out = [*rows.superseded, *ranking.left_out]
 
     now = clock.now()
     stale_before = now - timedelta(seconds=max_age_s)
     if output == "json":
-        problems = [*view.problems, *view.gaps]
-        print_json(_json(ask, ranking.quotes, [*unread, *left_out], problems, stale_before))
+        problems = [*rows.view.problems, *rows.view.gaps]
+        print_json(_json(ask, ranking.quotes, [*unread, *left_out], problems, stale_before, pricing))
     elif output == "csv":
-        records = (_record(q, stale_before) for q in ranking.quotes)
+        records = _records(ranking.quotes, stale_before, pricing)
         print_csv(_CSV, ([record[name] for name in _CSV] for record in records))
     elif ranking.quotes:
+        from gpubroker.cli import quote_view
+
         shown = best_of_each(ranking.quotes, top)
-        _print_table(shown, ranking.quotes, ask, stale_before, now)
+        spreads = _spreads(shown, pricing)
+        quote_view.print_table(shown, ranking.quotes, spreads, ask, stale_before, now)
         if explain:
-            _explain(shown, ranking.quotes, [*unread, *left_out])
+            quote_view.explain(shown, ranking.quotes, spreads, [*unread, *left_out])
         else:
-            _summarise(left_out)
+            quote_view.summarise(left_out)
     if output != "json":
-        for problem in (*view.problems, *(view.gaps if explain else ())):
+        for problem in (*rows.view.problems, *(rows.view.gaps if explain else ())):
             say(f"{problem.provider}: {problem.reason}")
     if not ranking.quotes:
         near = Counter(item.reason for item in ranking.left_out).most_common(4)
@@ -93,82 +96,11 @@ def quote(*, top: int, max_age: int | None, offline: bool, explain: bool, output
         raise NoFeasibleOffer(f"nothing fits: {why}")
 
 
-def _print_table(
-    shown: Sequence[Quote], quotes: Sequence[Quote], ask: Ask, stale_before: datetime, now: datetime
-) -> None:
-    made = table(
-        "#", "provider", "GPU", "market", "region", "$/h", "total", "plus", "price",
-        right=("#", "$/h", "total"), whole=("provider", "market", "region", "price"),
-    )  # fmt: skip
-    place = {id(q): i for i, q in enumerate(quotes, 1)}
-    for q in shown:
-        made.add_row(
-            str(place[id(q)]),
-            q.offer.provider,
-            _gpu_text(q, ask.gpu_count),
-            q.offer.market.replace("_", "-"),
-            q.offer.zone or q.offer.region or q.offer.cloud or "any",
-            dollars(q.offer.usd_per_hour),
-            dollars(q.bill.total_usd),
-            ", ".join(line.item for line in q.bill.lines if line.item not in _ALWAYS),
-            _price_age(q, stale_before, now),
-        )
-    out = console()
-    out.print(made)
-    more = any(q.offer.gpu_count > ask.gpu_count for q in shown)
-    note = f" * has more GPUs than the {ask.gpu_count} asked: all of it is paid." if more else ""
-    out.print(f"Totals are compute and start-up, plus what the row says.{note}", style="dim")
-    out.print()
-    out.print(advice(quotes, ask, now))
+def _spreads(quotes: Iterable[Quote], pricing: Pricing) -> dict[int, Distribution]:
+    """Distributions by id() of a quote; numpy is imported here."""
+    from gpubroker.plan.spread import spread_of
 
-
-def _summarise(left_out: Sequence[LeftOut]) -> None:
-    """The commonest reasons in one line."""
-    if not left_out:
-        return
-    most = Counter(item.reason.partition(":")[0] for item in left_out).most_common(3)
-    rest = len(left_out) - sum(n for _, n in most)
-    parts = [f"{n} {reason}" for reason, n in most] + ([f"{rest} for other reasons"] if rest else [])
-    console().print(f"Left out: {'; '.join(parts)}. --explain lists them.")
-
-
-def _gpu_text(q: Quote, asked: int) -> str:
-    offer = q.offer
-    form = "" if offer.form_factor == "unstated" else f" {offer.form_factor}"
-    return f"{offer.gpu_count}x {offer.gpu}{form}{'*' if offer.gpu_count > asked else ''}"
-
-
-def _price_age(q: Quote, stale_before: datetime, now: datetime) -> str:
-    if not q.priced.live:
-        return list_price_text(q.priced)
-    stale = ", stale" if _is_stale(q, stale_before) else ""
-    stock = "" if q.has_stock else ", none free"
-    return f"{age(q.priced.as_of, now)} old{stale}{stock}"
-
-
-def _is_stale(q: Quote, stale_before: datetime) -> bool:
-    return q.priced.as_of is None or q.priced.as_of < stale_before
-
-
-def _explain(shown: Sequence[Quote], quotes: Sequence[Quote], left_out: Sequence[LeftOut]) -> None:
-    """Every line's arithmetic, then all that was left out, alike ones together."""
-    out = console()
-    place = {id(q): i for i, q in enumerate(quotes, 1)}
-    for q in shown:
-        what = f"{_gpu_text(q, q.offer.gpu_count)} {q.offer.market.replace('_', '-')}"
-        head = f"{place[id(q)]}. {q.offer.provider} {what}, {row_id(q.offer)}: {dollars(q.bill.total_usd)}"
-        out.print(Text(f"\n{head}", style="bold"))
-        for line in q.bill.lines:
-            text = f"{line.item:<12} ${usd_text(line.usd):>12}  {line.how}  [{line.source}]"
-            out.print(Padding(Text(text), (0, 0, 0, 2)))
-    if left_out:
-        out.print("\nLeft out:")
-    groups: dict[tuple[str, str], Counter[str]] = {}
-    for item in left_out:
-        groups.setdefault((item.provider, item.reason), Counter())[item.id] += 1
-    for (provider, reason), ids in groups.items():
-        some = ", ".join(f"{name} (x{n})" if n > 1 else name for name, n in ids.items())
-        out.print(Padding(Text(f"{provider}: {reason}: {some}"), (0, 0, 0, 2)))
+    return {id(q): spread_of(q, pricing) for q in quotes}
 
 
 def _json(
@@ -177,29 +109,57 @@ def _json(
     left_out: Sequence[LeftOut],
     problems: Sequence[market.Problem],
     stale_before: datetime,
+    pricing: Pricing,
 ) -> dict[str, Any]:
+    work, saves = ask.work, ask.work.checkpoints
     return {
         "asked": {
             "gpu": [g.text for g in ask.gpus],
             "gpu_count": ask.gpu_count,
-            "hours": f"{ask.work.hours:f}",
+            "hours": f"{work.hours:f}",
             "market": list(ask.markets),
             "provider": list(ask.providers),
             "region": list(ask.regions),
             "min_vram_gib": ask.min_vram_gib,
             "verified_only": ask.verified_only,
-            "disk_gb": f"{ask.work.disk_gb:f}",
-            "egress_gb": f"{ask.work.egress_gb:f}",
-            "ingress_gb": f"{ask.work.ingress_gb:f}",
+            "disk_gb": f"{work.disk_gb:f}",
+            "egress_gb": f"{work.egress_gb:f}",
+            "ingress_gb": f"{work.ingress_gb:f}",
+            "data_at": work.data_store,
+            "volume_gb": f"{work.volume_gb:f}",
+            "checkpoint_gb": f"{saves.gb:f}",
+            "checkpoint_save_s": f"{saves.pause_s:f}",
+            "checkpoint_every_s": None if saves.every_s is None else f"{saves.every_s:f}",
+            "checkpoint_at": saves.store,
         },
-        "quotes": [_record(q, stale_before) for q in quotes],
+        "quotes": list(_records(quotes, stale_before, pricing)),
         "skipped": [{"provider": i.provider, "id": i.id, "reason": i.reason} for i in left_out],
         "problems": [{"provider": p.provider, "reason": p.reason} for p in problems],
     }
 
 
+def _records(quotes: Sequence[Quote], stale_before: datetime, pricing: Pricing) -> Iterable[dict[str, Any]]:
+    """One record a quote; the first rows carry a distribution, the others null."""
+    spreads = _spreads(quotes[:_SPREAD_ROWS], pricing)
+    for q in quotes:
+        yield {**_record(q, stale_before), **_spread_record(spreads.get(id(q)))}
+
+
+def _spread_record(spread: Distribution | None) -> Mapping[str, str | None]:
+    if spread is None:
+        return dict.fromkeys(
+            ("p50_usd", "p90_usd", "p99_usd", "finish_p50_h", "finish_p90_h", "finish_p99_h")
+        )
+    return {
+        **{f"{name}_usd": f"{getattr(spread.usd, name):.6f}" for name in ("p50", "p90", "p99")},
+        **{f"finish_{name}_h": f"{getattr(spread.finish_h, name):.4f}" for name in ("p50", "p90", "p99")},
+    }
+
+
 def _record(q: Quote, stale_before: datetime) -> dict[str, Any]:
-    offer = q.offer
+    from gpubroker.cli.quote_view import is_stale
+
+    offer, course = q.offer, q.bill.course
     return {
         "provider": offer.provider,
         "sku": offer.sku,
@@ -224,8 +184,14 @@ def _record(q: Quote, stale_before: datetime) -> dict[str, Any]:
             {"item": line.item, "usd": usd_text(line.usd), "how": line.how, "source": line.source}
             for line in q.bill.lines
         ],
+        "hours": f"{q.work.hours:f}",
+        "pace": q.pace,
+        "preemptions_per_hour": f"{q.risk.per_hour:.6g}",
+        "preemptions_source": q.risk.source,
+        "preemptions": f"{course.preemptions:f}",
+        "checkpoint_every_s": None if course.interval_h is None else f"{course.interval_h * 3600:.0f}",
         "as_of": iso(q.priced.as_of),
         "source": q.priced.source if q.priced.live else f"{list_price_text(q.priced)}: {q.priced.source}",
         "live": q.priced.live,
-        "stale": _is_stale(q, stale_before),
+        "stale": is_stale(q, stale_before),
     }

@@ -18,6 +18,16 @@ from gpubroker.plan.course import Course
 from gpubroker.plan.fees import UNKNOWN, Charge, Direction, FeeTable
 from gpubroker.plan.work import ZERO, Work
 
+# What an item is for, in the words of a table that has no room for every line.
+GROUPS = {
+    **dict.fromkeys(("compute", "start-up"), "compute"),
+    **dict.fromkeys(("checkpoints", "rework", "restarts", "disk while waiting"), "preemptions"),
+    "billing unit": "billing unit",
+    **dict.fromkeys(("cpu", "ram"), "cpu and ram"),
+    **dict.fromkeys(("disk", "network volume", "kept checkpoints"), "storage"),
+}
+_TRANSFER = "transfer"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostLine:
@@ -27,6 +37,11 @@ class CostLine:
     usd: Decimal
     how: str
     source: str
+
+    @property
+    def group(self) -> str:
+        """compute, preemptions, billing unit, cpu and ram, storage or transfer."""
+        return GROUPS.get(self.item, _TRANSFER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,9 +62,7 @@ def bill_for(
     `risk_source` says where the preemptions of the course come from.
     """
     run_s = course.run_h * SECONDS_PER_HOUR
-    billed_s = billed_seconds(run_s, offer.billing_increment_s, offer.minimum_s)
-    # Each lost node ends somewhere in a billing unit: half of one is wasted, on average.
-    billed_s += course.preemptions * (offer.billing_increment_s - 1) / 2
+    billed_s = expected_billed_s(run_s, course.preemptions, offer.billing_increment_s, offer.minimum_s)
     billed_h = billed_s / SECONDS_PER_HOUR
     lines = [
         *_node(offer, course, fees, price_source, risk_source),
@@ -91,7 +104,7 @@ def _node(offer: Offer, course: Course, fees: FeeTable, price: str, risk: str) -
             item="checkpoints",
             usd=round_usd(rate * course.pauses_h),
             how=f"{_pauses_text(course)} x ${rate:f}/h",
-            source=f"the interval that costs least; {risk}",
+            source=risk,
         )
     for item, hours, what in (
         ("rework", course.rework_h, "lost and done again"),
@@ -109,6 +122,14 @@ def _pauses_text(course: Course) -> str:
     each_s = _seconds(course.pauses_h / course.checkpoints) if course.checkpoints else "0"
     every = "" if course.interval_h is None else f", one every {_hours(course.interval_h * 60)} min"
     return f"{_hours(course.checkpoints)} saves of {each_s} s{every}"
+
+
+def expected_billed_s(run_s: Decimal, preemptions: Decimal, increment_s: int, minimum_s: int) -> Decimal:
+    """Billing units over all nodes: each lost one ends somewhere in a unit, and wastes half on average."""
+    if not preemptions:
+        return billed_seconds(run_s, increment_s, minimum_s)
+    whole_s = run_s if increment_s == 1 else billed_seconds(run_s, increment_s, 0)
+    return max(whole_s + preemptions * (increment_s - 1) / 2, Decimal(minimum_s))
 
 
 def billed_seconds(run_s: Decimal, increment_s: int, minimum_s: int) -> Decimal:
@@ -171,17 +192,21 @@ def _disk(offer: Offer, work: Work, billed_h: Decimal, fees: FeeTable) -> Iterat
     extra_gb = work.disk_gb - offer.disk_included_gb
     if extra_gb <= 0:
         return
-    if offer.storage_usd_per_gb_month is not None:
-        rate, source, is_known = offer.storage_usd_per_gb_month, "the offer itself", True
-    else:
-        fee = fees.storage_usd_per_gb_month(offer.provider)
-        rate, source, is_known = fee.usd, fee.source_text, fee.status != UNKNOWN
+    rate, source, is_known = _disk_rate(offer, fees)
     if is_known and not rate:
         return  # no line for what is free; one of $0 for what nobody knows
     what = f"({work.disk_gb:f} - {offer.disk_included_gb} included)" if offer.disk_included_gb else extra_gb
     yield _disk_line(
         "disk", extra_gb, f"{what}", rate, billed_h, fees.hours_per_month(offer.provider), source
     )
+
+
+def _disk_rate(offer: Offer, fees: FeeTable) -> tuple[Decimal, str, bool]:
+    """USD a GB and month, who says so, and whether anybody does."""
+    if offer.storage_usd_per_gb_month is not None:
+        return offer.storage_usd_per_gb_month, "the offer itself", True
+    fee = fees.storage_usd_per_gb_month(offer.provider)
+    return fee.usd, fee.source_text, fee.status != UNKNOWN
 
 
 def _disk_line(
@@ -253,6 +278,14 @@ def _transfer(offer: Offer, work: Work, course: Course, fees: FeeTable) -> Itera
             yield _from_store("checkpoints leaving their store", read_gb, saves.store, fees)
     if work.egress_gb:
         yield _moved("egress", "egress", work.egress_gb, offer, work, fees, before_gb=left_gb)
+
+
+def checkpoint_fee_usd(offer: Offer, work: Work, fees: FeeTable, count: Decimal) -> Decimal:
+    """What one checkpoint that leaves adds to the bill: the mean of `count`, since there may be tiers."""
+    saves = work.checkpoints
+    if not saves.leave(offer.provider) or not count:
+        return ZERO
+    return _moved("", "egress", count * saves.gb, offer, work, fees).usd / count
 
 
 def _moved(

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from decimal import Decimal
+from typing import TYPE_CHECKING
 
 from gpubroker.model import Offer
 from gpubroker.money import SECONDS_PER_HOUR
 from gpubroker.plan.preempt import Expectation, Interruptions, expect
 from gpubroker.plan.work import ZERO, Work
 
+if TYPE_CHECKING:
+    from gpubroker.plan.simulate import Ages, Uncertain
+
 _NANO = Decimal("0.000000001")
 # Mean wait for the same market to have a node again. The pooled public spot traces return at 1.64 an hour in
 # the first hour without one, 0.31 from there to the fourth, 0.10 later: 1.6 h on average.
 _WAIT_H = {"spot": 1.6}
+_LONGEST_H = 1e6
 # A serverless scheduler starts the next container by itself.
 _OTHER_WAIT_H = 0.05
 
@@ -26,8 +31,10 @@ _OTHER_WAIT_H = 0.05
 class Risk:
     """How often an offer's nodes are lost, and who says so."""
 
-    per_hour: float  # of billed time
+    per_hour: float  # of billed time, the mean of what is known
     source: str
+    uncertain: Uncertain | None = None  # what is known of the rate, where it is not certain
+    ages: Ages | None = None  # how it changes with a node's age; None = it does not
 
 
 NO_RISK = Risk(per_hour=0.0, source="")
@@ -60,7 +67,7 @@ class Course:
 
 
 def interruptions(offer: Offer, work: Work, start_s: Decimal, hazard_per_hour: float) -> Interruptions:
-    """The inputs of the closed form."""
+    """The inputs of the closed form, but for what a checkpoint costs beside its pause."""
     saves = work.checkpoints
     return Interruptions(
         hazard_per_hour=hazard_per_hour,
@@ -72,16 +79,13 @@ def interruptions(offer: Offer, work: Work, start_s: Decimal, hazard_per_hour: f
     )
 
 
-def course_of(offer: Offer, work: Work, start_s: Decimal, hazard_per_hour: float) -> Course | None:
+def course_of(work: Work, start_s: Decimal, inputs: Interruptions) -> Course | None:
     """The expected course; None where restarts are lost faster than they end, so that it never finishes."""
     start_h = start_s / SECONDS_PER_HOUR
-    if not hazard_per_hour:
+    if not inputs.hazard_per_hour:
         return Course(useful_h=work.hours, start_h=start_h)
-    found = expect(float(work.hours), interruptions(offer, work, start_s, hazard_per_hour))
+    found = expect(float(work.hours), inputs)
     return _decimal(found, work, start_h) if found.finishes and found.billed_h < _LONGEST_H else None
-
-
-_LONGEST_H = 1e6
 
 
 def _decimal(found: Expectation, work: Work, start_h: Decimal) -> Course:

@@ -116,6 +116,10 @@ class FeeTable:
             self._fees.setdefault((row["provider"], row["item"]), []).append(row)
         self._startups = {(row["provider"], row["market"]): row for row in startups}
         self._overrides = dict(overrides or {})
+        # What was looked up, kept: a quote asks the same of thousands of offers.
+        self._known_tiers: dict[tuple[str, str, str], list[Fee]] = {}
+        self._known_storage: dict[tuple[str, StorageKind], Charge] = {}
+        self._known_startups: dict[tuple[str, str], Startup] = {}
         for provider, item in self._overrides:
             if item not in COMMON_ITEMS and (provider, item) not in self._fees:
                 raise ConfigError(
@@ -148,6 +152,11 @@ class FeeTable:
 
     def storage_usd_per_gb_month(self, provider: str, kind: StorageKind = "storage_running") -> Charge:
         """The rate for one GB (10^9 bytes) and month; of the first tier, where there are several."""
+        if (provider, kind) not in self._known_storage:
+            self._known_storage[provider, kind] = self._storage(provider, kind)
+        return self._known_storage[provider, kind]
+
+    def _storage(self, provider: str, kind: StorageKind) -> Charge:
         item = f"{kind}_usd_per_gb_month"
         own = self._overrides.get((provider, item))
         if own is not None:
@@ -203,6 +212,11 @@ class FeeTable:
 
     def startup(self, provider: str, market: str) -> Startup:
         """What is billed before the work starts; 0 and unknown for a provider nobody has measured."""
+        if (provider, market) not in self._known_startups:
+            self._known_startups[provider, market] = self._startup(provider, market)
+        return self._known_startups[provider, market]
+
+    def _startup(self, provider: str, market: str) -> Startup:
         own = self._overrides.get((provider, "billed_startup_s"))
         if own is not None:
             return Startup(billed_s=int(own), source=OWN_CONFIG, as_of="", status=OWN_CONFIG)
@@ -218,6 +232,12 @@ class FeeTable:
 
     def _tiers(self, provider: str, item: str, region: str) -> list[Fee]:
         """The tiers in force in a region, in order, each from its own most trusted, newest row."""
+        key = (provider, item, region)
+        if key not in self._known_tiers:
+            self._known_tiers[key] = self._find_tiers(provider, item, region)
+        return self._known_tiers[key]
+
+    def _find_tiers(self, provider: str, item: str, region: str) -> list[Fee]:
         usual = _USUAL_REGION.get(provider, "")
         rows = self._fees.get((provider, item), ())
         here = _most_trusted(row for row in rows if row["region"] == region) if region else []

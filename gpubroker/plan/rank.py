@@ -12,9 +12,10 @@ from decimal import Decimal
 
 from gpubroker.gpus import GpuRequest
 from gpubroker.model import Market, Offer, Priced
-from gpubroker.plan.bill import Bill, bill_for
-from gpubroker.plan.course import NO_RISK, Risk, course_of
+from gpubroker.plan.bill import Bill, bill_for, checkpoint_fee_usd
+from gpubroker.plan.course import NO_RISK, Course, Risk, course_of, interruptions
 from gpubroker.plan.fees import FeeTable
+from gpubroker.plan.preempt import Interruptions
 from gpubroker.plan.work import Work
 
 OWN = "local"
@@ -54,6 +55,10 @@ class Pricing:
     risk_of: Callable[[Offer], Risk] = lambda offer: NO_RISK
     hours_on: Callable[[Offer], tuple[Decimal, str] | str] | None = None
 
+    def start_s(self, offer: Offer) -> Decimal:
+        """Seconds that are billed before the work starts."""
+        return Decimal(self.fees.startup(offer.provider, offer.market).billed_s)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quote:
@@ -63,6 +68,7 @@ class Quote:
     bill: Bill
     work: Work  # with the hours that it takes on this card
     risk: Risk
+    inputs: Interruptions  # what the bill's course was made from
     pace: str = ""  # how the hours on this card were worked out; "" = they are those asked for
 
     @property
@@ -124,14 +130,25 @@ def quote_of(priced: Priced, work: Work, pricing: Pricing, *, risk: Risk | None 
         work, pace = replace(work, hours=converted[0]), converted[1]
     if risk is None:
         risk = pricing.risk_of(offer)
-    start_s = Decimal(pricing.fees.startup(offer.provider, offer.market).billed_s)
-    course = course_of(offer, work, start_s, risk.per_hour)
+    course = _course(offer, work, risk, pricing)
     if course is None:
         return f"would never finish: lost {risk.per_hour:.2g} times an hour"
     bill = bill_for(
-        offer, work, pricing.fees, course, price_source=price_source(priced), risk_source=risk.source
+        offer, work, pricing.fees, course[0], price_source=price_source(priced), risk_source=risk.source
     )
-    return Quote(priced=priced, bill=bill, work=work, risk=risk, pace=pace)
+    return Quote(priced=priced, bill=bill, work=work, risk=risk, inputs=course[1], pace=pace)
+
+
+def _course(offer: Offer, work: Work, risk: Risk, pricing: Pricing) -> tuple[Course, Interruptions] | None:
+    """The course and what it was made from: checkpoints that are charged for leaving are worth fewer."""
+    start_s = pricing.start_s(offer)
+    inputs = interruptions(offer, work, start_s, risk.per_hour)
+    course = course_of(work, start_s, inputs)
+    if course is not None and work.checkpoints.every_s is None and work.checkpoints.leave(offer.provider):
+        fee_usd = checkpoint_fee_usd(offer, work, pricing.fees, course.checkpoints)
+        inputs = replace(inputs, checkpoint_fee_h=float(fee_usd / offer.usd_per_hour))
+        course = course_of(work, start_s, inputs)
+    return None if course is None else (course, inputs)
 
 
 def _order(quote: Quote) -> tuple[bool, Decimal, bool, bool, int, str, str, str]:
