@@ -105,6 +105,8 @@ def build(shared: Path, today: date) -> tuple[dict[str, str], Report]:
     report.broken += gaps(fees)
     startups = report.each("startup.csv", read(OWN / "startup.csv"), dates.parse_startup)
     report.unique("startup", startups, "provider", "market")
+    hazards = report.each("hazard.csv", read(OWN / "hazard.csv"), dates.parse_hazard)
+    report.unique("hazard", hazards, "provider", "market", "band")
     disks = report.each("lambda_disks.csv", read(OWN / "lambda_disks.csv"), parse_disk)
     report.unique("lambda_disks", disks, "sku")
     listed = report.each(
@@ -121,6 +123,7 @@ def build(shared: Path, today: date) -> tuple[dict[str, str], Report]:
         "typed.csv": csv_text(typed_names(cards, aliases), "typed", "name"),
         "fees.csv": csv_text(fees, "provider", "item", "region", "tier_from", "status", "value"),
         "startup.csv": csv_text(startups, "provider", "market"),
+        "hazard.csv": csv_text(hazards, "provider", "market", "hours"),
         "pricebook.csv": csv_text(prices),
     }
     report.counts = {name: text.count("\n") - 1 for name, text in files.items()}
@@ -345,6 +348,8 @@ UNITS = {
     "_gib_per_ram_gib": ("GiB/GiB",),
 }
 REGION = re.compile(r"[a-z]{2}(-[a-z]+)+-\d")
+# The labels of AWS's Spot Advisor; "" = none.
+ADVISOR_BANDS = ("", "<5%", "5-10%", "10-15%", "15-20%", ">20%")
 
 
 @dataclass(frozen=True)
@@ -396,6 +401,25 @@ class Dates:
         self.check(row["as_of"])
         if trust(row["status"]) is None:
             raise ValueError(f"status {row['status']!r} is not known")
+        return row
+
+    def parse_hazard(self, row: Row) -> Row:
+        """How often a market takes a node away before anything was seen of it, as packaged."""
+        stated(row, "source", "status", "as_of")
+        one_of(row["provider"], "provider", ("", *PROVIDERS))
+        one_of(row["market"], "market", MARKETS)
+        one_of(row["band"], "band", ADVISOR_BANDS)
+        self.check(row["as_of"])
+        if trust(row["status"]) is None:
+            raise ValueError(f"status {row['status']!r} is not known")
+        for column in ("shape", "hours"):
+            if not is_figure(row[column]) or not Decimal(row[column]):
+                raise ValueError(f"{column} {row[column]!r} is not a figure above zero")
+        if not Decimal("0.00001") <= Decimal(row["shape"]) / Decimal(row["hours"]) <= 3:
+            raise ValueError(f"{row['shape']} in {row['hours']} h is not believable")
+        ages = [row[column] for column in ("first_hour", "to_4_h", "later")]
+        if any(ages) and not all(is_figure(age) and Decimal("0.01") <= Decimal(age) <= 20 for age in ages):
+            raise ValueError(f"ages {' '.join(ages)} are not three factors")
         return row
 
 

@@ -11,12 +11,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from gpubroker.plan.hazard import Ages, Gamma
 from gpubroker.plan.preempt import Interruptions, best_interval_h, expect
 from gpubroker.plan.simulate import (
-    Ages,
     Rates,
     Runs,
-    Uncertain,
     billing_units,
     distribution,
     simulate,
@@ -172,7 +171,7 @@ def test_an_uncertain_hazard_has_the_mean_number_of_preemptions_and_a_wider_spre
     """Nothing lost and no restart: N is the hazard times the work, whatever the hazard is."""
     i = Interruptions(hazard_per_hour=0.2, restart_h=0.0, checkpoint_h=0.01, notice_h=0.02)
     known = simulate(20.0, i, seed=1, draws=40_000)
-    guessed = simulate(20.0, i, seed=1, draws=40_000, uncertain=Uncertain(shape=2.0, hours=10.0))
+    guessed = simulate(20.0, i, seed=1, draws=40_000, uncertain=Gamma(shape=2.0, hours=10.0))
     assert pytest.approx(4.0, abs=0.1) == known.preemptions.mean()
     assert pytest.approx(4.0, abs=0.1) == guessed.preemptions.mean()
     # Poisson: 4. Gamma mixed: 4 + 4^2 / 2.
@@ -238,7 +237,7 @@ def market(rng):
         checkpoint_h=float(rng.uniform(0.005, 0.05)),
         wait_h=float(rng.uniform(0, 1)),
     )
-    return work_h, interruptions, Uncertain(shape=shape, hours=hours)
+    return work_h, interruptions, Gamma(shape=shape, hours=hours)
 
 
 def test_half_and_nine_in_ten_of_the_bills_stay_below_the_quoted_quantiles():
@@ -279,7 +278,7 @@ def test_ten_offers_with_distributions_take_a_tenth_of_a_second():
             replace(base, hazard_per_hour=hazard),
             seed=n,
             ages=ages,
-            uncertain=Uncertain(shape=2.0, hours=2.0 / hazard),
+            uncertain=Gamma(shape=2.0, hours=2.0 / hazard),
         )
         distribution(runs, Rates(usd_per_hour=2.0), deadline_h=12, budget_usd=30)
     assert time.process_time() - began < 0.9

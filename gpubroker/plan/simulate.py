@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from gpubroker.plan.hazard import Ages, Gamma
 from gpubroker.plan.preempt import Interruptions, expect
 
 Array = NDArray[np.float64]
@@ -22,22 +23,6 @@ DRAWS = 4_000
 # A run that has lost this many nodes counts as one that never finishes.
 MOST_NODES = 2_000
 _FOR_EVER_H = 1e15
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ages:
-    """How a hazard changes with a node's age: factors[i] holds up to until_h[i], the last one for ever."""
-
-    until_h: tuple[float, ...] = ()
-    factors: tuple[float, ...] = (1.0,)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Uncertain:
-    """A hazard known as a Gamma distribution: mean shape / hours. One is drawn for each run."""
-
-    shape: float
-    hours: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +74,7 @@ def simulate(
     seed: int | Sequence[int],
     draws: int = DRAWS,
     ages: Ages | None = None,
-    uncertain: Uncertain | None = None,
+    uncertain: Gamma | None = None,
     bill: Callable[[Array], Array] | None = None,
     most_nodes: int = MOST_NODES,
 ) -> Runs:
