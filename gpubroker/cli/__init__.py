@@ -14,6 +14,7 @@ from gpubroker.errors import BrokerError
 _COMMANDS = {
     "quote": ("gpubroker.cli.quote", "quote", "What a job would cost on every market, the bill first."),
     "size": ("gpubroker.cli.size", "size", "The GPU memory a model needs, and which cards hold it."),
+    "calibrate": ("gpubroker.cli.calibrate", "calibrate", "Record how fast a finished run was on its GPUs."),
     "offers": ("gpubroker.cli.offers", "offers", "Current offers and the GPUs that are known."),
     "poll": ("gpubroker.cli.poll", "poll_command", "Ask the providers for prices and store them."),
     "providers": ("gpubroker.cli.providers", "providers", "Providers, their state and what is missing."),

@@ -245,3 +245,31 @@ observations = Table(
         unique=True,
     ),
 )
+
+# What the user's own runs did; gpubroker/measurements.py and gpubroker/exposure.py write and read it.
+measurements = Table(
+    "measurements",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("job", Text, nullable=False, index=True),
+    Column("gpu", Text, nullable=False),
+    Column("form_factor", Text, nullable=False),
+    Column("gpu_count", Integer, nullable=False),
+    Column("steps", BigInteger, nullable=False),  # of the whole run
+    Column("duration_ms", BigInteger, nullable=False),
+    Column("measured_at", Moment, nullable=False),
+)
+
+exposure = Table(
+    "exposure",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("provider", Text, nullable=False),
+    Column("gpu", Text, nullable=False),
+    Column("region", Text, nullable=False),
+    Column("market", Text, nullable=False),
+    Column("preemptions", Integer, nullable=False),
+    Column("exposed_s", BigInteger, nullable=False),  # of one node that was billed, or of several together
+    Column("since_at", Moment, nullable=False),
+    Column("until_at", Moment, nullable=False, index=True),
+)
