@@ -58,6 +58,11 @@ DEEPSEEK = {
 }  # fmt: skip
 
 
+def compressed(kind, bits):
+    groups = {"group_0": {"weights": {"num_bits": bits, "type": kind}}}
+    return {**LLAMA, "quantization_config": {"quant_method": "compressed-tensors", "config_groups": groups}}
+
+
 def read(config):
     return parse_config(json.dumps(config).encode())
 
@@ -113,6 +118,13 @@ def test_a_model_that_also_sees_is_read_for_its_text_part():
         pytest.param({**LLAMA, "quantization_config": {"load_in_4bit": True}}, "nf4", id="bitsandbytes"),
         pytest.param({**LLAMA, "quantization_config": {"bits": 8}}, "int8", id="8 bits"),
         pytest.param(DEEPSEEK, "fp8", id="FP8"),
+        pytest.param({**LLAMA, "quantization_config": {"quant_method": "mxfp4"}}, "mxfp4", id="MXFP4"),
+        pytest.param(compressed("int", 4), "int4", id="compressed to 4 bits"),
+        pytest.param(compressed("float", 8), "fp8", id="compressed to FP8"),
+        pytest.param({**LLAMA, "quantization_config": {"bits": "4"}}, None, id="bits in text"),
+        pytest.param(
+            {**LLAMA, "quantization_config": {"config_groups": [1]}}, None, id="groups that are none"
+        ),
         pytest.param(GPT2, None, id="nothing said"),
     ],
 )
@@ -207,6 +219,32 @@ def test_packed_weights_count_as_what_they_hold():
     )
 
 
+@pytest.mark.parametrize(
+    ("header", "quant"),
+    [
+        pytest.param(
+            {
+                "w.weight": ("U8", 512),
+                "w.weight.absmax": ("U8", 16),
+                "w.weight.quant_state.bitsandbytes__nf4": ("U8", 9),
+            },
+            "nf4",
+            id="bitsandbytes",
+        ),
+        pytest.param(
+            {"w.gate_up_proj_blocks": ("U8", 512), "w.gate_up_proj_scales": ("U8", 32)}, "mxfp4", id="MXFP4"
+        ),
+    ],
+)
+def test_bytes_of_two_weights_count_twice(header, quant):
+    """Their scales and states do not count."""
+    tensors = {name: tensor(dtype, [size], 0, size) for name, (dtype, size) in header.items()}
+    found = parse_header(json.dumps(tensors).encode(), "m")
+    assert (1024, quant, sum(size for _, size in header.values())) == (
+        found.params, found.quant, found.weights_bytes,
+    )  # fmt: skip
+
+
 def test_shards_add_up_and_the_config_adds_the_shape():
     """Parameters as stored win over those counted from the config."""
     shard = parse_header(json.dumps(HEADER).encode(), "m")
@@ -273,9 +311,16 @@ def test_a_header_length_that_cannot_be_is_refused_before_it_is_read(first, size
 )  # fmt: skip
 def test_a_broken_tensor_is_one_sentence(entry, words):
     """It names the tensor."""
-    with pytest.raises(ConfigError, match=r"m\.safetensors: t") as caught:
+    with pytest.raises(ConfigError, match=r"m\.safetensors: 't'") as caught:
         parse_header(json.dumps({"t": entry}).encode(), "m.safetensors")
     assert words in str(caught.value)
+
+
+def test_a_tensors_name_does_not_reach_the_terminal_as_it_is():
+    """It may paint, or break the line."""
+    with pytest.raises(ConfigError) as caught:
+        parse_header(json.dumps({"\x1b[31m\nt": []}).encode(), "m")
+    assert str(caught.value).isprintable()
 
 
 def test_a_header_without_tensors_is_refused():

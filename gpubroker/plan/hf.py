@@ -34,6 +34,7 @@ _PLAIN_MLP = frozenset(
         "starcoder2",
     )
 )
+_TIED = frozenset(("gpt2", "gemma", "gemma2", "gemma3", "gemma3_text"))  # unless the config says else
 # The window of these holds for all layers; elsewhere `layer_types` says for which.
 _WINDOW_EVERYWHERE = frozenset(("mistral", "mixtral"))
 _DTYPES = {
@@ -46,6 +47,7 @@ _DTYPES = {
     "F8_E4M3": "fp8",
     "F8_E5M2": "fp8",
     "I8": "int8",
+    **{packed: packed for packed in ("int4", "mxfp4", "nf4")},
 }
 # Beside packed weights; they are no parameters, but their bytes count.
 _NOT_PARAMS = (
@@ -99,31 +101,19 @@ def parse_config(data: bytes, name: str = "config.json") -> Stored:
     kind = str(text.get("model_type") or "")
     is_gated = kind not in _PLAIN_MLP
     experts = _Experts.read(fields, hidden, layers)
-    positions = fields.count(("n_positions",), 10**8, 0) if kind == "gpt2" else 0
     latent = fields.count(("kv_lora_rank",), 10**6, 0)
-    attention = (
-        _latent_attention(fields, hidden, heads, latent)
-        if latent
-        else (2 * hidden * heads * head_dim + 2 * hidden * kv_heads * head_dim)
-    )
-    matrices = 3 if is_gated else 2
-    is_tied = text.get("tie_word_embeddings", kind in ("gpt2", "gemma", "gemma2", "gemma3", "gemma3_text"))
-    outside = vocab * hidden * (1 if is_tied is True else 2) + positions * hidden
-    dense = (layers - experts.layers) * matrices * hidden * experts.dense_ffn
-    params = (
-        outside
-        + layers * attention
-        + dense
-        + experts.layers * hidden * (matrices * experts.ffn_all + experts.routed)
+    is_tied = text.get("tie_word_embeddings", kind in _TIED) is True
+    positions = fields.count(("n_positions",), 10**8, 0) if kind == "gpt2" else 0
+    if latent:
+        attention = _latent_attention(fields, hidden, heads, latent)
+    else:
+        attention = 2 * hidden * head_dim * (heads + kv_heads)
+    outside = hidden * (vocab * (1 if is_tied else 2) + positions)
+    params, active = (
+        outside + layers * attention + hidden * inner for inner in experts.rows(layers, 3 if is_gated else 2)
     )
     if params > MOST_PARAMS:
         raise ConfigError(f"{name}: {params:.2g} parameters are beyond belief")
-    active = (
-        outside
-        + layers * attention
-        + dense
-        + experts.layers * hidden * (matrices * experts.ffn_active + experts.routed)
-    )
     windowed, window, cacheless = _windows(fields, kind, layers)
     rope = fields.count(("qk_rope_head_dim",), 10**5, 0)
     shape = Shape(
@@ -137,7 +127,7 @@ def parse_config(data: bytes, name: str = "config.json") -> Stored:
         ffn=max(experts.ffn_active, experts.dense_ffn if experts.layers < layers else 0),
         ffn_all=experts.ffn_all if experts.layers else experts.dense_ffn,
         vocab=vocab,
-        is_tied=is_tied is True,
+        is_tied=is_tied,
         is_gated=is_gated,
         latent_kv=latent + rope if latent else 0,
         windowed_layers=windowed,
@@ -200,6 +190,14 @@ class _Experts:
             dense_ffn=dense_ffn,
         )
 
+    def rows(self, layers: int, matrices: int) -> tuple[int, int]:
+        """Rows as wide as the model of all layers' feed-forward parts: in memory, and active for a token."""
+        dense = (layers - self.layers) * matrices * self.dense_ffn
+        whole, active = (
+            dense + self.layers * (matrices * ffn + self.routed) for ffn in (self.ffn_all, self.ffn_active)
+        )
+        return whole, active
+
 
 def _latent_attention(fields: _Fields, hidden: int, heads: int, latent: int) -> int:
     """Multi-head latent attention (DeepSeek V2 and V3)."""
@@ -226,13 +224,24 @@ def _windows(fields: _Fields, kind: str, layers: int) -> tuple[int, int, int]:
 
 def _quant_of(config: Mapping[str, Any], text: Mapping[str, Any]) -> str | None:
     said = config.get("quantization_config")
-    if isinstance(said, dict):
-        if said.get("bits") == 4 or said.get("load_in_4bit") is True:
-            return "nf4" if said.get("load_in_4bit") is True else "int4"
-        if said.get("bits") == 8 or said.get("load_in_8bit") is True:
-            return "int8"
-        return "fp8" if "fp8" in str(said.get("quant_method")) else None
-    return _DTYPES.get(str(text.get("torch_dtype") or text.get("dtype")))
+    if not isinstance(said, dict):
+        return _DTYPES.get(str(text.get("torch_dtype") or text.get("dtype")))
+    if said.get("load_in_4bit") is True:
+        return "nf4"
+    if said.get("load_in_8bit") is True:
+        return "int8"
+    method = str(said.get("quant_method"))
+    if method in ("fp8", "mxfp4"):
+        return method
+    bits, is_float = said.get("bits"), False
+    groups = said.get("config_groups")
+    for group in groups.values() if isinstance(groups, dict) else ():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        if isinstance(weights, dict):
+            bits, is_float = weights.get("num_bits"), weights.get("type") == "float"
+    if type(bits) is not int:
+        return None
+    return {4: "int4", 8: "fp8" if is_float else "int8"}.get(bits)
 
 
 def parse_index(data: bytes, name: str = "model.safetensors.index.json") -> Stored:
@@ -260,27 +269,36 @@ def header_bytes(first: bytes, file_bytes: int, name: str) -> int:
 def parse_header(data: bytes, name: str) -> Stored:
     """Parameters, bytes and the commonest dtype of one safetensors file, from its header alone.
 
-    Packed 4-bit weights (GPTQ, AWQ, compressed-tensors) count as what they hold.
+    Packed 4-bit weights (GPTQ, AWQ, compressed-tensors, MXFP4, bitsandbytes) count as what they hold.
     """
     params = total_bytes = 0
     by_dtype: dict[str, int] = {}
-    for tensor, entry in parse_json(data, name).items():
+    header = parse_json(data, name)
+    for tensor, entry in header.items():
         if tensor == "__metadata__":
             continue
-        dtype, numbers, stored_bytes = _tensor(entry, f"{name}: {tensor[:80]}")
+        dtype, numbers, stored_bytes = _tensor(entry, f"{name}: {tensor[:80]!a}")
         total_bytes += stored_bytes
-        last = tensor.rpartition(".")[2]
-        if last in _NOT_PARAMS or ".quant_state" in tensor:
+        if tensor.rpartition(".")[2] in _NOT_PARAMS or ".quant_state" in tensor or tensor.endswith("_scales"):
             continue
-        if last in _PACKED_INT4 and dtype == "I32":
-            numbers, dtype = numbers * 8, "int4"
+        numbers, dtype = _unpacked(tensor, numbers, dtype, header)
         params += numbers
         by_dtype[dtype] = by_dtype.get(dtype, 0) + numbers
     if not params or params > MOST_PARAMS:
         raise ConfigError(f"{name}: a model has between 1 and {MOST_PARAMS} parameters, not {params:.3g}")
     main = max(by_dtype, key=lambda dtype: by_dtype[dtype])
-    quant = main if main == "int4" else _DTYPES.get(main)
-    return Stored(params=params, weights_bytes=total_bytes, quant=quant)
+    return Stored(params=params, weights_bytes=total_bytes, quant=_DTYPES.get(main))
+
+
+def _unpacked(tensor: str, numbers: int, dtype: str, header: Mapping[str, Any]) -> tuple[int, str]:
+    """How many weights a tensor holds, and in which format."""
+    if tensor.rpartition(".")[2] in _PACKED_INT4 and dtype == "I32":
+        return numbers * 8, "int4"
+    if dtype == "U8" and tensor.endswith("_blocks"):
+        return numbers * 2, "mxfp4"
+    if dtype == "U8" and f"{tensor}.quant_state.bitsandbytes__nf4" in header:
+        return numbers * 2, "nf4"
+    return numbers, dtype
 
 
 def _tensor(entry: Any, name: str) -> tuple[str, int, int]:

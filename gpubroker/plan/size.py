@@ -71,6 +71,7 @@ QUANTS: Mapping[str, Quant] = {
         _quant("fp8", "8", "16", "1 byte, embedding and head 2", "FP8 checkpoints of compressed-tensors"),
         _quant("int8", "8", "16", "1 byte, embedding and head 2", "LLM.int8(), arXiv 2208.07339"),
         _quant("int4", "4.15625", "16", "4 + 20/128 bits, embedding and head 16", _GROUPS),
+        _quant("mxfp4", "4.25", "16", "4 + 8/32 bits, embedding and head 16", "OCP Microscaling v1.0"),
         _quant("nf4", "4.127", "16", "4.127 bits, embedding and head 16", _QLORA),
         *(
             _quant(name, bits, None, f"{bits} bits on average", _LLAMA_CPP)
@@ -469,7 +470,7 @@ def ways_out(shape: Shape, use: Use, cards: Sequence[Gpu], every: Sequence[Gpu])
     if use.train == "full":
         ways.append(("--train lora", replace(use, train="lora")))
         ways.append(("--train lora --quant nf4", replace(use, train="lora", quant="nf4")))
-    elif use.quant not in ("int4", "nf4"):
+    elif use.quant not in ("int4", "nf4", "mxfp4"):
         ways += [(f"--quant {q}", replace(use, quant=q)) for q in ("int8", "int4")]
     if use.batch > 1:
         ways.append(("--batch 1", replace(use, batch=1)))
