@@ -103,7 +103,10 @@ def calibrate(
 @click.option("--job", type=JobName(), help="Only of this job.")
 @format_option("table", "json", "csv")
 def ls(*, job: str | None, output: str) -> None:
-    """What was recorded: by job, the newest first; of a card and count the newest counts."""
+    """What was recorded, by job.
+
+    Of several runs on as many of the same card the newest counts.
+    """
     from gpubroker import measurements
 
     with _database() as database:

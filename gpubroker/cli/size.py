@@ -84,7 +84,8 @@ Examples:
 @click.option(
     "--quant",
     type=click.Choice([*QUANTS], case_sensitive=False),
-    help=f"Format of the weights.  [default: what --config says, else {DEFAULT_QUANT}]",
+    metavar="FORMAT",
+    help=f"Of the weights: {', '.join(QUANTS)}.  [default: what --config says, else {DEFAULT_QUANT}]",
 )
 @click.option(
     "--context",
