@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any
 
@@ -15,14 +15,17 @@ from gpubroker.config import Settings
 from gpubroker.doors import Clock
 from gpubroker.errors import ConfigError
 from gpubroker.gpus import catalogue
-from gpubroker.model import Priced
-from gpubroker.plan.course import Risk
+from gpubroker.model import Offer, Priced
+from gpubroker.plan.course import NO_RISK, Risk, risk_of
 from gpubroker.plan.fees import FeeTable
+from gpubroker.plan.hazard import Hazards
 from gpubroker.plan.rank import Ask, LeftOut, Pricing, merge
 from gpubroker.plan.work import Checkpoints, Work
 from gpubroker.prices import book, market
 
 ASKED_RATE = "as asked"
+# Stands for hours that depend on the card.
+_UNKNOWN_HOURS = Decimal(1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +46,7 @@ def ask_from(asked: Mapping[str, Any], settings: Settings) -> Ask:
             "say how much work: --hours 8, or --work 8h@h100-sxm to convert it to each card"
         )
     work = Work(
-        hours=asked["hours"] or Decimal(0),
+        hours=asked["hours"] or _UNKNOWN_HOURS,
         disk_gb=asked["disk_gb"],
         egress_gb=asked["egress_gb"],
         ingress_gb=asked["ingress_gb"],
@@ -61,6 +64,7 @@ def ask_from(asked: Mapping[str, Any], settings: Settings) -> Ask:
     )
     return Ask(
         work=work,
+        amount=asked["amount"] or "",
         gpus=asked["gpus"],
         gpu_count=asked["count"],
         markets=asked["markets"],
@@ -71,17 +75,59 @@ def ask_from(asked: Mapping[str, Any], settings: Settings) -> Ask:
     )
 
 
-def pricing_for(ask: Ask, settings: Settings, *, preemption_rate: Decimal | None = None) -> Pricing:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Knowledge:
+    """What a person says of the work's speed and of preemptions, instead of what is published."""
+
+    bound: str = ""  # what limits the work, for a conversion
+    job: str = ""  # whose measurements convert it; "" = published figures
+    preemption_rate: Decimal | None = None  # an hour, of preemptible offers
+
+
+def knowledge_from(asked: Mapping[str, Any]) -> Knowledge:
+    """The options of `work_options` that say so."""
+    return Knowledge(
+        bound=asked["bound"] or "", job=asked["job_name"] or "", preemption_rate=asked["preemption_rate"]
+    )
+
+
+def pricing_for(ask: Ask, settings: Settings, known: Knowledge = Knowledge()) -> Pricing:
     """Fees, hazards and speeds in force. Raises ConfigError for a store that no fee is known of."""
     fees = FeeTable.load(settings.fees)
     stores = fees.stores()
     for option, store in (("data-at", ask.work.data_store), ("checkpoint-at", ask.work.checkpoints.store)):
         if store and store not in stores:
             raise ConfigError(f"--{option}: no store {store[:40]!r}; there are {', '.join(sorted(stores))}")
-    if preemption_rate is None:
-        return Pricing(fees=fees)
-    rate, none = Risk(per_hour=float(preemption_rate), source=ASKED_RATE), Risk(per_hour=0.0, source="")
-    return Pricing(fees=fees, risk_of=lambda offer: rate if offer.preemptible else none)
+    pricing = Pricing(fees=fees, risk_of=_risks(known.preemption_rate))
+    return _at_pace(pricing, ask, settings, known) if ask.amount else pricing
+
+
+def _risks(asked_rate: Decimal | None) -> Callable[[Offer, Decimal], Risk]:
+    """What is known of each offer, or the rate that was asked for."""
+    if asked_rate is None:
+        hazards = Hazards()
+        return lambda offer, hours: risk_of(hazards.of(offer), hours)
+    rate = Risk(per_hour=float(asked_rate), source=ASKED_RATE)
+    return lambda offer, hours: rate if offer.preemptible else NO_RISK
+
+
+def _at_pace(pricing: Pricing, ask: Ask, settings: Settings, known: Knowledge) -> Pricing:
+    """Hours converted to each card, by the user's measurements where there are any."""
+    from gpubroker.plan import throughput
+
+    own = ()
+    yardstick = throughput.Yardstick(
+        work=throughput.parse_work(ask.amount),
+        bound=throughput.parse_bound(known.bound) if known.bound else throughput.DEFAULT_BOUND,
+        measurements=own,
+    )
+    convert = throughput.converter(yardstick)
+
+    def hours_on(offer: Offer) -> tuple[Decimal, str] | str:
+        found = convert(offer.gpu, offer.form_factor, offer.gpu_count)
+        return found.how if found.hours is None else (found.hours, f"{found.hours:.2f} h: {found.how}")
+
+    return replace(pricing, hours_on=hours_on, assumption=throughput.assumption(yardstick))
 
 
 def rows_for(ask: Ask, settings: Settings, *, max_age_s: int, offline: bool, clock: Clock) -> Rows:

@@ -183,13 +183,11 @@ def work_options(command: F) -> F:
                 "--work",
                 "amount",
                 metavar="AMOUNT",
-                help="Instead: 8h@h100-sxm or 3e21flop, converted to each card.",
+                help="Instead of --hours: 8h@h100-sxm, 3e21flop …, converted to each card.",
             ),
             click.option(
                 "--bound",
-                default="compute",
-                show_default=True,
-                help="What limits the work: compute, memory, or compute's share such as 0.7.",
+                help="What limits the work: compute, memory, or compute's share.  [default: 0.7]",
             ),
             click.option("--job", "job_name", help="Convert by what `gpubroker calibrate` measured for it."),
             click.option(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
@@ -10,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from gpubroker import config
-from gpubroker.cli.ask import ask_from, pricing_for, rows_for
+from gpubroker.cli.ask import ask_from, knowledge_from, pricing_for, rows_for
 from gpubroker.cli.options import Duration, filter_options, format_option, work_options
 from gpubroker.cli.render import iso, print_csv, print_json, say
 from gpubroker.doors import SystemClock
 from gpubroker.errors import NoFeasibleOffer
 from gpubroker.money import usd_text
+from gpubroker.plan.breakeven import Flip, flips
 from gpubroker.plan.rank import Ask, LeftOut, Pricing, Quote, best_of_each, list_price_text, rank
 from gpubroker.prices import market
 
@@ -59,10 +61,12 @@ def quote(*, top: int, max_age: int | None, offline: bool, explain: bool, output
     Uses prices polled within --max-age, refreshes older ones in at most 4 seconds, and falls back to dated
     list prices; every row says how old its price is.
     """
+    # It builds tens of thousands of small objects and ends: the collector would walk them again and again.
+    gc.disable()
     settings = config.load()
     clock = SystemClock()
     ask = ask_from(asked, settings)
-    pricing = pricing_for(ask, settings, preemption_rate=asked["preemption_rate"])
+    pricing = pricing_for(ask, settings, knowledge_from(asked))
     max_age_s = settings.max_age_s if max_age is None else max_age
     rows = rows_for(ask, settings, max_age_s=max_age_s, offline=offline, clock=clock)
     ranking = rank(rows.priced, ask, pricing)
@@ -82,9 +86,10 @@ def quote(*, top: int, max_age: int | None, offline: bool, explain: bool, output
 
         shown = best_of_each(ranking.quotes, top)
         spreads = _spreads(shown, pricing)
-        quote_view.print_table(shown, ranking.quotes, spreads, ask, stale_before, now)
+        quote_view.print_table(shown, ranking.quotes, spreads, ask, pricing, stale_before, now)
         if explain:
             quote_view.explain(shown, ranking.quotes, spreads, [*unread, *left_out])
+            quote_view.print_flips(flips(ranking.quotes, pricing))
         else:
             quote_view.summarise(left_out)
     if output != "json":
@@ -116,7 +121,9 @@ def _json(
         "asked": {
             "gpu": [g.text for g in ask.gpus],
             "gpu_count": ask.gpu_count,
-            "hours": f"{work.hours:f}",
+            "hours": None if ask.amount else f"{work.hours:f}",
+            "work": ask.amount or None,
+            "assumption": pricing.assumption or None,
             "market": list(ask.markets),
             "provider": list(ask.providers),
             "region": list(ask.regions),
@@ -135,6 +142,21 @@ def _json(
         "quotes": list(_records(quotes, stale_before, pricing)),
         "skipped": [{"provider": i.provider, "id": i.id, "reason": i.reason} for i in left_out],
         "problems": [{"provider": p.provider, "reason": p.reason} for p in problems],
+        "flips": [flip_record(flip) for flip in flips(quotes, pricing)],
+    }
+
+
+def flip_record(flip: Flip) -> dict[str, str]:
+    """One break-even for JSON."""
+    offer = flip.winner.offer
+    return {
+        "what": flip.what,
+        "now": f"{flip.now:f}",
+        "at": f"{flip.at:.6f}",
+        "provider": offer.provider,
+        "sku": offer.sku,
+        "market": offer.market,
+        "region": offer.region,
     }
 
 

@@ -12,12 +12,18 @@ from rich.text import Text
 
 from gpubroker.cli.render import age, console, dollars, table
 from gpubroker.money import usd_text
-from gpubroker.plan.rank import Ask, LeftOut, Quote, row_id
-from gpubroker.plan.sentence import advice
+from gpubroker.plan.breakeven import Flip
+from gpubroker.plan.rank import Ask, LeftOut, Pricing, Quote, row_id
+from gpubroker.plan.sentence import advice, name_of
 from gpubroker.plan.simulate import Distribution
 
 # What a row says it costs beside compute: what is at least this share of its total.
 _WORTH_SAYING = Decimal("0.02")
+_FLIPS = {
+    "egress_gb": "{:,.0f} GB leaving at the end",
+    "hours": "{:,.2f} hours of work",
+    "preemptions_per_hour": "{:.3g} preemptions an hour",
+}
 # Columns from which there is room to say it.
 _WIDE = 124
 _SHORT = {"preemptions": "preempt.", "billing unit": "unit", "cpu and ram": "cpu+ram"}
@@ -28,14 +34,15 @@ def print_table(
     quotes: Sequence[Quote],
     spreads: Mapping[int, Distribution],
     ask: Ask,
+    pricing: Pricing,
     stale_before: datetime,
     now: datetime,
 ) -> None:
     """The rows of `shown` with their places among `quotes`; `spreads` by id() of a quote."""
     out = console()
-    has_room = out.width >= _WIDE
+    plus = int(out.width >= _WIDE)
     made = table(
-        "#", "provider", "GPU", "market", "region", "$/h", "total", "p90", "price", *["plus"][: int(has_room)],
+        "#", "provider", "GPU", "market", "region", "$/h", "total", "p90", "price", *["plus"][:plus],
         right=("#", "$/h", "total", "p90"), whole=("provider", "GPU", "market", "region", "price"),
     )  # fmt: skip
     place = {id(q): i for i, q in enumerate(quotes, 1)}
@@ -50,7 +57,7 @@ def print_table(
             dollars(q.bill.total_usd),
             dollars(Decimal(spreads[id(q)].usd.p90).quantize(Decimal("0.0001"))),
             _price_age(q, stale_before, now),
-            *[", ".join(_extras(q))][: int(has_room)],
+            *[", ".join(_extras(q))][:plus],
         )
     out.print(made)
     more = any(q.offer.gpu_count > ask.gpu_count for q in shown)
@@ -63,6 +70,8 @@ def print_table(
             "No --checkpoint-gb was given: checkpoints are taken to cost 10 s and no transfer.", style="dim"
         )
     out.print()
+    if pricing.assumption:
+        out.print(f"Hours are those of each card: {pricing.assumption}", style="dim")
     out.print(advice(quotes, ask, now))
 
 
@@ -111,6 +120,18 @@ def explain(
     for (provider, reason), ids in groups.items():
         some = ", ".join(f"{name} (x{n})" if n > 1 else name for name, n in ids.items())
         out.print(Padding(Text(f"{provider}: {reason}: {some}"), (0, 0, 0, 2)))
+
+
+def print_flips(found: Sequence[Flip]) -> None:
+    """What would change the answer."""
+    out = console()
+    out.print(
+        "\nThe first row stops being the cheapest:" if found else "\nNothing tried changes the first row."
+    )
+    for flip in found:
+        way = "from" if flip.at > flip.now else "down to"
+        text = f"{way} {_FLIPS[flip.what].format(flip.at)} (now {_FLIPS[flip.what].format(flip.now)})"
+        out.print(Padding(Text(f"{text}: {name_of(flip.winner)} wins"), (0, 0, 0, 2)))
 
 
 def _facts(q: Quote, spread: Distribution) -> list[str]:

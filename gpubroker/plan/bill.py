@@ -8,8 +8,8 @@ always add up.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from decimal import ROUND_CEILING, Decimal
 
 from gpubroker.model import Offer
@@ -31,12 +31,17 @@ _TRANSFER = "transfer"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CostLine:
-    """One line of a bill. `how` is the arithmetic in words a person can check."""
+    """One line of a bill. The arithmetic is put into words only when somebody reads it: rows are many."""
 
     item: str
     usd: Decimal
-    how: str
     source: str
+    words: Callable[[], str] = field(compare=False, repr=False)
+
+    @property
+    def how(self) -> str:
+        """The arithmetic in words that a person can check."""
+        return self.words()
 
     @property
     def group(self) -> str:
@@ -87,14 +92,14 @@ def _node(offer: Offer, course: Course, fees: FeeTable, price: str, risk: str) -
     yield CostLine(
         item="compute",
         usd=round_usd(rate * course.useful_h),
-        how=f"{_hours(course.useful_h)} h x ${rate:f}/h",
+        words=lambda: f"{_hours(course.useful_h)} h x ${rate:f}/h",
         source=price,
     )
     if course.start_h:
         yield CostLine(
             item="start-up",
             usd=round_usd(rate * course.start_h),
-            how=f"{_seconds(course.start_h)} s x ${rate:f}/h",
+            words=lambda: f"{_seconds(course.start_h)} s x ${rate:f}/h",
             source=fees.startup(offer.provider, offer.market).source,
         )
     if not course.preemptions:
@@ -103,19 +108,20 @@ def _node(offer: Offer, course: Course, fees: FeeTable, price: str, risk: str) -
         yield CostLine(
             item="checkpoints",
             usd=round_usd(rate * course.pauses_h),
-            how=f"{_pauses_text(course)} x ${rate:f}/h",
+            words=lambda: f"{_pauses_text(course)} x ${rate:f}/h",
             source=risk,
         )
-    for item, hours, what in (
-        ("rework", course.rework_h, "lost and done again"),
-        ("restarts", course.restarts_h, "starting again and reading the checkpoint"),
-    ):
-        yield CostLine(
-            item=item,
-            usd=round_usd(rate * hours),
-            how=f"{_hours(course.preemptions)} preemptions expected: {_hours(hours)} h {what} x ${rate:f}/h",
-            source=risk,
-        )
+    yield _lost("rework", course.rework_h, "lost and done again", rate, course, risk)
+    yield _lost("restarts", course.restarts_h, "starting again", rate, course, risk)
+
+
+def _lost(item: str, hours: Decimal, what: str, rate: Decimal, course: Course, risk: str) -> CostLine:
+    return CostLine(
+        item=item,
+        usd=round_usd(rate * hours),
+        words=lambda: f"{_hours(course.preemptions)} preemptions: {_hours(hours)} h {what} x ${rate:f}/h",
+        source=risk,
+    )
 
 
 def _pauses_text(course: Course) -> str:
@@ -141,7 +147,7 @@ def billed_seconds(run_s: Decimal, increment_s: int, minimum_s: int) -> Decimal:
 def _billing_unit(offer: Offer, extra_s: Decimal, source: str) -> Iterator[CostLine]:
     usd = round_usd(offer.usd_per_hour * extra_s / SECONDS_PER_HOUR)
     if usd:
-        yield CostLine(item="billing unit", usd=usd, how=_unit_text(offer, extra_s), source=source)
+        yield CostLine(item="billing unit", usd=usd, words=lambda: _unit_text(offer, extra_s), source=source)
 
 
 def _unit_text(offer: Offer, extra_s: Decimal) -> str:
@@ -154,28 +160,28 @@ def _unit_text(offer: Offer, extra_s: Decimal) -> str:
     return f"{what}: {_hours(extra_s)} s x ${offer.usd_per_hour:f}/h"
 
 
-def _cpu_and_ram(offer: Offer, work: Work, billed_h: Decimal, fees: FeeTable, source: str) -> list[CostLine]:
+def _cpu_and_ram(
+    offer: Offer, work: Work, billed_h: Decimal, fees: FeeTable, source: str
+) -> Iterator[CostLine]:
     """Where they are billed beside the GPU, by the assumption that the work carries."""
-    lines = []
-    for item, rate, per_gpu, unit in (
-        ("cpu", offer.cpu_usd_per_core_hour, work.cpu_cores_per_gpu, "cores"),
-        ("ram", offer.ram_usd_per_gib_hour, work.ram_gib_per_gpu, "GiB"),
-    ):
-        if rate is None:
-            continue
-        amount = per_gpu * offer.gpu_count
-        if item == "ram":
-            amount = max(amount, _ram_for_disk_gib(offer, work, fees))
-        if amount:
-            lines.append(
-                CostLine(
-                    item=item,
-                    usd=round_usd(rate * amount * billed_h),
-                    how=f"{amount:f} {unit} assumed x ${rate:f}/h x {_hours(billed_h)} h",
-                    source=source,
-                )
-            )
-    return lines
+    if offer.cpu_usd_per_core_hour is not None:
+        cores = work.cpu_cores_per_gpu * offer.gpu_count
+        yield from _apart("cpu", "cores", cores, offer.cpu_usd_per_core_hour, billed_h, source)
+    if offer.ram_usd_per_gib_hour is not None:
+        gib = max(work.ram_gib_per_gpu * offer.gpu_count, _ram_for_disk_gib(offer, work, fees))
+        yield from _apart("ram", "GiB", gib, offer.ram_usd_per_gib_hour, billed_h, source)
+
+
+def _apart(
+    item: str, unit: str, amount: Decimal, rate: Decimal, billed_h: Decimal, source: str
+) -> Iterator[CostLine]:
+    if amount:
+        yield CostLine(
+            item=item,
+            usd=round_usd(rate * amount * billed_h),
+            words=lambda: f"{amount:f} {unit} assumed x ${rate:f}/h x {_hours(billed_h)} h",
+            source=source,
+        )
 
 
 def _ram_for_disk_gib(offer: Offer, work: Work, fees: FeeTable) -> Decimal:
@@ -215,7 +221,7 @@ def _disk_line(
     return CostLine(
         item=item,
         usd=round_usd(gb * rate * hours / month_h),
-        how=f"{gb_text} GB x ${rate:f}/GB-month x {_hours(hours)} h / {month_h} h",
+        words=lambda: f"{gb_text} GB x ${rate:f}/GB-month x {_hours(hours)} h / {month_h} h",
         source=source,
     )
 
@@ -300,8 +306,12 @@ def _moved(
     """Into or out of the node's provider, by the offer's own rate where it has one."""
     rate = offer.egress_usd_per_gb if direction == "egress" else offer.ingress_usd_per_gb
     if rate is not None:
-        text = f"{_hours(gb)} GB x ${rate:f}/GB"
-        return CostLine(item=item, usd=round_usd(gb * rate), how=text, source="the offer itself")
+        return CostLine(
+            item=item,
+            usd=round_usd(gb * rate),
+            words=lambda: f"{_hours(gb)} GB x ${rate:f}/GB",
+            source="the offer itself",
+        )
     so_far_gb = work.egress_gb_this_month + before_gb if direction == "egress" else ZERO
     charge = fees.transfer_usd(offer.provider, direction, gb, region=offer.region, month_so_far_gb=so_far_gb)
     return _charged(item, charge)
@@ -312,7 +322,7 @@ def _from_store(item: str, gb: Decimal, store: str, fees: FeeTable) -> CostLine:
 
 
 def _charged(item: str, charge: Charge) -> CostLine:
-    return CostLine(item=item, usd=charge.usd, how=charge.how, source=charge.source_text)
+    return CostLine(item=item, usd=charge.usd, words=lambda: charge.how, source=charge.source_text)
 
 
 def _hours(value: Decimal) -> str:

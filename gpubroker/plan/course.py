@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import TYPE_CHECKING
+from functools import lru_cache
 
-from gpubroker.model import Offer
 from gpubroker.money import SECONDS_PER_HOUR
-from gpubroker.plan.preempt import Expectation, Interruptions, expect
-from gpubroker.plan.work import ZERO, Work
-
-if TYPE_CHECKING:
-    from gpubroker.plan.simulate import Ages, Uncertain
+from gpubroker.plan.hazard import Ages, Gamma, Hazard
+from gpubroker.plan.preempt import Interruptions, expect
+from gpubroker.plan.work import ZERO, Checkpoints
 
 _NANO = Decimal("0.000000001")
 # Mean wait for the same market to have a node again. The pooled public spot traces return at 1.64 an hour in
@@ -33,11 +30,22 @@ class Risk:
 
     per_hour: float  # of billed time, the mean of what is known
     source: str
-    uncertain: Uncertain | None = None  # what is known of the rate, where it is not certain
+    uncertain: Gamma | None = None  # what is known of the rate, where it is not certain
     ages: Ages | None = None  # how it changes with a node's age; None = it does not
 
 
 NO_RISK = Risk(per_hour=0.0, source="")
+
+
+@lru_cache(maxsize=4096)
+def risk_of(hazard: Hazard, hours: Decimal) -> Risk:
+    """A hazard as a job of that length meets it: its nodes are young more often than others."""
+    return Risk(
+        per_hour=hazard.over(float(hours)),
+        source=f"{hazard.text} ({hazard.source_text})",
+        uncertain=hazard.gamma,
+        ages=hazard.ages,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +61,6 @@ class Course:
     preemptions: Decimal = ZERO
     checkpoints: Decimal = ZERO
     interval_h: Decimal | None = None  # None = none is written at intervals
-    reload_h: Decimal = ZERO  # of one restart, reading the checkpoint
 
     @property
     def run_h(self) -> Decimal:
@@ -66,40 +73,35 @@ class Course:
         return self.run_h + self.wait_h
 
 
-def interruptions(offer: Offer, work: Work, start_s: Decimal, hazard_per_hour: float) -> Interruptions:
+@lru_cache(maxsize=1024)
+def interruptions(market: str, saves: Checkpoints, start_s: Decimal, hazard_per_hour: float) -> Interruptions:
     """The inputs of the closed form, but for what a checkpoint costs beside its pause."""
-    saves = work.checkpoints
     return Interruptions(
         hazard_per_hour=hazard_per_hour,
         restart_h=_hours(start_s + saves.reload_s),
         first_start_h=_hours(start_s),
         checkpoint_h=_hours(saves.pause_s),
         interval_h=None if saves.every_s is None else _hours(saves.every_s),
-        wait_h=_WAIT_H.get(offer.market, _OTHER_WAIT_H),
+        wait_h=_WAIT_H.get(market, _OTHER_WAIT_H),
     )
 
 
-def course_of(work: Work, start_s: Decimal, inputs: Interruptions) -> Course | None:
+@lru_cache(maxsize=4096)
+def course_of(hours: Decimal, inputs: Interruptions) -> Course | None:
     """The expected course; None where restarts are lost faster than they end, so that it never finishes."""
-    start_h = start_s / SECONDS_PER_HOUR
-    if not inputs.hazard_per_hour:
-        return Course(useful_h=work.hours, start_h=start_h)
-    found = expect(float(work.hours), inputs)
-    return _decimal(found, work, start_h) if found.finishes and found.billed_h < _LONGEST_H else None
-
-
-def _decimal(found: Expectation, work: Work, start_h: Decimal) -> Course:
+    found = expect(float(hours), inputs)
+    if not found.finishes or found.billed_h > _LONGEST_H:
+        return None
     return Course(
-        useful_h=work.hours,
-        start_h=start_h,
-        pauses_h=_nano(found.checkpoint_pause_h),
-        rework_h=_nano(found.rework_h),
-        restarts_h=_nano(found.restart_h),
-        wait_h=_nano(found.wait_h),
-        preemptions=_nano(found.preemptions),
-        checkpoints=_nano(found.checkpoints_written),
-        interval_h=None if found.interval_h is None else _nano(found.interval_h),
-        reload_h=work.checkpoints.reload_s / SECONDS_PER_HOUR,
+        useful_h=hours,
+        start_h=_decimal(found.first_start_h),
+        pauses_h=_decimal(found.checkpoint_pause_h),
+        rework_h=_decimal(found.rework_h),
+        restarts_h=_decimal(found.restart_h),
+        wait_h=_decimal(found.wait_h),
+        preemptions=_decimal(found.preemptions),
+        checkpoints=_decimal(found.checkpoints_written),
+        interval_h=None if found.interval_h is None else _decimal(found.interval_h),
     )
 
 
@@ -107,5 +109,6 @@ def _hours(seconds: Decimal) -> float:
     return float(seconds / SECONDS_PER_HOUR)
 
 
-def _nano(value: float) -> Decimal:
-    return Decimal(repr(value)).quantize(_NANO)
+def _decimal(hours: float) -> Decimal:
+    """To the billionth, without the noise that a float has after it."""
+    return Decimal(repr(hours)).quantize(_NANO).normalize() + 0

@@ -34,6 +34,7 @@ class Ask:
     """What is wanted. Empty tuples and None mean: no restriction."""
 
     work: Work
+    amount: str = ""  # work that is converted to each card, as it was asked for; "" = work.hours on any
     gpus: tuple[GpuRequest, ...] = ()
     gpu_count: int = 1
     markets: tuple[Market, ...] = ()
@@ -41,6 +42,11 @@ class Ask:
     regions: tuple[str, ...] = ()
     min_vram_gib: int | None = None  # per GPU
     verified_only: bool = True
+
+    @property
+    def work_text(self) -> str:
+        """How much there is to do, for people."""
+        return self.amount or f"{self.work.hours:f} h"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,8 +58,9 @@ class Pricing:
     """
 
     fees: FeeTable
-    risk_of: Callable[[Offer], Risk] = lambda offer: NO_RISK
+    risk_of: Callable[[Offer, Decimal], Risk] = lambda offer, hours: NO_RISK
     hours_on: Callable[[Offer], tuple[Decimal, str] | str] | None = None
+    assumption: str = ""  # how hours_on converts, in one sentence
 
     def start_s(self, offer: Offer) -> Decimal:
         """Seconds that are billed before the work starts."""
@@ -129,7 +136,7 @@ def quote_of(priced: Priced, work: Work, pricing: Pricing, *, risk: Risk | None 
             return converted
         work, pace = replace(work, hours=converted[0]), converted[1]
     if risk is None:
-        risk = pricing.risk_of(offer)
+        risk = pricing.risk_of(offer, work.hours)
     course = _course(offer, work, risk, pricing)
     if course is None:
         return f"would never finish: lost {risk.per_hour:.2g} times an hour"
@@ -141,13 +148,13 @@ def quote_of(priced: Priced, work: Work, pricing: Pricing, *, risk: Risk | None 
 
 def _course(offer: Offer, work: Work, risk: Risk, pricing: Pricing) -> tuple[Course, Interruptions] | None:
     """The course and what it was made from: checkpoints that are charged for leaving are worth fewer."""
-    start_s = pricing.start_s(offer)
-    inputs = interruptions(offer, work, start_s, risk.per_hour)
-    course = course_of(work, start_s, inputs)
-    if course is not None and work.checkpoints.every_s is None and work.checkpoints.leave(offer.provider):
+    saves, start_s = work.checkpoints, pricing.start_s(offer)
+    inputs = interruptions(offer.market, saves, start_s, risk.per_hour)
+    course = course_of(work.hours, inputs)
+    if course is not None and saves.every_s is None and saves.leave(offer.provider):
         fee_usd = checkpoint_fee_usd(offer, work, pricing.fees, course.checkpoints)
         inputs = replace(inputs, checkpoint_fee_h=float(fee_usd / offer.usd_per_hour))
-        course = course_of(work, start_s, inputs)
+        course = course_of(work.hours, inputs)
     return None if course is None else (course, inputs)
 
 

@@ -16,24 +16,24 @@ def advice(quotes: Sequence[Quote], ask: Ask, now: datetime) -> str:
     """What to take: your own GPU first when the job fits it, else the cheapest row that has stock."""
     available = [q for q in quotes if q.has_stock]
     if not available:
-        return f"Nobody has one free right now; the cheapest once there is: {_name(quotes[0])}."
+        return f"Nobody has one free right now; the cheapest once there is: {name_of(quotes[0])}."
     own = next((q for q in available if q.offer.provider == OWN), None)
     rented = [q for q in available if q.offer.provider != OWN]
     if own is not None:
         card = f"{own.offer.gpu_count}x {own.offer.gpu}"
         text = f"Your own {card} can do it for {_usd(own.bill.total_usd)} of electricity"
         if rented:
-            text += f"; the cheapest to rent is {_name(rented[0])} at {_usd(rented[0].bill.total_usd)}"
+            text += f"; the cheapest to rent is {name_of(rented[0])} at {_usd(rented[0].bill.total_usd)}"
             if rented[0].bill.total_usd < own.bill.total_usd:
                 text += ", which is less"
         return f"{text}.{_caution(own, now)}"
     best = rented[0]
-    text = f"Take {_name(best)}: {_usd(best.bill.total_usd)} for {ask.work.hours:f} h, {_why(rented)}"
+    text = f"Take {name_of(best)}: {_usd(best.bill.total_usd)} for {ask.work_text}, {_why(rented)}"
     firm = next((q for q in rented if not q.offer.preemptible), None)
     if best.offer.preemptible:
         text += ". It can be taken away at any time"
         if firm is not None:
-            text += f"; {_name(firm)} cannot, for {_difference(firm, best)} more"
+            text += f"; {name_of(firm)} cannot, for {_difference(firm, best)} more"
     return f"{text}.{_caution(best, now)}"
 
 
@@ -52,7 +52,8 @@ def _difference(dear: Quote, cheap: Quote) -> str:
     return _usd(dear.bill.total_usd.quantize(cent) - cheap.bill.total_usd.quantize(cent))
 
 
-def _name(quote: Quote) -> str:
+def name_of(quote: Quote) -> str:
+    """One row in words: vast 1x H100 SXM spot in US."""
     offer = quote.offer
     where = offer.zone or offer.region or offer.cloud
     form = "" if offer.form_factor == "unstated" else f" {offer.form_factor}"

@@ -66,7 +66,7 @@ def rates_of(quote: Quote, pricing: Pricing) -> Rates:
     course = quote.bill.course
     base = total(course)
     # Ten at a time, against the rounding of each line.
-    hour = (total(replace(course, rework_h=course.rework_h + 10)) - base) / 10
+    hour = (total(replace(course, useful_h=course.useful_h + 10)) - base) / 10
     lost = (total(replace(course, preemptions=course.preemptions + 10)) - base) / 10
     wait = (total(replace(course, wait_h=course.wait_h + 10)) - base) / 10
     fixed = base - hour * course.run_h - lost * course.preemptions - wait * course.wait_h
