@@ -237,10 +237,18 @@ class _Session(asyncssh.SSHServerProcess[bytes]):
     async def _start(self, stdio: tuple[int, int, int], *, tty: bool) -> Command:
         """Run what was asked for."""
         argv = [self._inside.shell, *(["-l"] if self.command is None else ["-c", self.command])]
-        term = {"TERM": self.term_type or "dumb"} if tty else {}
-        env = self._inside.env(self._user, {**self.env, **term})
+        own = {"TERM": self.term_type or "dumb", "SSH_TTY": os.ttyname(stdio[0])} if tty else {}
+        env = self._inside.env(self._user, {**self.env, **self._addresses(), **own})
         self._running = await self._inside.init.run(argv, env, self._inside.home, stdio, tty=tty)
         return self._running
+
+    def _addresses(self) -> dict[str, str]:
+        """By which a command knows that it came over SSH."""
+        client, here = self.get_extra_info("peername"), self.get_extra_info("sockname")
+        return {
+            "SSH_CLIENT": f"{client[0]} {client[1]} {here[1]}",
+            "SSH_CONNECTION": f"{client[0]} {client[1]} {here[0]} {here[1]}",
+        }
 
 
 class _HomeFiles(asyncssh.SFTPServer):
