@@ -50,6 +50,16 @@ def test_prices_younger_than_max_age_are_not_asked_for_again(quote, sells):
     assert first["quotes"] == second["quotes"]
 
 
+def test_a_quote_of_one_vendor_does_not_keep_the_next_from_asking_all(quote, sells, monkeypatch, capsys):
+    """A vendor that was left out at first is met at once, not at the next poll."""
+    for name in ("VAST", "RUNPOD", "AWS_FEEDS"):
+        monkeypatch.setenv(f"GPUBROKER_{name}_URL", "http://127.0.0.1:9")
+    quote()
+    assert 0 == main(["quote", "--gpu", "h100", "--hours", "8", "--format", "json"])
+    problems = json.loads(capsys.readouterr().out)["problems"]
+    assert {"vast", "runpod"} <= {p["provider"] for p in problems}
+
+
 def test_older_ones_are(quote, sells):
     """--max-age 0s asks every time."""
     quote()

@@ -22,6 +22,7 @@ from gpubroker.guard import Guarded, guarded, plain
 from gpubroker.model import OfferQuery, Parsed, Skipped
 from gpubroker.prices.store import Store
 from gpubroker.provider import Access, ProviderContext
+from gpubroker.provider import names as installed
 
 # How long a failure is remembered: no quote waits for that provider again meanwhile.
 REST_S = 60
@@ -81,6 +82,7 @@ def poll(
         on_result(result)
 
     order = list(names)
+    store.introduce(installed())
     jobs: list[_Job] = []
     for name in order:
         try:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -214,6 +214,14 @@ class Store:
                 connection.execute(state.insert().values(provider=provider, **changes))
             elif changes:
                 connection.execute(update(state).where(mine).values(changes))
+
+    def introduce(self, providers: Iterable[str]) -> None:
+        """Have a row for each of them, so that one nobody has asked yet is known to be due."""
+        state = tables.provider_state
+        with self.database.write("gpubroker introduce") as connection:
+            known = set(connection.execute(select(state.c.provider)).scalars())
+            for provider in sorted(set(providers) - known):
+                connection.execute(state.insert().values(provider=provider))
 
     def observations(self, provider: str) -> Iterator[tuple[datetime, Offer]]:
         """Every offer of every kept poll, as it was listed but for what is volatile."""
