@@ -9,11 +9,13 @@ from collections.abc import Callable
 import click
 
 from benchmarks.harness import Result
+from benchmarks.plan_coverage import plan_coverage
 from benchmarks.quote_cold import quote_cold
 from benchmarks.store_poll import store_poll
 from benchmarks.testcloud_nodes import testcloud_nodes
 
 BENCHMARKS: dict[str, Callable[[bool], Result]] = {
+    "plan-coverage": plan_coverage,
     "quote-cold": quote_cold,
     "store-poll": store_poll,
     "testcloud-nodes": testcloud_nodes,
