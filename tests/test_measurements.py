@@ -11,6 +11,7 @@ from alembic.config import Config
 from gpubroker import exposure, measurements
 from gpubroker.exposure import Exposure
 from gpubroker.model import Parsed
+from gpubroker.plan import hazard
 from gpubroker.plan.throughput import Measurement, Yardstick, converter, parse_work
 from gpubroker.prices import database
 from gpubroker.prices.rows import REVISION
@@ -63,7 +64,7 @@ def test_a_database_of_the_first_revision_is_upgraded_with_all_that_it_holds(emp
         assert REVISION == store.revision()
         assert [("vast", 5)] == rows_of(store, "SELECT provider, started_at FROM polls")
         assert [] == measurements.recorded(store.database)
-        assert [] == exposure.totals(store.database)
+        assert () == store.snapshot(None).exposures
 
 
 def test_prices_of_an_older_database_are_still_read(empty_url, clock):
@@ -128,14 +129,16 @@ def test_recorded_runs_convert_work(store):
 
 
 def test_exposure_adds_up_by_kind_of_node(store):
-    """Preemptions and seconds; from the first moment to the last."""
+    """Preemptions and hours, as a quote reads them."""
     later = replace(STRETCH, preemptions=0, exposed_s=3600, since_at=NOW, until_at=NOW + timedelta(hours=1))
     elsewhere = replace(STRETCH, region="DE", preemptions=2)
     for stretch in (STRETCH, later, elsewhere):
         exposure.record(store.database, stretch)
-    both = replace(STRETCH, exposed_s=10_800, until_at=later.until_at)
-    assert [elsewhere, both] == exposure.totals(store.database)
-    assert [later] == exposure.totals(store.database, since=NOW + timedelta(minutes=1))
+    kind = {"provider": STRETCH.provider, "gpu": STRETCH.gpu, "market": STRETCH.market}
+    assert (
+        hazard.Exposure(**kind, region="DE", preemptions=2, hours=2),
+        hazard.Exposure(**kind, region=STRETCH.region, preemptions=1, hours=3),
+    ) == store.snapshot(None).exposures
 
 
 @pytest.mark.parametrize(
@@ -147,4 +150,4 @@ def test_a_stretch_that_cannot_have_been_is_refused(store, change):
     """Nothing of it is kept."""
     with pytest.raises(ValueError, match="no stretch"):
         exposure.record(store.database, replace(STRETCH, **change))
-    assert [] == exposure.totals(store.database)
+    assert () == store.snapshot(None).exposures

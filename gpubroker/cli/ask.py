@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from decimal import Decimal
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from gpubroker.cli.render import say
 from gpubroker.config import Settings
-from gpubroker.doors import Clock
+from gpubroker.doors import Clock, SystemClock
 from gpubroker.errors import ConfigError
 from gpubroker.gpus import catalogue
 from gpubroker.model import Offer, Priced
 from gpubroker.plan.course import NO_RISK, Risk, risk_of
 from gpubroker.plan.fees import FeeTable
-from gpubroker.plan.hazard import Hazards
+from gpubroker.plan.hazard import Exposure, Hazards
 from gpubroker.plan.rank import Ask, LeftOut, Pricing, merge
 from gpubroker.plan.work import Checkpoints, Work
 from gpubroker.prices import book, market
+
+if TYPE_CHECKING:
+    from gpubroker.plan.throughput import Measurement
 
 ASKED_RATE = "as asked"
 # Stands for hours that depend on the card.
@@ -84,6 +87,9 @@ class Knowledge:
     preemption_rate: Decimal | None = None  # an hour, of preemptible offers
 
 
+NOTHING_SAID = Knowledge()
+
+
 def knowledge_from(asked: Mapping[str, Any]) -> Knowledge:
     """The options of `work_options` that say so."""
     return Knowledge(
@@ -91,21 +97,23 @@ def knowledge_from(asked: Mapping[str, Any]) -> Knowledge:
     )
 
 
-def pricing_for(ask: Ask, settings: Settings, known: Knowledge = Knowledge()) -> Pricing:
+def pricing_for(
+    ask: Ask, settings: Settings, exposures: Iterable[Exposure], known: Knowledge = NOTHING_SAID
+) -> Pricing:
     """Fees, hazards and speeds in force. Raises ConfigError for a store that no fee is known of."""
     fees = FeeTable.load(settings.fees)
     stores = fees.stores()
     for option, store in (("data-at", ask.work.data_store), ("checkpoint-at", ask.work.checkpoints.store)):
         if store and store not in stores:
             raise ConfigError(f"--{option}: no store {store[:40]!r}; there are {', '.join(sorted(stores))}")
-    pricing = Pricing(fees=fees, risk_of=_risks(known.preemption_rate))
+    pricing = Pricing(fees=fees, risk_of=_risks(exposures, known.preemption_rate))
     return _at_pace(pricing, ask, settings, known) if ask.amount else pricing
 
 
-def _risks(asked_rate: Decimal | None) -> Callable[[Offer, Decimal], Risk]:
+def _risks(exposures: Iterable[Exposure], asked_rate: Decimal | None) -> Callable[[Offer, Decimal], Risk]:
     """What is known of each offer, or the rate that was asked for."""
     if asked_rate is None:
-        hazards = Hazards()
+        hazards = Hazards(exposures)
         return lambda offer, hours: risk_of(hazards.of(offer), hours)
     rate = Risk(per_hour=float(asked_rate), source=ASKED_RATE)
     return lambda offer, hours: rate if offer.preemptible else NO_RISK
@@ -115,7 +123,7 @@ def _at_pace(pricing: Pricing, ask: Ask, settings: Settings, known: Knowledge) -
     """Hours converted to each card, by the user's measurements where there are any."""
     from gpubroker.plan import throughput
 
-    own = ()
+    own = _measured(settings, known.job) if known.job else ()
     yardstick = throughput.Yardstick(
         work=throughput.parse_work(ask.amount),
         bound=throughput.parse_bound(known.bound) if known.bound else throughput.DEFAULT_BOUND,
@@ -128,6 +136,20 @@ def _at_pace(pricing: Pricing, ask: Ask, settings: Settings, known: Knowledge) -
         return found.how if found.hours is None else (found.hours, f"{found.hours:.2f} h: {found.how}")
 
     return replace(pricing, hours_on=hours_on, assumption=throughput.assumption(yardstick))
+
+
+def _measured(settings: Settings, job: str) -> tuple[Measurement, ...]:
+    from gpubroker import measurements
+    from gpubroker.prices.store import Store
+
+    with Store.open(settings.db_url, SystemClock()) as store:
+        store.migrate()
+        found = measurements.of_job(store.database, job)
+    if not found:
+        raise ConfigError(
+            f"--job: nothing was measured of {job[:40]!r}; gpubroker calibrate ls lists what was"
+        )
+    return found
 
 
 def rows_for(ask: Ask, settings: Settings, *, max_age_s: int, offline: bool, clock: Clock) -> Rows:

@@ -112,7 +112,7 @@ def _watch(gpu: GpuRequest, vendors: Sequence[str], seconds: int, clock: Clock) 
     settings = config.load()
     query = OfferQuery(gpus=gpu.names, markets=frozenset({"spot", "on_demand", "serverless"}), whole=False)
     ask = Ask(work=Work(hours=_HOURS), gpus=(gpu,))
-    pricing = pricing_for(ask, settings)
+    pricing = pricing_for(ask, settings, ())
     courses: dict[tuple[str, str], Course] = {}
     leaders: list[str] = []
     quotes: Sequence[Quote] = ()

@@ -66,9 +66,9 @@ def quote(*, top: int, max_age: int | None, offline: bool, explain: bool, output
     settings = config.load()
     clock = SystemClock()
     ask = ask_from(asked, settings)
-    pricing = pricing_for(ask, settings, knowledge_from(asked))
     max_age_s = settings.max_age_s if max_age is None else max_age
     rows = rows_for(ask, settings, max_age_s=max_age_s, offline=offline, clock=clock)
+    pricing = pricing_for(ask, settings, rows.view.exposures, knowledge_from(asked))
     ranking = rank(rows.priced, ask, pricing)
     unread = [LeftOut(provider=name, id=skip.id, reason=skip.reason) for name, skip in rows.view.skipped]
     left_out = [*rows.superseded, *ranking.left_out]

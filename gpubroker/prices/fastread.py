@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from gpubroker.model import Priced
+from gpubroker.money import SECONDS_PER_HOUR
+from gpubroker.plan.hazard import Exposure
 from gpubroker.prices.polls import COVERAGE_SQL, Coverage, ProviderState, kept_of, state_of
 from gpubroker.prices.rows import (
     NOTHING,
@@ -42,6 +44,10 @@ _STATES_SQL = """
 SELECT provider, missing, unreachable_until, reason, tried_at, asked_with
 FROM provider_state ORDER BY provider
 """
+_EXPOSURE_SQL = """
+SELECT provider, gpu, region, market, SUM(preemptions), SUM(exposed_s)
+FROM exposure GROUP BY provider, gpu, region, market ORDER BY provider, gpu, region, market
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +57,7 @@ class Snapshot:
     live: list[Priced]  # current offers of the GPUs asked
     states: Mapping[str, ProviderState]
     coverage: Coverage
+    exposures: tuple[Exposure, ...]  # of our own nodes, whatever their GPU
 
 
 def snapshot(path: str | Path, gpus: Collection[str] | None) -> Snapshot | None:
@@ -94,7 +101,14 @@ def read(run: Run, gpus: Collection[str] | None) -> Snapshot:
         live=[_priced(row, listings, coverage) for row in rows],
         states={state.provider: state for state in map(state_of, run(_STATES_SQL, ()))},
         coverage=coverage,
+        exposures=tuple(_exposure_of(row) for row in run(_EXPOSURE_SQL, ())),
     )
+
+
+def _exposure_of(row: Sequence[Any]) -> Exposure:
+    # PostgreSQL adds whole numbers up as Decimal.
+    kind = dict(zip(("provider", "gpu", "region", "market"), row[:4], strict=True))
+    return Exposure(**kind, preemptions=float(row[4]), hours=float(row[5]) / SECONDS_PER_HOUR)
 
 
 def where_gpus(column: str, gpus: Collection[str] | None) -> tuple[str, tuple[str, ...]]:

@@ -19,6 +19,7 @@ from gpubroker.config import Settings
 from gpubroker.doors import Clock, ThreadPool
 from gpubroker.errors import SchemaTooNew, StoreError
 from gpubroker.model import Market, OfferQuery, Priced, Skipped
+from gpubroker.plan.hazard import Exposure
 from gpubroker.prices import fastread
 from gpubroker.prices.polls import Coverage, ProviderState
 
@@ -58,6 +59,7 @@ class View:
     gaps: tuple[Problem, ...]  # parts of a market that a poll could not see
     skipped: tuple[tuple[str, Skipped], ...]
     providers: frozenset[str]  # every provider that the store has heard of
+    exposures: tuple[Exposure, ...] = ()  # what our own nodes have met
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -268,6 +270,7 @@ def _view_of(
         ),
         skipped=tuple((kept.provider, skip) for kept in newest for skip in kept.skipped),
         providers=frozenset(states),
+        exposures=() if found is None else found.exposures,
     )
 
 
