@@ -199,9 +199,18 @@ def test_a_listed_reliability_gives_the_failures_of_a_host():
         offer(market="on_demand", preemptible=False, reliability=Decimal("0.98"))
     )  # fmt: skip
     assert pytest.approx(0.0034) == firm.per_hour
-    assert firm.prior.source.endswith("reliability 0.98 as listed")
+    assert "a test; 0.0034/h by the reliability that its host is listed with" == firm.prior.source
     bid = Hazards((), PRIORS).of(offer(reliability=Decimal("0.98")))
     assert pytest.approx(0.1034) == bid.per_hour
+
+
+def test_offers_of_one_kind_share_a_hazard():
+    """20,000 listings have some hundred: what was seen nowhere near makes no difference."""
+    hazards = Hazards([seen(1, 10, provider="other")], PRIORS)
+    assert hazards.of(offer()) is hazards.of(offer(gpu="A100-80GB", region="eu-west-1"))
+    near = Hazards([seen(1, 10)], PRIORS)
+    assert near.of(offer()) is not near.of(offer(region="eu-west-1"))
+    assert near.of(offer()) is near.of(offer(usd_per_hour=Decimal(3)))
 
 
 def test_a_perfect_listing_is_not_believed_to_be_perfect():

@@ -102,9 +102,9 @@ class Exposure:
     hours: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Hazard:
-    """Preemptions per hour of one offer."""
+    """Preemptions per hour of one offer. Offers that share one share the object, which is its own key."""
 
     gamma: Gamma
     ages: Ages
@@ -154,14 +154,17 @@ class Hazards:
 
     def of(self, offer: Offer) -> Hazard:
         """Raises KeyError for a market that has no prior at all; the packaged table has one for each."""
+        market = (offer.provider, offer.market)
         band = offer.details.get("interruption_band", "") if offer.market == "spot" else ""
-        key = (offer.provider, offer.gpu, offer.region, offer.market, band, offer.reliability)
+        host = None if offer.reliability is None else host_failures_per_hour(offer.reliability)
+        # Where nothing was seen, card and region make no difference: 20,000 offers have few hazards.
+        where = (offer.gpu, offer.region) if market in self._seen else ()
+        key = (*market, band, host, offer.preemptible, where)
         if key not in self._known:
-            self._known[key] = self._hazard(offer, band)
+            self._known[key] = self._hazard(offer, self._prior(offer, band, host))
         return self._known[key]
 
-    def _hazard(self, offer: Offer, band: str) -> Hazard:
-        prior = self._prior(offer, band)
+    def _hazard(self, offer: Offer, prior: Prior) -> Hazard:
         own, elsewhere = Gamma(shape=0, hours=0), Gamma(shape=0, hours=0)
         for seen in self._seen.get((offer.provider, offer.market), ()):
             if (seen.gpu, seen.region) == (offer.gpu, offer.region):
@@ -180,7 +183,7 @@ class Hazards:
             elsewhere_hours=cut * elsewhere.hours,
         )
 
-    def _prior(self, offer: Offer, band: str) -> Prior:
+    def _prior(self, offer: Offer, band: str, host: float | None) -> Prior:
         for key in (
             (offer.provider, offer.market, band),
             (offer.provider, offer.market, ""),
@@ -189,16 +192,15 @@ class Hazards:
             if key in self._priors:
                 break
         prior = self._priors[key]
-        if offer.reliability is None:
+        if host is None:
             return prior
-        host = host_failures_per_hour(offer.reliability)
         mean = prior.gamma.mean + host if offer.preemptible else host
         # As sure as before of the order of magnitude.
         gamma = Gamma(shape=prior.gamma.shape, hours=prior.gamma.shape / mean) if mean else prior.gamma
         return Prior(
             gamma=gamma,
             ages=prior.ages,
-            source=f"{prior.source}; reliability {offer.reliability} as listed",
+            source=f"{prior.source}; {figure(host)}/h by the reliability that its host is listed with",
             as_of=prior.as_of,
             status=prior.status,
         )
