@@ -60,6 +60,7 @@ class Wire(Background):
     def __init__(self, world: World) -> None:
         super().__init__("modal")
         self.world = world
+        self.served: dict[_Service, set[str]] = {}  # the RPCs that each service has a handler for
 
     def service(
         self, base: type, handlers: Mapping[str, RpcHandler], check: Check, queues: Collection[str] = ()
@@ -69,9 +70,11 @@ class Wire(Background):
         if unknown := sorted(set(handlers) - set(abstract)):
             raise TypeError(f"{base.__name__} has no RPC {unknown[0]}")
         known = type(base.__name__, (base,), dict.fromkeys(abstract))().__mapping__()
-        return _Service(
+        service = _Service(
             {path: self._wrapped(path, of_rpc, handlers, check, queues) for path, of_rpc in known.items()}
         )
+        self.served[service] = set(handlers)
+        return service
 
     def _wrapped(
         self,

@@ -258,7 +258,10 @@ class Sandboxes:
         """What its own command prints; without one nothing until it is over."""
         sandbox = self._find(call.request.sandbox_id)
         await sandbox.started.wait()
-        offset = int(call.request.last_entry_id or 0)
+        last = call.request.last_entry_id or "0"
+        if not (last.isascii() and last.isdigit() and len(last) < 19):
+            raise refused(Status.INVALID_ARGUMENT, f"not an entry: {last[:80]!r}")
+        offset = int(last)
         if sandbox.entry is None:
             await sandbox.over.wait()
         else:

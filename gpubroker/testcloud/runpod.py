@@ -259,7 +259,7 @@ class RunPod:
         self.volumes: dict[str, Volume] = {}
         self.old_volumes: list[Volume] = []  # deleted; their bill stays
         self.ssh_keys: list[str] = []
-        self.store = VolumeStore(world, lambda: self.volumes)
+        self.store = VolumeStore(world, lambda: self.volumes, self.site.bug)
         self.s3_url = ""
         self.templates: dict[str, dict[str, Any]] = {}
         self.registries: dict[str, dict[str, Any]] = {}

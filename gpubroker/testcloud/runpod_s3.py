@@ -13,6 +13,7 @@ that are younger than the fault's seconds.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import hashlib
@@ -52,10 +53,13 @@ class _Refused(Exception):
 
 
 class VolumeStore:
-    """All volumes' files. `volumes` says which exist now."""
+    """All volumes' files. `volumes` says which exist now; `bug` hears what is wrong with this file."""
 
-    def __init__(self, world: World, volumes: Callable[[], Mapping[str, Any]]) -> None:
+    def __init__(
+        self, world: World, volumes: Callable[[], Mapping[str, Any]], bug: Callable[[BaseException], None]
+    ) -> None:
         self._world = world
+        self._bug = bug
         self._root = Path()  # made by `start`
         self._volumes = volumes
         self._etags: dict[Path, tuple[int, int, str]] = {}  # of what was written here: (mtime, size, tag)
@@ -102,6 +106,11 @@ class VolumeStore:
                 return response
             except _Refused as refused:
                 return _error(refused)
+            except (ConnectionError, asyncio.CancelledError):
+                raise
+            except Exception as error:
+                self._bug(error)
+                return _error(_Refused(500, "InternalError", "A bug of the test cloud"))
 
         return await with_fault(request, fault, self._world.clock, answer, _fault_error)
 
@@ -303,12 +312,14 @@ class VolumeStore:
         return written, digest.hexdigest()
 
     def _place(self, written: Path, path: Path, tag: str) -> None:
-        """Put a whole file where its key says."""
-        if path.is_dir():
-            written.unlink()
-            raise _Refused(409, "InvalidRequest", "The key is a folder")
-        _make_folder(path.parent)
-        written.replace(path)
+        """Put a whole file where its key says; refused, it is gone."""
+        try:
+            if path.is_dir():
+                raise _Refused(409, "InvalidRequest", "The key is a folder")
+            _make_folder(path.parent)
+            written.replace(path)
+        finally:
+            written.unlink(missing_ok=True)
         status = path.stat()
         self._etags[path] = (status.st_mtime_ns, status.st_size, tag)
 
@@ -343,7 +354,8 @@ class VolumeStore:
     async def _complete(
         self, request: web.Request, path: Path, bucket: str, key: str, parts: Path
     ) -> web.Response:
-        named = [parts / f"{int(number):05d}" for number in _PART.findall(await request.text())]
+        asked = (await request.read()).decode("utf-8", "replace")
+        named = [parts / f"{int(number):05d}" for number in _PART.findall(asked)]
         if not named or named != sorted(set(named)) or not all(part.is_file() for part in named):
             raise _Refused(400, "InvalidPart")
         written, digests = self._uploads / new_id(), b""
