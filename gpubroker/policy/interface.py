@@ -77,11 +77,10 @@ class Resumable(Protocol):
 
 @runtime_checkable
 class Steady(Protocol):
-    """A policy that knows when it will next look at the world: lets a replay skip equal steps."""
+    """A policy that knows for how long it has nothing new to say: lets a replay skip equal steps."""
 
     def holds(self, obs: Observation) -> int:
-        """Steps, this one included, in which the last answer stays the same.
+        """Asked after an answer that changes nothing: for how many steps, this one included, it stays.
 
-        On spot for as long as the node lives; otherwise for as long as no spot node is to be had.
-        1 is always right.
+        Until then at the most, or until the availability of any zone changes. 1 is always right.
         """

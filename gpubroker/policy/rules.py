@@ -11,6 +11,7 @@ from gpubroker.policy.interface import Answer, Job, Observation
 
 # Steps or hours: sums are off by rounding, never by this much.
 _EPSILON = 1e-9
+_FOR_GOOD = 1 << 40  # steps
 
 
 def steps_up(hours: float, step_h: float) -> int:
@@ -48,12 +49,31 @@ class _Rule:
 class OnDemand(_Rule):
     """Never spot."""
 
+    def holds(self, obs: Observation) -> int:
+        """See Steady."""
+        return _FOR_GOOD
+
     def step(self, obs: Observation) -> Answer:
         """See Policy."""
         return "on_demand"
 
 
-class Greedy(_Rule):
+class _Netted(_Rule):
+    """A rule above the net. While it waits there is no spot; on demand there is none, or the net holds."""
+
+    def holds(self, obs: Observation) -> int:
+        """See Steady. What the net says on demand, and on a spot node that has started, it says for good."""
+        job = self._job
+        left = steps_down(obs.time_left_h, job.step_h)
+        if obs.state == "none":
+            return left - steps_up(obs.work_left_h + 2 * job.restart_delay_h, job.step_h)
+        if obs.state == "spot" and obs.delay_left_h > _EPSILON:
+            slack = left - steps_up(obs.work_left_h + job.restart_delay_h, job.step_h)
+            return slack if slack < steps_up(obs.delay_left_h, job.step_h) else _FOR_GOOD
+        return _FOR_GOOD
+
+
+class Greedy(_Netted):
     """Spot when there is any, wait otherwise."""
 
     def step(self, obs: Observation) -> Answer:
@@ -61,7 +81,7 @@ class Greedy(_Rule):
         return net(self._job, obs) or ("spot" if obs.spot_available else "none")
 
 
-class OdFallback(_Rule):
+class OdFallback(_Netted):
     """Spot when there is any, on demand otherwise."""
 
     def step(self, obs: Observation) -> Answer:
@@ -69,7 +89,7 @@ class OdFallback(_Rule):
         return net(self._job, obs) or ("spot" if obs.spot_available else "on_demand")
 
 
-class UniformProgress(_Rule):
+class UniformProgress(_Netted):
     """Never behind the straight line from no work to all of it (Wu et al., NSDI'24).
 
     The published runs decide exact ties of the first comparison by rounding; so does this one.
@@ -87,3 +107,13 @@ class UniformProgress(_Rule):
         if obs.spot_available:
             return "spot"
         return "on_demand" if obs.work_done_h < obs.t_h * rate - _EPSILON else "none"
+
+    def holds(self, obs: Observation) -> int:
+        """See Steady."""
+        if obs.state == "on_demand" and obs.spot_available:
+            return 1
+        held = super().holds(obs)
+        if obs.state != "none":
+            return held
+        ahead_h = obs.work_done_h * self._job.deadline_h / self._job.work_h - obs.t_h
+        return min(held, int(ahead_h / self._job.step_h))
