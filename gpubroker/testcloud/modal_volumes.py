@@ -11,6 +11,7 @@ is not served: who asks for no version gets 2. The URLs of blocks are not part o
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 import tempfile
 import time
@@ -367,17 +368,20 @@ class Volumes:
         return web.Response(text=f"stored {digest}")
 
     async def _get_block(self, request: web.Request) -> web.Response:
+        asked = [request.match_info["block"], request.query.get("start", ""), request.query.get("end", "")]
+        if not all(re.fullmatch("[0-9]{1,15}", number) for number in asked):
+            return web.Response(status=400, text="not a block of a file")
+        first, start, end = int(asked[0]) * BLOCK_BYTES, int(asked[1]), int(asked[2])
+        start, end = max(first, start), min(first + BLOCK_BYTES, end)
         try:
-            path = self.find(request.match_info["volume"]).path(request.query["path"])
+            path = self.find(request.match_info["volume"]).path(request.query.get("path", ""))
         except GRPCError:
             return web.Response(status=404)
         if not path.is_file():
             return web.Response(status=404)
-        first = int(request.match_info["block"]) * BLOCK_BYTES
-        start = max(first, int(request.query["start"]))
         with path.open("rb") as file:
             file.seek(start)
-            return web.Response(body=file.read(min(first + BLOCK_BYTES, int(request.query["end"])) - start))
+            return web.Response(body=file.read(max(0, end - start)))
 
 
 def _has_room(path: Path) -> bool:
