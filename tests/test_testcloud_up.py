@@ -23,6 +23,7 @@ from gpubroker.testcloud.hosts import LIARS, default_market
 from gpubroker.testcloud.up import follow_traces, read_trace
 from gpubroker.testcloud.world import World
 from gpubroker_providers.vast import Vast
+from tests.processes import alive, descendants, listening
 from tests.support import context
 from tests.testcloud_support import STEADY, HandClock, NoNodes
 
@@ -50,47 +51,6 @@ def rent(up: RunningCloud, **body: object) -> str:
     return str(answer.json()["new_contract"])
 
 
-def descendants(pid: int) -> set[int]:
-    """A process and all below it."""
-    below = {pid}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(path.read_text().rpartition(")")[2].split()[1])
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if parent in below:
-            below.add(int(path.parent.name))
-    return below
-
-
-def alive(pids: set[int]) -> set[int]:
-    def state(pid: int) -> str:
-        try:
-            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except (FileNotFoundError, ProcessLookupError):
-            return "Z"
-
-    return {pid for pid in pids if state(pid) not in "ZX"}
-
-
-def listeners(pids: set[int]) -> set[str]:
-    """The addresses these processes listen on, as the kernel writes them."""
-    sockets = set()
-    for pid in pids:
-        for link in Path(f"/proc/{pid}/fd").glob("*"):
-            try:
-                sockets.add(os.readlink(link).removeprefix("socket:[").removesuffix("]"))
-            except FileNotFoundError:
-                continue
-    found = set()
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-            words = line.split()
-            if words[3] == "0A" and words[9] in sockets:
-                found.add(words[1].partition(":")[0])
-    return found
-
-
 def test_our_own_provider_gets_offers_from_it(cloud: RunningCloud) -> None:
     """Polled as the real vendor is, at the URL and with the key of `env`."""
     parsed = Vast(context(env=dict(cloud.env))).offers(OfferQuery(whole=True), 60)
@@ -113,9 +73,9 @@ def test_nothing_listens_anywhere_but_on_loopback(cloud: RunningCloud) -> None:
     """Not the APIs, not the control URL, not a node's SSH server."""
     number = rent(cloud)
     cloud.wait_for(vendor="vast", id=number, state="running")
-    found = listeners(descendants(cloud.pid))
+    found = listening(descendants(cloud.pid))
     assert found
-    assert [] == [address for address in found if not address.endswith("7F") or len(address) != 8]
+    assert [] == [place for place in found if not place[0].is_loopback or place[0].version != 4]
 
 
 def test_the_same_seed_makes_the_same_market() -> None:

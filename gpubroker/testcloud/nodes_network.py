@@ -77,12 +77,12 @@ class Network:
     def near(self, client: socket.socket) -> socket.socket | None:
         """What a server talks to instead of a client that has connected; None = nobody, ever."""
         if self.kind == "dead":
-            self._keep(_swallow(client))
+            self._keep(_swallow(client), client)
             return None
         if self.kind != "slow":
             return client
         ours, theirs = _pair()
-        self._keep(self._carry(ours, client))
+        self._keep(self._carry(ours, client), ours, client)
         return theirs
 
     def close(self) -> None:
@@ -93,10 +93,17 @@ class Network:
         for sock in self._hole:
             sock.close()
 
-    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+    def _keep(self, work: Coroutine[Any, Any, None], *sockets: socket.socket) -> None:
+        """Do it in the background; its sockets are closed afterwards, even when it never began."""
+
+        def ended(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            for sock in sockets:
+                sock.close()
+
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(ended)
 
     async def _carry(self, inside: socket.socket, outside: socket.socket) -> None:
         """Bytes both ways, each at the node's rate, until both have ended."""
@@ -158,7 +165,7 @@ class Network:
         except BaseException:
             far.close()
             raise
-        self._keep(self._carry(near, far))
+        self._keep(self._carry(near, far), near, far)
 
     async def _lose(self, sock: socket.socket) -> None:
         """Its SYN gets no answer: the kernel gives up after minutes, the program may do so before."""
@@ -187,7 +194,7 @@ class _Rate:
 
 
 async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, rate: _Rate) -> None:
-    writer.transport.set_write_buffer_limits(high=_CHUNK_BYTES)
+    writer.transport.set_write_buffer_limits(high=0)  # what is drained is with the kernel
     while chunk := await reader.read(_CHUNK_BYTES):
         await rate.wait(len(chunk))
         writer.write(chunk)
@@ -198,7 +205,7 @@ async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, rate
 async def _swallow(client: socket.socket) -> None:
     """Until the client gives up."""
     loop = asyncio.get_running_loop()
-    with client, contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):
         while await loop.sock_recv(client, _CHUNK_BYTES):
             pass
 

@@ -17,7 +17,7 @@ import signal
 import socket
 import struct
 import termios
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -59,39 +59,41 @@ class SshServer:
         self._banner = banner
         self._connections: set[asyncssh.SSHServerConnection] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._fresh: set[socket.socket] = set()  # accepted, and nobody has begun to serve them
         self._socket = socket.socket()
         self._socket.setblocking(False)
         self._socket.bind(("127.0.0.1", 0))
         self.port: int = self._socket.getsockname()[1]
         if banner != "never":  # bound all the same: no other node may get this port
             self._socket.listen(_BACKLOG)
-            self._keep(self._accept()).add_done_callback(lambda _: self._socket.close())
+            asyncio.get_running_loop().add_reader(self._socket, self._accept)
 
     def abort(self) -> None:
         """The port and every connection are gone in a moment, with no farewell.
 
         The loop must let go of a socket before it is closed: its number may be another's the next moment.
         """
+        if self._socket.fileno() >= 0:
+            asyncio.get_running_loop().remove_reader(self._socket)
+            self._socket.close()
         for task in self._tasks:
             task.cancel()
+        for client in self._fresh:  # a task that is cancelled before it begins closes nothing
+            client.close()
         for connection in list(self._connections):
             connection.abort()
-        if self._banner == "never":
-            self._socket.close()
 
-    def _keep(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
-
-    async def _accept(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            client, _ = await loop.sock_accept(self._socket)
-            self._keep(self._serve(client))
+    def _accept(self) -> None:
+        with contextlib.suppress(BlockingIOError, ConnectionAbortedError):  # it has gone again
+            client, _ = self._socket.accept()
+            client.setblocking(False)
+            self._fresh.add(client)
+            task = asyncio.get_running_loop().create_task(self._serve(client))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
     async def _serve(self, client: socket.socket) -> None:
+        self._fresh.discard(client)
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if self._banner == "slow":
             try:
