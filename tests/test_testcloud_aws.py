@@ -8,6 +8,7 @@ import pytest
 from botocore.exceptions import ClientError
 
 from gpubroker.testcloud import bill
+from gpubroker.testcloud.aws import ACCESS_KEY
 from gpubroker.testcloud.keys import new_key_pair
 from tests.testcloud_aws import IMAGE, SPOT, TYPE, AwsRoom, aws_room, refusal
 
@@ -438,6 +439,15 @@ def test_calls_that_would_make_unseen_instances_are_refused(here: AwsRoom) -> No
             DryRun=True,
         )
     )
+
+
+def test_a_key_that_sts_gave_out_opens_s3(here: AwsRoom) -> None:
+    """For a node that is to have no key of the account; its policy is not enforced."""
+    made = here.call("sts", "assume_role", RoleArn="arn:aws:iam::123456789012:role/r", RoleSessionName="job")
+    key = made["Credentials"]["AccessKeyId"]
+    assert key != ACCESS_KEY
+    here.s3("create_bucket", Bucket="ckpt")
+    assert [] == here.call("s3", "list_objects_v2", Bucket="ckpt", access_key=key).get("Contents", [])
 
 
 def test_a_wrong_key_opens_nothing(here: AwsRoom) -> None:

@@ -202,6 +202,21 @@ def test_a_full_region_is_no_longer_listed(here: Room) -> None:
     assert launched(here)
 
 
+def test_a_stale_listing_of_types_shows_the_capacity_of_then(here: Room) -> None:
+    """What was taken since is still on offer: a launch may then be refused."""
+
+    def regions() -> list[str]:
+        listed = here.ask("GET", "/instance-types").body["data"][TYPE]
+        return [region["name"] for region in listed["regions_with_capacity_available"]]
+
+    here.clock.pass_s(1000)
+    launched(here), launched(here)
+    here.world.faults.add(
+        {"endpoint": "lambda GET /api/v1/instance-types", "kind": "stale", "seconds": 900, "skip": 1}
+    )
+    assert [[], [REGION], []] == [regions() for _ in range(3)]
+
+
 def test_files_in_another_region_are_refused(here: Room) -> None:
     """A file system is where it was made."""
     here.ask("POST", "/filesystems", {"name": "far", "region": ELSEWHERE})

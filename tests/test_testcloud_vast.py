@@ -98,7 +98,7 @@ class Bench:
         self.world.series["vast", STEADY.id].follow([step], 300, 0)
 
 
-def run(check: Callable[[Bench], Awaitable[None]], *hosts: Host, **options: Any) -> None:
+def run(check: Callable[[Bench], Awaitable[None]], *hosts: Host) -> None:
     """A check against a vast with these hosts on loopback."""
 
     async def go() -> None:
@@ -106,7 +106,7 @@ def run(check: Callable[[Bench], Awaitable[None]], *hosts: Host, **options: Any)
         world = World(HandClock(), nodes, seed=7)
         for host in hosts or (STEADY,):
             world.add_host(host)
-        vast = Vast(world, boot_s=0, **options)
+        vast = Vast(world, boot_s=0)
         await vast.start()
         try:
             async with aiohttp.ClientSession() as http:
@@ -271,6 +271,7 @@ def test_when_the_days_searches_are_used_up_the_answer_says_when_there_are_new_o
     """429 with its own error and the next midnight; the day after it goes on."""
 
     async def check(room: Bench) -> None:
+        room.world.faults.add({"endpoint": "vast * /api/v0/*", "kind": "quota", "per_day": 1})
         assert 200 == (await room.ask("POST", "/api/v0/bundles/", {}))[0]
         status, answer = await room.ask("POST", "/api/v0/bundles/", {})
         assert (429, {"error": "search_quota_exceeded"}) == (status, answer)
@@ -280,7 +281,7 @@ def test_when_the_days_searches_are_used_up_the_answer_says_when_there_are_new_o
         room.clock.pass_s(reset_s - room.clock.now_s())
         assert 200 == (await room.ask("POST", "/api/v0/bundles/", {}))[0]
 
-    run(check, daily_searches=1)
+    run(check)
 
 
 def test_an_ask_id_is_replaced_and_can_be_rented_only_a_little_longer() -> None:

@@ -3,7 +3,8 @@
 boto3 (AWS_ENDPOINT_URL) -> Aws -> by the signature's service: aws_ec2.py, aws_public.py, aws_moto.py
 nodes, feed readers      -> a second port: /imds/<instance id>/... (aws_imds.py), /feeds/... (aws_public.py)
 
-The access key is checked, the signature is not: time runs faster here than signatures allow.
+The access key is checked, the signature is not: time runs faster here than signatures allow. Keys that STS or
+IAM gave out open everything too, until the end: neither their policies nor their expiry are enforced.
 
 Faults, by endpoint, where `capacity` may name its own `code`, such as MaxSpotInstanceCountExceeded or
 VcpuLimitExceeded:
@@ -52,6 +53,7 @@ REGION = "us-east-1"
 _LARGEST_FORM_BYTES = 1 << 20
 _SCOPE = re.compile(r"Credential=([^/,\s]+)/\d{8}/([a-z0-9-]+)/([a-z0-9.-]+)/aws4_request")
 _OLD_SIGNATURE = re.compile(r"AWS ([^:\s]+):")
+_ISSUED = re.compile(rb"<AccessKeyId>(\w+)</AccessKeyId>")
 _QUERY_SERVICES = ("ec2", "sts", "iam", "cloudformation", "autoscaling")  # XML errors as EC2's siblings have
 
 
@@ -81,6 +83,7 @@ class Aws(Background):
         self.world = world
         self.url = ""
         self.side_url = ""  # of feeds and metadata
+        self._access_keys = {ACCESS_KEY}  # and those that STS and IAM have given out
         self._runners: list[web.AppRunner] = []
         self.moto = Moto(_zone_ids(world))
         self.ec2 = Ec2(world, self.moto, self.spawn, self._environment, boot_s=boot_s)
@@ -179,7 +182,7 @@ class Aws(Background):
         caller = _caller(request)
         if caller is None:
             raise Refused("MissingAuthenticationToken", "The request has no signature", status=403)
-        if caller.access_key != ACCESS_KEY:
+        if caller.access_key not in self._access_keys:
             raise _wrong_key(caller.service)
         if caller.service == "ec2":
             return await self._ec2_work(request, caller)
@@ -188,9 +191,11 @@ class Aws(Background):
         where = request.path if caller.service == "s3" else _action_of(request)
 
         async def answer(fault: Fault | None) -> web.StreamResponse:
-            found = await self._moto(request, None, fault)
+            found = await self._moto(request, None, fault, whole=caller.service in ("sts", "iam"))
             if caller.service == "s3":
                 await self._note(request, found.status)
+            elif isinstance(found, web.Response) and isinstance(found.body, bytes):
+                self._access_keys |= {key.decode() for key in _ISSUED.findall(found.body)}
             return found
 
         return _Work(service=caller.service, endpoint=f"/{caller.service}{where}", answer=answer)
@@ -242,11 +247,11 @@ class Aws(Background):
         return _Work(service="pricing", endpoint=f"/pricing/{operation}", answer=answer)
 
     async def _moto(
-        self, request: web.Request, body: bytes | None, fault: Fault | None
+        self, request: web.Request, body: bytes | None, fault: Fault | None, *, whole: bool = False
     ) -> web.StreamResponse:
         """moto's answer. What it cannot do is an error that a client does not take for a passing one."""
         try:
-            return await self.moto.pass_on(request, body, whole=fault is not None)
+            return await self.moto.pass_on(request, body, whole=whole or fault is not None)
         except NotThere as error:
             raise Refused("UnsupportedOperation", "The test cloud does not do this") from error
 

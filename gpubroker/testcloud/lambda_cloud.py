@@ -274,7 +274,7 @@ class LambdaCloud:
             entry = listed.setdefault(
                 host.sku, {"instance_type": type_row(host), "regions_with_capacity_available": []}
             )
-            if self.world.free(host) > 0:
+            if call.free(host) > 0:
                 entry["regions_with_capacity_available"].append(region_row(host.region))
         return Reply(body={"data": listed})
 

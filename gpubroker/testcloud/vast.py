@@ -172,10 +172,9 @@ class Vast:
 
     vendor = VENDOR
 
-    def __init__(self, world: World, *, daily_searches: int | None = None, boot_s: float = 15.0) -> None:
+    def __init__(self, world: World, *, boot_s: float = 15.0) -> None:
         self.world = world
         self.boot_s = boot_s  # simulated: pulling the image; a host's fact `boot_s` goes before it
-        self.daily_searches = daily_searches  # the search quota of a key; None = no end
         self.site = Site(world, "vast", MANNERS)
         self._asks: dict[int, Ask] = {}
         self._extras: dict[str, Extra] = {}
@@ -434,9 +433,8 @@ class Vast:
         )
 
     def _count_search(self, call: Call) -> None:
-        """Raises Refused when the day's searches of the key are used up; a fault script may say how many."""
-        scripted = self.world.faults.per_day(VENDOR, call.request.method, call.request.path)
-        limit = self.daily_searches if scripted is None else scripted
+        """Raises Refused when the key's searches of the day are used up: as many as the fault script says."""
+        limit = self.world.faults.per_day(VENDOR, call.request.method, call.request.path)
         key, now = call.key, self.world.clock.now()
         used = self._searches.get((key, f"{now:%F}"), 0)
         if limit is not None and used >= limit:

@@ -32,7 +32,7 @@ from aiohttp import web
 from gpubroker.testcloud.background import Background
 from gpubroker.testcloud.clock import SimClock
 from gpubroker.testcloud.faults import Fault
-from gpubroker.testcloud.world import Rental, State, Vendor, World
+from gpubroker.testcloud.world import Host, Rental, State, Vendor, World
 
 _LARGEST_BODY_BYTES = 1 << 20
 _BEFORE = ("429", "5xx_before", "capacity")
@@ -131,6 +131,11 @@ class Call:
     def state(self, rental: Rental) -> State:
         """Its state, as of then."""
         return rental.state_at(self.as_of_s) if self.stale_s else rental.state
+
+    def free(self, host: Host) -> int:
+        """How many more rentals fit on a host, as of then."""
+        here = [rental for rental in self.rentals() if rental.host is host]
+        return host.capacity - sum(self.state(rental) in ("pending", "running") for rental in here)
 
     def rows(self, rows: list[T]) -> list[T]:
         """The rows of a listing, each twice where the fault script says so."""
