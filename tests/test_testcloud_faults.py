@@ -395,6 +395,48 @@ def test_each_fault_comes_by_the_command_line_and_is_used_up(scripted: RunningCl
     assert here.ok == here.create().status
 
 
+@pytest.mark.parametrize("name", ["vast", "runpod", "runpod graphql", "aws"])
+def test_rows_of_a_market_listing_may_come_twice(cloud: RunningCloud, name: str) -> None:
+    """Offers, GPU types and spot prices; Lambda's types are an object and cannot."""
+    env = cloud.env
+    form = {"Content-Type": "application/x-www-form-urlencoded", **signed(ACCESS_KEY, "ec2")}
+    history = b"Action=DescribeSpotPriceHistory&InstanceType.1=g6.xlarge&StartTime=2030-01-01T00:00:00Z"
+    graphql = {"query": "{ gpuTypes { id } }"}
+    runpod = bearer(cloud, "RUNPOD_API_KEY")
+    endpoint, word, send = {
+        "vast": (
+            "vast POST /api/v0/bundles/",
+            '"machine_id"',
+            lambda: http(
+                cloud,
+                "POST",
+                f"{env['GPUBROKER_VAST_URL']}/api/v0/bundles/",
+                {"limit": 5},
+                **bearer(cloud, "VAST_API_KEY"),
+            ),
+        ),
+        "runpod": (
+            "runpod GET /v2/catalog/gpus",
+            '"id"',
+            lambda: http(cloud, "GET", f"{env['GPUBROKER_RUNPOD_URL']}/v2/catalog/gpus", **runpod),
+        ),
+        "runpod graphql": (
+            "runpod POST /graphql",
+            '"id"',
+            lambda: http(cloud, "POST", f"{env['GPUBROKER_RUNPOD_URL']}/graphql", graphql, **runpod),
+        ),
+        "aws": (
+            "aws POST /ec2/DescribeSpotPriceHistory",
+            "<item>",
+            lambda: http(cloud, "POST", env["AWS_ENDPOINT_URL"], raw=history, **form),
+        ),
+    }[name]
+    usual = send().text.count(word)
+    cloud.break_with({"endpoint": endpoint, "kind": "duplicate"})
+    assert usual > 0
+    assert 2 * usual == send().text.count(word)
+
+
 def test_faults_may_wait_and_repeat(cloud: RunningCloud) -> None:
     """`skip` lets the first ones through, `count` says how many, -1 all; DELETE /faults ends them."""
     here = RunPod(cloud)

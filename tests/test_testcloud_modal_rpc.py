@@ -210,6 +210,21 @@ def test_one_that_is_terminated_while_it_waits_never_starts(bench: Bench) -> Non
     assert D(0) == bill.total(bench.world.rentals[number], bench.clock.now_s())
 
 
+def test_a_sandbox_that_writes_a_manifest_into_its_volume_is_its_publisher(bench: Bench) -> None:
+    """What comes into the Volume from outside is nobody's."""
+    volume_id = bench.ask("VolumeGetOrCreate", object_creation_type=5).volume_id
+    mounts = [{"volume_id": volume_id, "mount_path": "/ckpt"}]
+    number = bench.create(name="job-a1", volume_mounts=mounts)
+    bench.ask("VolumePutFiles2", volume_id=volume_id, files=[{"path": "manifest.json"}])
+    rental = bench.world.rentals[number]
+    bench.world.publishing.look()
+    assert "" == rental.published_by
+    assert rental.node is not None
+    Path(rental.node.home, "ckpt", "step-7.manifest.json").write_text("{}")
+    bench.world.publishing.look()
+    assert "job-a1" == rental.published_by
+
+
 def test_everything_needs_the_token(bench: Bench) -> None:
     """None, half of it, and the router's own."""
     for given_token in ({}, {**TOKEN, "x-modal-token-secret": "other"}):

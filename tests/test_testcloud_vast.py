@@ -18,6 +18,7 @@ import aiohttp
 import asyncssh
 import pytest
 
+from gpubroker.testcloud import bill
 from gpubroker.testcloud.vast import ASK_GRACE_S, ASK_LIFE_S, Vast
 from gpubroker.testcloud.web import account_key
 from gpubroker.testcloud.world import Host, Rental, World
@@ -469,7 +470,7 @@ def test_a_node_gets_its_variables_its_keys_and_a_key_of_its_own(env: Any) -> No
 
 
 def test_the_outbid_are_stopped_keep_their_disk_and_run_again_when_their_bid_wins() -> None:
-    """No notice; the home is the same, the state triple is all that tells."""
+    """No notice; the home is the same, the state triple is all that tells; its disk is billed, its GPU not."""
 
     async def check(room: Bench) -> None:
         number = await room.rent(price=0.25)
@@ -480,6 +481,10 @@ def test_the_outbid_are_stopped_keep_their_disk_and_run_again_when_their_bid_win
         assert {"stopped"} == {one["cur_state"], one["intended_status"], one["next_state"]}
         assert not first.alive
         assert [] == first.signals
+        before = {line.item: line.usd for line in bill.lines(room.rental(number), room.clock.now_s())}
+        await room.pass_s(3600)
+        after = {line.item: line.usd for line in bill.lines(room.rental(number), room.clock.now_s())}
+        assert (before["gpu"], True) == (after["gpu"], after["disk"] > before["disk"] > 0)
         room.market("0.2")
         await room.pass_s(20)
         assert "running" == (await room.instance(number))["actual_status"]
