@@ -15,6 +15,8 @@ _COMMANDS = {
     "quote": ("gpubroker.cli.quote", "quote", "What a job would cost on every market, the bill first."),
     "size": ("gpubroker.cli.size", "size", "The GPU memory a model needs, and which cards hold it."),
     "calibrate": ("gpubroker.cli.calibrate", "calibrate", "Record how fast a finished run was on its GPUs."),
+    "plan": ("gpubroker.cli.plan", "plan", "Strategies for a job: deadline and budget for the least money."),
+    "backtest": ("gpubroker.cli.backtest", "backtest", "What policies would have cost on spot traces."),
     "offers": ("gpubroker.cli.offers", "offers", "Current offers and the GPUs that are known."),
     "poll": ("gpubroker.cli.poll", "poll_command", "Ask the providers for prices and store them."),
     "providers": ("gpubroker.cli.providers", "providers", "Providers, their state and what is missing."),
