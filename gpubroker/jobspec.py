@@ -102,7 +102,8 @@ class WorkNeed(_Part):
 
     hours: Annotated[Figure, Field(gt=0, le=100_000)] | None = None  # on whichever card is rented
     amount: str | None = None  # 8h@h100-sxm or 3e21flop: converted to each card
-    bound: str = "compute"  # compute, memory, or the share of compute from 0 to 1
+    bound: str = ""  # compute, memory, or the share of compute from 0 to 1; "" = the usual 0.7
+    measured_as: str = ""  # the job whose calibrated speed converts the amount; "" = published figures
 
     @model_validator(mode="after")
     def _one_of_them(self) -> WorkNeed:

@@ -42,7 +42,7 @@ def risk_of(hazard: Hazard, hours: Decimal) -> Risk:
     """A hazard as a job of that length meets it: its nodes are young more often than others."""
     return Risk(
         per_hour=hazard.over(float(hours)),
-        source=f"{hazard.text} ({hazard.source_text})",
+        source=f"{hazard.text}; prior, {hazard.prior.as_of}: {hazard.prior.source}",
         uncertain=hazard.gamma,
         ages=hazard.ages,
     )

@@ -93,14 +93,14 @@ def simulate(
         if not run.index.size:
             break
         each = hazard[run.index] if isinstance(hazard, np.ndarray) else hazard
-        run.next_node(_lives(rng, each, run.index.size, ages))
+        run.next_node(lives(rng, each, run.index.size, ages))
     # A sum of exponential waits.
     lost = np.where(np.isfinite(run.preemptions), run.preemptions, 0.0)
     wait_h = rng.standard_gamma(lost) * interruptions.wait_h
     return Runs(billed_h=run.billed_h, wall_h=run.held_h + wait_h, wait_h=wait_h, preemptions=run.preemptions)
 
 
-def _lives(rng: np.random.Generator, hazard: Array | float, size: int, ages: Ages | None) -> Array:
+def lives(rng: np.random.Generator, hazard: Array | float, size: int, ages: Ages | None) -> Array:
     """Lives of that many nodes, by the integral of their hazard."""
     if not isinstance(hazard, np.ndarray) and hazard == 0:
         return np.full(size, _FOR_EVER_H)
@@ -114,8 +114,8 @@ def _lives(rng: np.random.Generator, hazard: Array | float, size: int, ages: Age
         spent.append(spent[-1] + (end - begin) * factor)
     at_h.append(at_h[-1] + _FOR_EVER_H / ages.factors[-1])
     spent.append(spent[-1] + _FOR_EVER_H)
-    lives: Array = np.interp(life, spent, at_h)
-    return lives
+    drawn: Array = np.interp(life, spent, at_h)
+    return drawn
 
 
 class _Running:
@@ -224,8 +224,8 @@ def distribution(
     in_budget = None if budget_usd is None else ended & (usd <= budget_usd)
     both = None if in_time is None or in_budget is None else in_time & in_budget
     return Distribution(
-        usd=_quantiles(usd),
-        finish_h=_quantiles(runs.wall_h),
+        usd=quantiles(usd),
+        finish_h=quantiles(runs.wall_h),
         usd_mean=float(usd.mean()),
         deadline_chance=None if in_time is None else float(in_time.mean()),
         budget_chance=None if in_budget is None else float(in_budget.mean()),
@@ -234,7 +234,7 @@ def distribution(
     )
 
 
-def _quantiles(values: Array) -> Quantiles:
-    # Values that occurred, not means of neighbours: one of them may be infinite.
+def quantiles(values: Array) -> Quantiles:
+    """Values that occurred, not means of neighbours: one of them may be infinite."""
     p50, p90, p99 = np.quantile(values, (0.5, 0.9, 0.99), method="inverted_cdf")
     return Quantiles(p50=float(p50), p90=float(p90), p99=float(p99))

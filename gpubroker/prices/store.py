@@ -20,6 +20,7 @@ from sqlalchemy import Connection, Row, func, select, update
 from gpubroker.doors import Clock
 from gpubroker.errors import StoreError
 from gpubroker.model import Offer, OfferQuery, Parsed, Priced, Skipped, Slice
+from gpubroker.plan.hazard import Span
 from gpubroker.prices import fastread, polls, rows, tables
 from gpubroker.prices.database import Database
 from gpubroker.prices.fastread import Snapshot
@@ -227,6 +228,19 @@ class Store:
         """Every offer of every kept poll, as it was listed but for what is volatile."""
         with self.database.read() as connection:
             yield from _expanded(self.database, connection, provider)
+
+    def spans_of(self, offer: Offer) -> list[Span]:
+        """At what price this very offer was there, and when; gaps are times without it."""
+        product, found = tables.products.c, tables.spans.c
+        query = (
+            select(found.first_at, found.until_at, found.usd_per_hour)
+            .select_from(tables.spans.join(tables.offers).join(tables.products))
+            .where(*(product[name] == getattr(offer, name) for name in rows.PRODUCT))
+            .where(tables.offers.c.machine_id == offer.machine_id)
+            .order_by(found.first_at)
+        )
+        with self.database.read() as connection:
+            return [Span(*row) for row in connection.execute(query)]
 
     def open_offers(self, provider: str) -> int:
         """How many current offers a provider has."""
