@@ -10,12 +10,14 @@ import click
 
 from benchmarks.harness import Result
 from benchmarks.plan_coverage import plan_coverage
+from benchmarks.plan_rank import plan_rank
 from benchmarks.quote_cold import quote_cold
 from benchmarks.store_poll import store_poll
 from benchmarks.testcloud_nodes import testcloud_nodes
 
 BENCHMARKS: dict[str, Callable[[bool], Result]] = {
     "plan-coverage": plan_coverage,
+    "plan-rank": plan_rank,
     "quote-cold": quote_cold,
     "store-poll": store_poll,
     "testcloud-nodes": testcloud_nodes,
