@@ -278,6 +278,19 @@ def test_availability_needs_a_product(here: Room) -> None:
     assert "availability" not in here.ask("GET", "/v2/catalog/gpus").body["gpus"][0]
 
 
+def test_a_stale_catalog_shows_the_stock_of_then(here: Room) -> None:
+    """What was taken since is still on offer, in the GPU's row and in its data center's."""
+    level = "/v2/catalog/gpus/NVIDIA%20GeForce%20RTX%204090?include=AVAILABILITY&product=POD&count=1"
+    here.clock.pass_s(1000)
+    full = here.ask("GET", level).body["availability"]
+    while here.ask("POST", "/v2/pods", pod_body()).status == 201:
+        pass
+    empty = here.ask("GET", level).body["availability"]
+    assert full != empty
+    here.world.faults.add({"endpoint": "runpod GET /v2/catalog/*", "kind": "stale", "seconds": 900})
+    assert [full, empty] == [here.ask("GET", level).body["availability"] for _ in range(2)]
+
+
 def test_rate_limit_headers_count_down_to_a_429(here: Room) -> None:
     """A full window answers 429 with Retry-After; the next window is empty again."""
     here.vendor._windows._quotas = {"minute": (2, 60)}

@@ -353,12 +353,15 @@ class RunPod:
 
     # --- catalog ---
 
+    def _catalog(self, call: Call) -> Catalog:
+        return self.catalog.as_of(call.as_of_s) if call.stale_s else self.catalog
+
     async def _list_gpus(self, call: Call) -> Reply:
-        return Reply(body={"gpus": call.rows(list(self.catalog.gpu_types(_wanted(call))))})
+        return Reply(body={"gpus": call.rows(list(self._catalog(call).gpu_types(_wanted(call))))})
 
     async def _show_gpu(self, call: Call) -> Reply:
         wanted = _wanted(call)
-        for row in self.catalog.gpu_types(wanted):
+        for row in self._catalog(call).gpu_types(wanted):
             if row["id"] == call.path("id"):
                 return Reply(body=row)
         raise gone("GPU type")
@@ -367,15 +370,15 @@ class RunPod:
         return Reply(body={"cpus": []})
 
     async def _list_centers(self, call: Call) -> Reply:
-        with_gpus = _included(call, "GPU_AVAILABILITY", "CPU_AVAILABILITY")
+        catalog, with_gpus = self._catalog(call), _included(call, "GPU_AVAILABILITY", "CPU_AVAILABILITY")
         regions = _words(call, "regions", REGIONS)
         tiers, compliance = _words(call, "networkVolumeTypes", TIERS), _words(call, "compliance", COMPLIANCE)
         network = call.query("globalNetwork")
         if network not in ("", "true", "false"):
             raise rule_broken("globalNetwork: expected true or false")
         rows = [
-            self.catalog.center_row(center, with_gpus="GPU_AVAILABILITY" in with_gpus)
-            for center in self.catalog.centers()
+            catalog.center_row(center, with_gpus="GPU_AVAILABILITY" in with_gpus)
+            for center in catalog.centers()
             if (not regions or center.region in regions)
             and set(tiers) <= set(center.tiers)
             and set(compliance) <= set(center.compliance)
@@ -384,10 +387,10 @@ class RunPod:
         return Reply(body={"dataCenters": call.rows(rows)})
 
     async def _show_center(self, call: Call) -> Reply:
-        with_gpus = _included(call, "GPU_AVAILABILITY", "CPU_AVAILABILITY")
-        for center in self.catalog.centers():
+        catalog, with_gpus = self._catalog(call), _included(call, "GPU_AVAILABILITY", "CPU_AVAILABILITY")
+        for center in catalog.centers():
             if center.id == call.path("id"):
-                return Reply(body=self.catalog.center_row(center, with_gpus="GPU_AVAILABILITY" in with_gpus))
+                return Reply(body=catalog.center_row(center, with_gpus="GPU_AVAILABILITY" in with_gpus))
         raise gone("Data center")
 
     async def _list_public_templates(self, call: Call) -> Reply:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any
 
-from gpubroker.testcloud.world import Host, World
+from gpubroker.testcloud.world import Host, Rental, World
 
 REGIONS = (
     "NORTH_AMERICA",
@@ -149,10 +149,15 @@ def data_center(center_id: str) -> DataCenter:
 
 
 class Catalog:
-    """The listing of one world."""
+    """The listing of one world, as it is or as it was."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, at_s: float | None = None) -> None:
         self._world = world
+        self._at_s = at_s  # None = always now
+
+    def as_of(self, at_s: float) -> Catalog:
+        """The same as it was then: what pods held."""
+        return Catalog(self._world, at_s)
 
     def hosts(self) -> list[Host]:
         """All of RunPod's."""
@@ -168,11 +173,15 @@ class Catalog:
         held = sum(
             rental.host.gpu_count
             for rental in self._world.rentals.values()
-            if rental.vendor == "runpod"
-            and rental.host.id == host.id
-            and rental.state in ("pending", "running")
+            if rental.vendor == "runpod" and rental.host.id == host.id and self._holds(rental)
         )
         return host.capacity * host.gpu_count - held
+
+    def _holds(self, rental: Rental) -> bool:
+        if self._at_s is None:
+            return rental.state in ("pending", "running")
+        made_s = rental.events[0].at_s
+        return made_s <= self._at_s and rental.state_at(self._at_s) in ("pending", "running")
 
     def whole(self, part: Host) -> Host:
         """The host that a pod's part is of."""
