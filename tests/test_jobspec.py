@@ -3,6 +3,7 @@
 from contextlib import suppress
 from datetime import timedelta
 from decimal import Decimal
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -81,6 +82,13 @@ def test_a_whole_job_is_read_with_its_units():
     assert (Decimal(12), 40, 600) == (job.checkpoint.size, job.checkpoint.save_time, job.checkpoint.every)
     assert Decimal(120) == job.data.size
     assert {"75": "retry"} == job.exit_codes
+
+
+def test_the_readmes_job_is_read():
+    """As it stands there."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    job = read(readme.split("## A job as a file")[1].split("```toml")[1].split("```")[0])
+    assert ("sft-8b", Decimal(40), Decimal(30)) == (job.name, job.work.hours, job.checkpoint.size)
 
 
 def test_a_short_job_has_every_default():
