@@ -1,5 +1,7 @@
 """`gpubroker plan`, as a person and as a script use it."""
 
+import csv
+import io
 import json
 
 import pytest
@@ -70,6 +72,14 @@ def test_json_has_every_strategy_with_its_chances(plan):
     fallen = next(s for s in answer["strategies"] if s["kind"] == "spot, then on demand")
     assert 1.0 == fallen["deadline_chance"]
     assert fallen["fallback"]["market"] == "on_demand"
+
+
+def test_csv_has_a_row_a_strategy(plan):
+    """The same figures as JSON."""
+    _, out, _ = plan(*FLAGS, "--format", "csv")
+    _, again, _ = plan(*FLAGS, "--format", "json")
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert [s["expected_usd"] for s in json.loads(again)["strategies"]] == [r["expected_usd"] for r in rows]
 
 
 def test_the_table_fits_100_columns_and_says_why(plan):

@@ -13,7 +13,7 @@ from gpubroker import config
 from gpubroker.cli import plan_view
 from gpubroker.cli.ask import Knowledge, ask_from, knowledge_from, pricing_for, rows_for
 from gpubroker.cli.options import Amount, Duration, filter_options, format_option, work_options
-from gpubroker.cli.render import print_json, say
+from gpubroker.cli.render import print_csv, print_json, say
 from gpubroker.config import Settings
 from gpubroker.doors import Clock, SystemClock
 from gpubroker.errors import ConfigError, NoFeasibleOffer
@@ -57,7 +57,7 @@ Examples:
 @click.option("--offline", is_flag=True, help="Never ask a vendor: stored prices and the price book.")
 @click.option("--top", type=click.IntRange(1, 100), default=8, show_default=True, help="Rows of the table.")
 @click.option("--explain", is_flag=True, help="Show what each strategy rests on.")
-@format_option("table", "json")
+@format_option("table", "json", "csv")
 @click.pass_context
 def plan(
     context: click.Context,
@@ -103,6 +103,8 @@ def plan(
         raise NoFeasibleOffer("nobody has one free right now")
     if output == "json":
         print_json(plan_view.record(found, ask, limits, flips(quotes, pricing), rows.view.problems))
+    elif output == "csv":
+        print_csv(plan_view.CSV, plan_view.csv_rows(found, limits))
     else:
         plan_view.show(found[:top], ask, limits, pricing)
         if explain:

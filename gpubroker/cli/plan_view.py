@@ -20,6 +20,12 @@ from gpubroker.plan.simulate import Quantiles
 from gpubroker.plan.strategy import Limits, Strategy
 from gpubroker.prices.market import Problem
 
+CSV = (
+    "kind", "text", "expected_usd", "p50_usd", "p90_usd", "p99_usd", "finish_p50_h", "finish_p90_h",
+    "finish_p99_h", "preemptions", "bid_usd_per_hour", "checkpoint_every_s", "switch_h_before_deadline",
+    "deadline_chance", "budget_chance", "chance", "keeps_limits",
+)  # fmt: skip
+
 
 def show(found: Sequence[Strategy], ask: Ask, limits: Limits, pricing: Pricing) -> None:
     """The table and one sentence."""
@@ -209,6 +215,13 @@ def _strategy_record(s: Strategy, limits: Limits) -> dict[str, Any]:
             for line in s.first.bill.lines
         ],
     }
+
+
+def csv_rows(found: Sequence[Strategy], limits: Limits) -> Iterable[Sequence[Any]]:
+    """The figures of each strategy, in the order of CSV."""
+    for s in found:
+        values = _strategy_record(s, limits)
+        yield [values[name] for name in CSV]
 
 
 def _leg(quote: Quote) -> Mapping[str, Any]:
