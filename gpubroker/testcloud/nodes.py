@@ -87,8 +87,8 @@ class LocalNode:
 
     async def kill(self) -> None:
         """Connections drop and every process is gone when this returns; the home stays."""
-        self._sever()
-        self._init.order_end()
+        self._server.abort()
+        self._init.order_end()  # the network after that: who waits for it is not to be told that it is gone
         await asyncio.shield(self._init.gone)
 
     @property

@@ -95,26 +95,31 @@ class SshServer:
     async def _serve(self, client: socket.socket) -> None:
         self._fresh.discard(client)
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if self._banner == "slow":
-            try:
+        near: socket.socket | None = client
+        try:
+            if self._banner == "slow":
                 await asyncio.sleep(_SLOW_BANNER_S)
-            except asyncio.CancelledError:
-                client.close()
-                raise
-        near = self._network.near(client)
-        if near is None:
-            return
-        with contextlib.suppress(asyncssh.Error, OSError):  # a client that gave up, or has no key of ours
-            await asyncssh.run_server(
-                near,
-                server_factory=lambda: _Server(self._inside, self._connections),
-                server_host_keys=[self._host_key],
-                encoding=None,
-                line_editor=False,
-                agent_forwarding=False,
-                compression_algs=None,
-                gss_host=None,
-            )
+            near = self._network.near(client)
+            if near is not None:
+                await self._run(near)
+        except (asyncssh.Error, OSError):  # a client that gave up, or has no key of ours
+            pass
+        except asyncio.CancelledError:
+            if near is not None:
+                near.close()  # asyncssh may not have come to it yet; if it has, it has let go of it
+            raise
+
+    async def _run(self, client: socket.socket) -> None:
+        await asyncssh.run_server(
+            client,
+            server_factory=lambda: _Server(self._inside, self._connections),
+            server_host_keys=[self._host_key],
+            encoding=None,
+            line_editor=False,
+            agent_forwarding=False,
+            compression_algs=None,
+            gss_host=None,
+        )
 
 
 class _Server(asyncssh.SSHServer):
