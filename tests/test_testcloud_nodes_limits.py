@@ -2,7 +2,10 @@
 
 import asyncio
 import contextlib
+import os
+import shutil
 import socket
+import sys
 import textwrap
 import time
 
@@ -324,3 +327,91 @@ ORDINARY = textwrap.dedent(
         asyncio.run(main(folder))
     """
 )
+
+
+CLIENTS = {
+    "urllib": """
+import sys, urllib.request
+answer = urllib.request.urlopen(urllib.request.Request(sys.argv[1], data=bytes(50_000), method="PUT"))
+print(answer.status)
+""",
+    "asyncio": """
+import asyncio, sys
+async def main(url):
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1].split("/")[0]))
+    writer.write(b"PUT /bucket/key HTTP/1.0\\r\\nContent-Length: 50000\\r\\n\\r\\n" + bytes(50_000))
+    print((await reader.read()).split()[1].decode())
+asyncio.run(main(sys.argv[1]))
+""",
+    "boto3": """
+import boto3, sys
+from botocore.config import Config
+s3 = boto3.client("s3", endpoint_url=sys.argv[1].rsplit("/", 2)[0], region_name="us-east-1",
+    aws_access_key_id="a", aws_secret_access_key="b",
+    config=Config(connect_timeout=float(sys.argv[2]), retries={"max_attempts": 0}, s3={"addressing_style": "path"}))
+print(s3.put_object(Bucket="bucket", Key="key", Body=bytes(50_000))["ResponseMetadata"]["HTTPStatusCode"])
+""",
+    "curl": "",
+}
+
+
+@contextlib.asynccontextmanager
+async def bucket():
+    """A server that takes whatever is put; its URL, and the sizes of what it got."""
+    from aiohttp import web
+
+    sizes = []
+
+    async def put(request):
+        sizes.append(len(await request.read()))
+        return web.Response(headers={"ETag": '"x"'})
+
+    app = web.Application()
+    app.router.add_put("/bucket/key", put)
+    runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=0.1)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}/bucket/key", sizes
+    finally:
+        await runner.cleanup()
+
+
+def putting(client, url):
+    """Its command; a connect is given up after two seconds where the client can be told so."""
+    if client == "curl":
+        if shutil.which("curl") is None:
+            pytest.skip("curl is not installed")
+        script = 'head -c 50000 /dev/zero | curl -sSf --connect-timeout 2 -T - -w "%{http_code}" ' + url
+        return ["sh", "-c", f"{script} 2>&1"]
+    # This very interpreter: it has boto3.
+    return [sys.executable, "-W", "ignore", "-c", CLIENTS[client], url, "2"]
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+@in_loop
+async def test_clients_of_a_store_find_a_slow_node_slow(tmp_path, a_tenth_of_a_megabyte_a_second, client):
+    """Whether they wait in the kernel or beside it; the store gets all of it."""
+    async with bucket() as (url, sizes), a_node(tmp_path, with_truth(network="slow")) as node:
+        needs_listener(node)
+        began = time.perf_counter()
+        status, output, errors = await node.run(
+            putting(client, url), {"PYTHONPATH": os.pathsep.join(sys.path)}
+        )
+        took_s = time.perf_counter() - began
+    assert (0, "200", b"") == (status, output.decode().strip(), errors)
+    assert [50_000] == sizes
+    assert took_s >= 0.6
+
+
+@pytest.mark.parametrize("client", ["boto3", "curl"])
+@in_loop
+async def test_clients_of_a_store_time_out_on_a_node_without_a_way_out(tmp_path, client):
+    """By their own limit for connecting."""
+    async with bucket() as (url, sizes), a_node(tmp_path, with_truth(network="no_egress")) as node:
+        needs_listener(node)
+        status, output, errors = await node.run(
+            putting(client, url), {"PYTHONPATH": os.pathsep.join(sys.path)}
+        )
+    assert ([], True) == (sizes, status != 0)
+    assert "time" in (output + errors).decode().lower()

@@ -185,7 +185,12 @@ def _wait(condition: Any, within_s: float = 30.0) -> None:
 def up(folder: Path) -> Iterator[tuple[subprocess.Popen[str], Up]]:
     environment = {**os.environ, "TMPDIR": str(folder)}
     with subprocess.Popen(
-        UP, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        UP,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
     ) as process:
         try:
             assert process.stdout is not None
@@ -212,6 +217,8 @@ def test_it_is_on_loopback_only_and_leaves_nothing_however_it_ends(how: Any, tmp
         if how == "stdin":
             assert process.stdin is not None
             process.stdin.close()
+        elif how == signal.SIGINT:
+            os.killpg(process.pid, how)  # as Ctrl-C does
         else:
             process.send_signal(how)
         status = process.wait(30)
