@@ -143,7 +143,7 @@ class Checkpoint(_Part):
     folder: str = "checkpoints"
     size: SizeGb = Decimal(0)
     save_time: DurationS | None = None  # the pause that one save costs; None = measured, assumed until then
-    every: DurationS | None = None  # None = the interval that costs least
+    every: Annotated[DurationS, Field(ge=1)] | None = None  # None = the interval that costs least
     store: str = ""  # "" = where the node is; s3://bucket/prefix, a provider's name, or a folder
 
 

@@ -225,3 +225,44 @@ def test_nothing_feasible_is_exit_3_and_says_why(run):
     code, out, err = run("quote", "--gpu", "h100", "--hours", "8", "--count", "64", "--offline")
     assert (3, "") == (code, out)
     assert "too few GPUs: 8 of 64" in err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param(("--hours", "100000"), id="eleven years"),
+        pytest.param(("--hours", "8", "--preemptions-per-hour", "1000"), id="hopeless spot"),
+        pytest.param(
+            ("--hours", "8", "--checkpoint-gb", "10000TB", "--checkpoint-at", "aws"), id="huge checkpoint"
+        ),
+        pytest.param(("--hours", "8", "--checkpoint-every", "1s"), id="saving all the time"),
+        pytest.param(
+            ("--hours", "8", "--egress-gb", "9999999", "--ingress-gb", "9999999"), id="all of it moves"
+        ),
+    ],
+)
+def test_extreme_jobs_are_priced_all_the_same(run, words):
+    """In a table of 100 columns and in JSON without a figure that is none."""
+    code, out, _ = run("quote", "--gpu", "h100", "--offline", *words)
+    assert (0, True) == (code, max(map(len, out.splitlines())) <= 100)
+    code, out, _ = run("quote", "--gpu", "h100", "--offline", *words, "--format", "json")
+    assert 0 == code
+    assert "Infinity" not in out
+    assert "inf" not in {str(q["p90_usd"]) for q in json.loads(out)["quotes"]}
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        pytest.param(("--hours", "8", "--bound", "memory"), "--bound goes with --work", id="bound"),
+        pytest.param(("--hours", "8", "--job", "x"), "--job goes with --work", id="job"),
+        pytest.param(("--hours", "8", "--work", "8h@h100-sxm"), "say how much work", id="both"),
+        pytest.param(("--hours", "8", "--checkpoint-every", "0s"), "less than 1s", id="no interval"),
+        pytest.param(("--work", "8h@h100"), "say which", id="which h100"),
+    ],
+)
+def test_work_that_is_not_clear_is_refused(run, words, sentence):
+    """One sentence, exit 2."""
+    code, _, err = run("quote", "--gpu", "h100", "--offline", *words)
+    assert 2 == code
+    assert sentence in err

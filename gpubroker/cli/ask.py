@@ -48,6 +48,9 @@ def ask_from(asked: Mapping[str, Any], settings: Settings) -> Ask:
         raise click.UsageError(
             "say how much work: --hours 8, or --work 8h@h100-sxm to convert it to each card"
         )
+    for option, value in (("--bound", asked["bound"]), ("--job", asked["job_name"])):
+        if value and asked["amount"] is None:
+            raise click.UsageError(f"{option} goes with --work: --hours are hours on any card")
     work = Work(
         hours=asked["hours"] or _UNKNOWN_HOURS,
         disk_gb=asked["disk_gb"],

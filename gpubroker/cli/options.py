@@ -52,14 +52,20 @@ class Duration(click.ParamType[int]):
 
     name = "duration"
 
+    def __init__(self, *, least_s: int = 0) -> None:
+        self._least_s = least_s
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """See click."""
         if isinstance(value, int):
             return value
         try:
-            return parse_duration_s(value)
+            seconds = parse_duration_s(value)
         except ConfigError as error:
             self.fail(str(error).removeprefix("duration: "), param, ctx)
+        if seconds < self._least_s:
+            self.fail(f"{value} is less than {self._least_s}s", param, ctx)
+        return seconds
 
 
 class Size(click.ParamType[Decimal]):
@@ -205,7 +211,9 @@ def work_options(command: F) -> F:
                 "--checkpoint-save", type=Duration(), help="The pause of one save.  [default: from its size]"
             ),
             click.option(
-                "--checkpoint-every", type=Duration(), help="Work between saves.  [default: what costs least]"
+                "--checkpoint-every",
+                type=Duration(least_s=1),
+                help="Work between saves.  [default: what costs least]",
             ),
             click.option(
                 "--checkpoint-at",

@@ -11,7 +11,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from gpubroker.cli.quote import flip_record
-from gpubroker.cli.render import console, dollars, table
+from gpubroker.cli.render import console, dollars_of, table
 from gpubroker.money import round_usd, usd_text
 from gpubroker.plan.breakeven import Flip
 from gpubroker.plan.rank import Ask, Pricing, Quote
@@ -39,8 +39,8 @@ def show(found: Sequence[Strategy], ask: Ask, limits: Limits, pricing: Pricing) 
         made.add_row(
             str(number),
             headline(s),
-            _usd(s.usd_mean),
-            _usd(usd.p90),
+            dollars_of(s.usd_mean),
+            dollars_of(usd.p90),
             f"{finish.p50:.1f} h",
             f"{finish.p90:.1f} h",
             *[_percent(s.chances(limits)[2])][: int(has_limits)],
@@ -78,12 +78,12 @@ def _place(quote: Quote, first: Quote) -> str:
 def why(found: Sequence[Strategy], ask: Ask, limits: Limits) -> str:
     """One sentence: what to do, what it costs, and against what."""
     best = found[0]
-    text = f"Take {headline(best)}: {_usd(best.usd_mean)} expected for {ask.work_text}"
+    text = f"Take {headline(best)}: {dollars_of(best.usd_mean)} expected for {ask.work_text}"
     if limits.deadline_h is not None or limits.budget_usd is not None:
         text += f", {_percent(best.chances(limits)[2])} to keep {_limits_text(limits)}"
     firm = next((s for s in found[1:] if s.keeps(limits) and s.kind == "on demand"), None)
     if firm is not None and firm is not best:
-        text += f"; {name_of(firm.first)} would cost {_usd(firm.usd_mean)}"
+        text += f"; {name_of(firm.first)} would cost {dollars_of(firm.usd_mean)}"
     elif len(found) > 1 and best.kind == "on demand":
         rest = [s for s in found[1:] if s.kind not in ("on demand", "own GPU")]
         if rest and not rest[0].keeps(limits):
@@ -102,13 +102,13 @@ def explain(found: Sequence[Strategy], limits: Limits) -> None:
 
 def _details(s: Strategy, limits: Limits) -> Iterable[str]:
     usd, finish = s.usd_quantiles, s.finish_quantiles
-    yield f"cost p50 {_usd(usd.p50)}, p90 {_usd(usd.p90)}, p99 {_usd(usd.p99)}"
+    yield f"cost p50 {dollars_of(usd.p50)}, p90 {dollars_of(usd.p90)}, p99 {dollars_of(usd.p99)}"
     yield f"done after p50 {finish.p50:.1f} h, p90 {finish.p90:.1f} h, p99 {finish.p99:.1f} h"
     if s.bid is not None:
         yield f"bid ${s.bid.usd_per_hour:f}/h: {s.bid.basis}"
         lost = s.bid.outbid
         yield (
-            f"being outbid costs {_usd(lost.usd)} each time, {lost.rework_h:.2f} h of work "
+            f"being outbid costs {dollars_of(lost.usd)} each time, {lost.rework_h:.2f} h of work "
             f"and a wait of {lost.wait_h:.1f} h"
         )
     if s.first.risk.per_hour:
@@ -139,12 +139,12 @@ def what_would_do(found: Sequence[Strategy], limits: Limits) -> str:
     if limits.budget_usd is not None:
         cheapest, usd = _least(found, "usd", limits, "finish_h", limits.deadline_h)
         if cheapest is not None:
-            ways.append(f"a budget of {_usd(usd)} ({headline(cheapest)})")
+            ways.append(f"a budget of {dollars_of(usd)} ({headline(cheapest)})")
     if not ways and limits.deadline_h is not None and limits.budget_usd is not None:
         soonest, at_h = _least(found, "finish_h", limits, "usd", None)
         if soonest is not None:
             usd = float(np.quantile(soonest.usd, limits.confidence, method="inverted_cdf"))
-            ways.append(f"{at_h:.1f} h and {_usd(usd)} ({headline(soonest)})")
+            ways.append(f"{at_h:.1f} h and {dollars_of(usd)} ({headline(soonest)})")
     more = "; more or faster GPUs may, too (--count, --work 8h@h100-sxm)" if limits.deadline_h else ""
     return f"{text}; what would do: {' or '.join(ways) or 'another card or market'}{more}"
 
@@ -250,16 +250,14 @@ def _named(q: Quantiles) -> dict[str, float | None]:
 
 def _limits_text(limits: Limits) -> str:
     parts = [] if limits.deadline_h is None else [f"a deadline of {limits.deadline_h:.1f} h"]
-    parts += [] if limits.budget_usd is None else [f"a budget of {_usd(limits.budget_usd)}"]
+    parts += [] if limits.budget_usd is None else [f"a budget of {dollars_of(limits.budget_usd)}"]
     return " and ".join(parts) or "no limit"
 
 
-def _usd(value: float) -> str:
-    return dollars(round_usd(Decimal(repr(value)))) if np.isfinite(value) else "never"
-
-
 def _usd_text(value: float | None) -> str | None:
-    return None if value is None or not np.isfinite(value) else usd_text(round_usd(Decimal(repr(value))))
+    return (
+        None if value is None or not np.isfinite(value) else usd_text(round_usd(Decimal(repr(value))))
+    )
 
 
 def _percent(share: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
@@ -168,13 +169,17 @@ def _records(quotes: Sequence[Quote], stale_before: datetime, pricing: Pricing) 
 
 
 def _spread_record(spread: Distribution | None) -> Mapping[str, str | None]:
+    """Null for a row that has none, and for a figure that is not finite."""
+
+    def text(value: float, digits: int) -> str | None:
+        return f"{value:.{digits}f}" if math.isfinite(value) else None
+
+    names = ("p50", "p90", "p99")
     if spread is None:
-        return dict.fromkeys(
-            ("p50_usd", "p90_usd", "p99_usd", "finish_p50_h", "finish_p90_h", "finish_p99_h")
-        )
+        return dict.fromkeys((*(f"{name}_usd" for name in names), *(f"finish_{name}_h" for name in names)))
     return {
-        **{f"{name}_usd": f"{getattr(spread.usd, name):.6f}" for name in ("p50", "p90", "p99")},
-        **{f"finish_{name}_h": f"{getattr(spread.finish_h, name):.4f}" for name in ("p50", "p90", "p99")},
+        **{f"{name}_usd": text(getattr(spread.usd, name), 6) for name in names},
+        **{f"finish_{name}_h": text(getattr(spread.finish_h, name), 4) for name in names},
     }
 
 

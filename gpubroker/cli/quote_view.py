@@ -10,7 +10,7 @@ from decimal import Decimal
 from rich.padding import Padding
 from rich.text import Text
 
-from gpubroker.cli.render import age, console, dollars, table
+from gpubroker.cli.render import age, console, dollars, dollars_of, table
 from gpubroker.money import usd_text
 from gpubroker.plan.breakeven import Flip
 from gpubroker.plan.rank import Ask, LeftOut, Pricing, Quote, row_id
@@ -55,7 +55,7 @@ def print_table(
             q.offer.zone or q.offer.region or q.offer.cloud or "any",
             dollars(q.offer.usd_per_hour),
             dollars(q.bill.total_usd),
-            dollars(Decimal(spreads[id(q)].usd.p90).quantize(Decimal("0.0001"))),
+            dollars_of(spreads[id(q)].usd.p90),
             _price_age(q, stale_before, now),
             *[", ".join(_extras(q))][:plus],
         )
@@ -143,7 +143,7 @@ def _facts(q: Quote, spread: Distribution) -> list[str]:
         facts.append(f"preemptions: {q.risk.source}; {course.preemptions:.2g} expected{every}")
     usd, finish = spread.usd, spread.finish_h
     facts.append(
-        f"cost p50 ${usd.p50:,.2f}, p90 ${usd.p90:,.2f}, p99 ${usd.p99:,.2f}; "
+        f"cost p50 {dollars_of(usd.p50)}, p90 {dollars_of(usd.p90)}, p99 {dollars_of(usd.p99)}; "
         f"done after p50 {finish.p50:.1f} h, p90 {finish.p90:.1f} h, p99 {finish.p99:.1f} h"
     )
     return facts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import datetime
@@ -13,6 +14,8 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.table import Table
+
+from gpubroker.money import round_usd
 
 WIDTH = 100
 
@@ -64,8 +67,15 @@ def say(text: str) -> None:
 
 
 def dollars(amount: Decimal) -> str:
-    """$ with cents, or with four places below ten cents, where cents would hide the difference."""
+    """$ with cents; whole from $100,000, four places below ten cents, where cents hide the difference."""
+    if amount >= 100_000:
+        return f"${amount:,.0f}"
     return f"${amount:,.2f}" if amount >= Decimal("0.10") or amount == 0 else f"${amount:.4f}"
+
+
+def dollars_of(value: float) -> str:
+    """A statistic as money; a dash where it is not finite (too many preemptions to draw to the end)."""
+    return dollars(round_usd(Decimal(repr(value)))) if math.isfinite(value) else "-"
 
 
 def age(moment: datetime | None, now: datetime) -> str:
