@@ -8,6 +8,8 @@ import socket
 import sys
 import textwrap
 import time
+from dataclasses import replace
+from decimal import Decimal
 
 import pytest
 
@@ -17,6 +19,7 @@ import asyncssh
 
 from gpubroker.testcloud import nodes_network
 from gpubroker.testcloud.nodes import LocalNodes
+from gpubroker.testcloud.world import World
 from tests.test_testcloud_nodes import (
     as_nobody,
     fakes_built_once,  # noqa: F401 a fixture
@@ -27,6 +30,7 @@ from tests.test_testcloud_nodes import (
     until,
 )
 from tests.test_testcloud_nodes_ssh import a_node, connect, with_truth
+from tests.testcloud_support import HOST, HandClock
 
 FULL = with_truth(disk_free_gb=0)
 
@@ -258,6 +262,34 @@ async def test_sockets_of_other_kinds_are_left_alone(tmp_path):
         needs_listener(node)
         answer = await node.run(["python3", "-c", script], {})
     assert (0, "9\n['EINPROGRESS', 'EALREADY']\n", "") == (answer[0], answer[1].decode(), answer[2].decode())
+
+
+@in_loop
+async def test_a_checkpoint_from_a_slow_node_is_still_that_nodes(tmp_path, a_tenth_of_a_megabyte_a_second):
+    """A store sees the relay at the other end, and is told for whom it speaks."""
+    peers = asyncio.Queue()
+
+    async def serve(reader, writer):
+        await peers.put(writer.get_extra_info("peername"))
+        await reader.read()
+        writer.close()
+
+    async with LocalNodes(tmp_path) as nodes, await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        world = World(HandClock(), nodes)
+        slow = replace(HOST, truth=with_truth(network="slow"))
+        for name in ("one", "two"):
+            await world.boot(
+                world.create(slow, "on_demand", rental_id=name, tag=f"job-{name}", usd_per_hour=Decimal(1))
+            )
+        node = world.rentals["two"].node
+        needs_listener(node)
+        port = server.sockets[0].getsockname()[1]
+        words = ["python3", "-c", FETCH, "AF_INET", "yes", "0", "127.0.0.1", str(port), "1"]
+        running = asyncio.create_task(node.run(words, {}))
+        await world.publishing.put("manifest.json", "s3://manifest.json", await peers.get())
+        assert ["", "job-two"] == [world.rentals[name].published_by for name in ("one", "two")]
+        await node.kill()
+        await running
 
 
 @in_loop

@@ -56,6 +56,8 @@ class HandClock(SimClock):
 class NoNode:
     """A node that only counts."""
 
+    relayed = ()
+
     def __init__(self, port: int, home: str) -> None:
         self.ssh_port, self.home, self.alive, self.signals = port, home, True, list[int]()
 

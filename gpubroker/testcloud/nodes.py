@@ -17,7 +17,7 @@ import asyncio
 import contextlib
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -90,6 +90,11 @@ class LocalNode:
         self._server.abort()
         self._init.order_end()  # the network after that: who waits for it is not to be told that it is gone
         await asyncio.shield(self._init.gone)
+
+    @property
+    def relayed(self) -> Collection[tuple[str, int]]:
+        """Our own ends of connections that are made for its processes."""
+        return self.network.relayed
 
     @property
     def alive(self) -> bool:

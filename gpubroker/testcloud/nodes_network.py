@@ -69,6 +69,7 @@ class Network:
         self.outward = connects >= 0
         self._connects = connects
         self._in, self._out = _Rate(), _Rate()
+        self.relayed: set[tuple[str, int]] = set()  # our own ends of connections made for its processes
         self._hole: list[socket.socket] = []
         self._tasks: set[asyncio.Task[None]] = set()
         if self.outward:
@@ -165,7 +166,15 @@ class Network:
         except BaseException:
             far.close()
             raise
-        self._keep(self._carry(near, far), near, far)
+        self._keep(self._relay(near, far), near, far)
+
+    async def _relay(self, near: socket.socket, far: socket.socket) -> None:
+        own = far.getsockname()[:2]
+        self.relayed.add(own)
+        try:
+            await self._carry(near, far)
+        finally:
+            self.relayed.discard(own)
 
     async def _lose(self, sock: socket.socket) -> None:
         """Its SYN gets no answer: the kernel gives up after minutes, the program may do so before."""

@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import random
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, Literal, Protocol
@@ -120,6 +120,10 @@ class Node(Protocol):
 
     ssh_port: int
     home: str
+
+    @property
+    def relayed(self) -> Collection[tuple[str, int]]:
+        """Our own ends of connections that the test cloud makes for its processes, on a slow network."""
 
     async def run(self, argv: list[str], env: Mapping[str, str]) -> tuple[int, bytes, bytes]:
         """Run a command on it, as a vendor without SSH does; exit status, output, errors."""
