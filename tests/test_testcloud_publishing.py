@@ -15,6 +15,7 @@ import boto3
 import pytest
 import requests
 from botocore.config import Config
+from botocore.exceptions import ClientError
 
 from gpubroker.testcloud.client import RunningCloud, running
 from gpubroker.testcloud.publishing import MANIFEST
@@ -32,6 +33,9 @@ headers = {"Authorization": sign, "x-amz-content-sha256": "UNSIGNED-PAYLOAD"}
 request = urllib.request.Request(url, data=b"{}", method="PUT", headers=headers)
 print(urllib.request.urlopen(request).status)
 """
+
+
+TAGS = {"TagSet": [{"Key": "a", "Value": "b"}]}
 
 
 @pytest.mark.parametrize(
@@ -120,7 +124,7 @@ def test_what_was_there_before_or_came_from_outside_is_nobodys(tmp_path: Path) -
         await bench.rent("n1", "job-a1")
         path = bench.volume / "manifest.json"
         path.write_text("{}")
-        await bench.world.publishing.put("manifest.json", "s3://b/manifest.json", None, path=path)
+        await bench.world.publishing.put("s3://b/manifest.json", None, path=path)
         assert {"n1": ""} == publishers(bench)
 
     asyncio.run(check())
@@ -133,7 +137,7 @@ def aws() -> Iterator[AwsRoom]:
 
 
 def test_a_roles_credentials_say_which_instance_wrote(aws: AwsRoom) -> None:
-    """Whatever process used them; the account's own keys name nobody."""
+    """Whatever process used them; the account's own keys name nobody, a tag or a refused write adds nothing."""
     tags = [{"Key": "Name", "Value": "job-a1"}]
     made = aws.run(
         IamInstanceProfile={"Name": "role"},
@@ -158,6 +162,9 @@ def test_a_roles_credentials_say_which_instance_wrote(aws: AwsRoom) -> None:
             config=Config(s3={"addressing_style": "path"}, retries={"max_attempts": 1}),
         )
         client.put_object(Bucket="ckpt", Key="j/2/manifest.json", Body=b"{}")
+        client.put_object_tagging(Bucket="ckpt", Key="j/2/manifest.json", Tagging=TAGS)
+        with pytest.raises(ClientError):
+            client.put_object(Bucket="ckpt", Key="j/2/manifest.json", Body=b"{}", IfNoneMatch="*")
         client.close()
 
     aws.in_thread(put)

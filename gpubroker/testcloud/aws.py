@@ -193,7 +193,7 @@ class Aws(Background):
         async def answer(fault: Fault | None) -> web.StreamResponse:
             found = await self._moto(request, None, fault, whole=caller.service in ("sts", "iam"))
             if caller.service == "s3":
-                await self._note(request, found.status)
+                await self.world.publishing.heard(request, found.status, node=_node_of(request))
             elif isinstance(found, web.Response) and isinstance(found.body, bytes):
                 self._access_keys |= {key.decode() for key in _ISSUED.findall(found.body)}
             return found
@@ -255,16 +255,6 @@ class Aws(Background):
         except NotThere as error:
             raise Refused("UnsupportedOperation", "The test cloud does not do this") from error
 
-    async def _note(self, request: web.Request, status: int) -> None:
-        """A manifest that S3 has taken was published by the node whose request it was, if it was one's."""
-        is_part = "partNumber" in request.query or "uploads" in request.query
-        if request.method not in ("PUT", "POST") or status != 200 or is_part:
-            return
-        token = request.headers.get("X-Amz-Security-Token") or request.query.get("X-Amz-Security-Token", "")
-        peer = request.transport and request.transport.get_extra_info("peername")
-        key = request.path.removeprefix("/")
-        await self.world.publishing.put(key, f"s3://{key}", peer or None, node=instance_of(token))
-
     # --- feeds and metadata ---
 
     async def _recognise_side(self, request: web.Request) -> _Work:
@@ -303,6 +293,12 @@ def _caller(request: web.Request) -> _Caller | None:
     old = _OLD_SIGNATURE.match(header)
     key = old[1] if old else request.query.get("AWSAccessKeyId")
     return _Caller(access_key=key, region=REGION, service="s3") if key else None
+
+
+def _node_of(request: web.Request) -> str:
+    """The instance whose role's credentials signed it; "" = others."""
+    name = "X-Amz-Security-Token"
+    return instance_of(request.headers.get(name) or request.query.get(name, ""))
 
 
 def _action_of(request: web.Request) -> str:

@@ -1,6 +1,6 @@
 """Which node wrote a checkpoint: what GET /nodes says under `published_by` and `published`.
 
-An object store's PUT of a manifest    -> Publishing.put   -> the node that sent it
+An object store's PUT of a manifest    -> Publishing.heard -> the node that sent it
 A manifest in a folder that nodes mount -> Publishing.look -> the node that had it mounted then
 
 A checkpoint counts from the moment its manifest is there: a file called manifest.json, or ending in
@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from aiohttp import web
+
     from gpubroker.testcloud.world import Rental, World
 
 MANIFEST = re.compile(r"(?:^|/)(?:[^/]*\.)?manifest\.json\Z")
@@ -74,12 +76,20 @@ class Publishing:
             if mount.rental is rental:
                 mount.until_s = time.time()
 
-    async def put(
-        self, key: str, where: str, peer: tuple[str, int] | None, *, node: str = "", path: Path | None = None
+    async def heard(
+        self, request: web.Request, status: int, *, node: str = "", root: Path | None = None
     ) -> None:
-        """An object store has taken this. `node`: who it is by its credentials; `path`: where it lies."""
-        if not MANIFEST.search(key):
-            return
+        """An S3 has answered /<bucket>/<key>. `node`: whose credentials those are; `root`: of the files."""
+        key = request.path.removeprefix("/")
+        of_object = {name for name in request.query if not name.lower().startswith("x-")} <= {"uploadId"}
+        if status == 200 and request.method in ("PUT", "POST") and of_object and MANIFEST.search(key):
+            peer = request.transport.get_extra_info("peername") if request.transport else None
+            await self.put(f"s3://{key}", peer, node=node, path=root / key if root else None)
+
+    async def put(
+        self, where: str, peer: tuple[str, int] | None, *, node: str = "", path: Path | None = None
+    ) -> None:
+        """An object store has taken a manifest, which lies at `path` where nodes may have it mounted."""
         if path is not None:
             self.claim(path)
         rental = self._world.rentals.get(node) or self._relayed(peer)

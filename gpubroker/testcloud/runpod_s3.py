@@ -102,7 +102,7 @@ class VolumeStore:
         async def answer() -> web.StreamResponse:
             try:
                 response = await self._answer(request, fault)
-                await self._note(request, response)
+                await self._world.publishing.heard(request, response.status, root=self._root)
                 return response
             except _Refused as refused:
                 return _error(refused)
@@ -125,15 +125,6 @@ class VolumeStore:
         if not key:
             return self._bucket(request, bucket, fault)
         return await self._object(request, bucket, key, whole=fault is not None)
-
-    async def _note(self, request: web.Request, response: web.StreamResponse) -> None:
-        """A manifest that was put here was published by the node whose request it was, if it was one's."""
-        bucket, _, key = request.path.removeprefix("/").partition("/")
-        is_part = "partNumber" in request.query or "uploads" in request.query
-        if request.method in ("PUT", "POST") and response.status == 200 and not is_part:
-            peer = request.transport and request.transport.get_extra_info("peername")
-            where, path = f"s3://{bucket}/{key}", self._path(bucket, key)
-            await self._world.publishing.put(key, where, peer or None, path=path)
 
     async def _object(
         self, request: web.Request, bucket: str, key: str, *, whole: bool
