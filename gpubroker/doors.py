@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
 T = TypeVar("T")
@@ -45,6 +46,32 @@ class SystemClock:
         """Wait; nothing for zero or less."""
         if seconds > 0:
             time.sleep(seconds)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ran:
+    """What a command on a node did: it ended with a status or by a signal; neither = it was cut off."""
+
+    status: int | None
+    signal: str | None = None
+    stdout: bytes = b""
+    stderr: bytes = b""
+
+
+class Shell(Protocol):
+    """The only way to run commands on a node: over SSH, or by the vendor's own API."""
+
+    def run(self, command: str, *, stdin: bytes = b"", deadline_s: float) -> Ran:
+        """By the node's shell, to its end. Raises Unreachable when the node cannot be talked to."""
+
+    def put(self, local: Path, remote: str, *, deadline_s: float) -> None:
+        """A file, or a folder with all that is in it."""
+
+    def get(self, remote: str, local: Path, *, deadline_s: float) -> None:
+        """The other way."""
+
+    def close(self) -> None:
+        """Idempotent."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,10 @@ BrokerError                          exit code
 ├ ProviderError                      4   (provider, operation, detail)
 │ ├ Transient(retry_after_s)         4   wait, same call again
 │ ├ Unreachable                      4   no connection: the network or the host is away
+│ ├ NoCapacity                       4   this offer is gone: the next one
+│ │ └ QuotaExceeded                  4   the account may not: another provider or region, and tell the person
+│ ├ Refused                          4   the request is wrong for this vendor: do not repeat it
+│ ├ LaunchUncertain(tag, ids)        4   something may be billing: list by tag before anything else
 │ ├ AuthFailed                       4   stop asking this provider
 │ └ PayloadChanged(path)             4   never retry, tell a person
 └ StoreError                         2   the database said no
@@ -73,6 +77,33 @@ class Transient(ProviderError):
 
 class Unreachable(ProviderError):
     """The host could not be resolved or connected to: nothing was asked, nothing was done."""
+
+
+class NoCapacity(ProviderError):
+    """The offer cannot be had now, whatever was listed: try the next."""
+
+
+class QuotaExceeded(NoCapacity):
+    """The account's limit, not the market's: offers of the same kind would fail alike."""
+
+
+class Refused(ProviderError):
+    """The vendor understood the request and will not do it: repeating it changes nothing."""
+
+
+class LaunchUncertain(ProviderError):
+    """A create may have succeeded although it looked failed.
+
+    The tag, and the ids that are known, say what to look for before another attempt.
+    """
+
+    def __init__(
+        self, provider: str, operation: str, detail: str, *, tag: str, ids: Sequence[str] = ()
+    ) -> None:
+        known = f", ids {', '.join(ids)}" if ids else ""
+        super().__init__(provider, operation, f"{detail}; a node tagged {tag} may be billing{known}")
+        self.tag = tag
+        self.ids = tuple(ids)
 
 
 class AuthFailed(ProviderError):

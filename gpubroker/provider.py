@@ -7,15 +7,17 @@ group `gpubroker.providers` that names a class taking one ProviderContext.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
+from decimal import Decimal
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Protocol, cast, runtime_checkable
+from typing import Literal, Protocol, cast, runtime_checkable
 
 from gpubroker.config import Settings
-from gpubroker.doors import Clock, Pool
+from gpubroker.doors import Clock, Pool, Shell
 from gpubroker.errors import ConfigError
-from gpubroker.model import OfferQuery, Parsed
+from gpubroker.model import Offer, OfferQuery, Parsed
 
 GROUP = "gpubroker.providers"
 
@@ -79,6 +81,92 @@ class PriceSource(Protocol):
 
     def check(self, deadline_s: float) -> str:
         """For `doctor`: try the credentials without spending anything; one line that says what was proven."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """What a vendor's nodes can do, so that nobody has to ask which vendor it is."""
+
+    takes_bids: bool = False  # spot is a bid; without one the same call rents on demand
+    stop: bool = False  # a node can be stopped and started again with its disk
+    has_ssh: bool = True  # False = commands go through the vendor's own API
+    notice_s: int = 0  # warning before a preemption; 0 = none
+    self_terminate: bool = False  # the node can end its own billing
+    idempotent_create: bool = False  # the same tag twice is one node
+    tag_max: int = 60  # characters
+    max_lifetime_s: int | None = None  # the vendor ends every node after so long; None = never
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeSpec:
+    """What a node is created with, beside the offer. No key of the user's account is ever in it."""
+
+    image: str  # "" = the vendor's usual CUDA image; on virtual machines docker runs it
+    disk_gb: int
+    ssh_public_key: str = ""  # one line; unused where has_ssh is False
+    env: Mapping[str, str] = field(default_factory=dict)
+    volume_id: str = ""  # a network volume to mount; "" = none
+    lifetime_s: int | None = None  # the vendor should end it then, where it can
+
+
+NodeStatus = Literal["starting", "running", "stopped", "gone"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SshAddress:
+    """Where a node's SSH answers."""
+
+    host: str
+    port: int
+    username: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeView:
+    """A node as its vendor sees it now. Billing goes on in every status but gone."""
+
+    id: str
+    tag: str
+    status: NodeStatus
+    reason: str = ""  # the vendor's words for how it came to that
+    is_preempted: bool = False  # the vendor says, or its states can only mean, that it was taken away
+    ssh: SshAddress | None = None  # None = not yet known, or there is none
+    usd_per_hour: Decimal | None = None  # what it costs now; None = the vendor does not say
+    created_at: datetime | None = None  # None = the vendor does not say
+
+
+@runtime_checkable
+class Compute(Protocol):
+    """The part of a provider that rents nodes. Everything it creates carries a tag that begins with TAG."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Constant for a provider."""
+
+    def create(
+        self, offer: Offer, spec: NodeSpec, tag: str, *, bid_usd_per_hour: Decimal | None, deadline_s: float
+    ) -> str:
+        """Rent one node and return its id. Never retried in here.
+
+        `bid_usd_per_hour` is set for a spot offer of a vendor that takes bids, and None else. Raises NoCapacity,
+        QuotaExceeded, AuthFailed, Refused, Transient where nothing was created for sure, and
+        LaunchUncertain on any doubt.
+        """
+
+    def list_nodes(self, deadline_s: float) -> list[NodeView]:
+        """All of the account's nodes with our tag, every page of them, in one call a tick."""
+
+    def terminate(self, node_id: str, deadline_s: float) -> None:
+        """End it and its billing. What is gone already is no error."""
+
+    def restart(self, node_id: str, deadline_s: float) -> None:
+        """Start a stopped node again, where `stop` is a capability. Raises NoCapacity."""
+
+    def shell(self, node: NodeView, deadline_s: float) -> Shell | None:
+        """The vendor's own way to run commands on it; None where that is SSH."""
+
+
+TAG = "gpubroker-"
 
 
 def names() -> list[str]:
