@@ -148,8 +148,8 @@ class Compute(Protocol):
     ) -> str:
         """Rent one node and return its id. Never retried in here.
 
-        `bid_usd_per_hour` is set for a spot offer of a vendor that takes bids, and None else. Raises NoCapacity,
-        QuotaExceeded, AuthFailed, Refused, Transient where nothing was created for sure, and
+        `bid_usd_per_hour` is set for a spot offer of a vendor that takes bids, and None else. Raises
+        NoCapacity, QuotaExceeded, AuthFailed, Refused and Transient where nothing was created for sure, and
         LaunchUncertain on any doubt.
         """
 
