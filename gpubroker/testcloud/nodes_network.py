@@ -10,9 +10,9 @@ A node has no address of its own: all nodes and servers share the machine's loop
 that reaches it takes root on the machine's own network. So the second line is drawn at the system call. The
 kernel holds each connect of a process of such a node (whatever its language, environment, session or parent)
 and tells us (seccomp_unotify(2)); we take the very socket (pidfd_getfd(2)) and connect it to a relay of ours,
-or to a port that answers no SYN. Root is not needed; where the kernel refuses, `outward` is False and only
-the first line holds. Datagrams, and connections that come in to a node's own ports, are as they were; those
-among a node's own processes over TCP are as slow as those to anybody else.
+or to a port that answers no SYN. Root is not needed; where the kernel or a container refuses, `outward` is
+False and only the first line holds. Datagrams, and connections that come in to a node's own ports, are as
+they were; those among a node's own processes over TCP are as slow as those to anybody else.
 
 Rates and delays are in real time: what they hold up are real processes.
 """
@@ -24,6 +24,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import functools
 import os
 import select
 import socket
@@ -66,13 +67,13 @@ class Network:
     def __init__(self, kind: Kind, connects: int = -1) -> None:
         """`connects`: the listener of what the node's processes connect to, ours from now on; -1 = none."""
         self.kind = kind
-        self.outward = connects >= 0
+        self.outward = connects >= 0 and _may_take_sockets()
         self._connects = connects
         self._in, self._out = _Rate(), _Rate()
         self.relayed: set[tuple[str, int]] = set()  # our own ends of connections made for its processes
         self._hole: list[socket.socket] = []
         self._tasks: set[asyncio.Task[None]] = set()
-        if self.outward:
+        if connects >= 0:
             asyncio.get_running_loop().add_reader(connects, self._heard)
 
     def near(self, client: socket.socket) -> socket.socket | None:
@@ -264,18 +265,37 @@ def _look(wish: _Wish) -> tuple[socket.socket, tuple[str, int]]:
     with open(f"/proc/{wish.pid}/mem", "rb", buffering=0) as memory:
         memory.seek(wish.address)
         destination = _address(memory.read(min(wish.length, 128)))
-    pidfd = os.pidfd_open(process)
-    try:
-        fd = _libc.syscall(ctypes.c_long(_PIDFD_GETFD), pidfd, ctypes.c_int(wish.fd), 0)
-    finally:
-        os.close(pidfd)
-    if fd < 0:
-        raise OSError(ctypes.get_errno(), "pidfd_getfd")
-    sock = socket.socket(fileno=fd)
+    sock = socket.socket(fileno=_take(process, wish.fd))
     if sock.type != socket.SOCK_STREAM or _tcp_state(sock) != _UNCONNECTED:
         sock.close()
         raise ValueError("not a TCP socket before its connect")
     return sock, destination
+
+
+def _take(process: int, number: int) -> int:
+    """A descriptor of ours for what a process has under a number. Raises OSError."""
+    pidfd = os.pidfd_open(process)
+    try:
+        fd = int(_libc.syscall(ctypes.c_long(_PIDFD_GETFD), pidfd, ctypes.c_int(number), 0))
+    finally:
+        os.close(pidfd)
+    if fd < 0:
+        raise OSError(ctypes.get_errno(), "pidfd_getfd")
+    return fd
+
+
+@functools.cache
+def _may_take_sockets() -> bool:
+    """A container may forbid the call, whoever we are."""
+    reading, writing = os.pipe()
+    try:
+        os.close(_take(os.getpid(), reading))
+    except OSError:
+        return False
+    finally:
+        os.close(reading)
+        os.close(writing)
+    return True
 
 
 def _address(raw: bytes) -> tuple[str, int]:
