@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import click
 
+from benchmarks.backtest_greedy import backtest_greedy
 from benchmarks.harness import Result
 from benchmarks.plan_coverage import plan_coverage
 from benchmarks.plan_rank import plan_rank
@@ -16,6 +17,7 @@ from benchmarks.store_poll import store_poll
 from benchmarks.testcloud_nodes import testcloud_nodes
 
 BENCHMARKS: dict[str, Callable[[bool], Result]] = {
+    "backtest-greedy": backtest_greedy,
     "plan-coverage": plan_coverage,
     "plan-rank": plan_rank,
     "quote-cold": quote_cold,

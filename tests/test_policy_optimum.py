@@ -30,7 +30,7 @@ def best_of_all(job, world):
         for ((place, waits_h, left_h), usd), to in product(before.items(), (None, *offers)):
             after_wait_h = 0.0 if to is None else waits_h if to == place else delay_h
             worked_h = 0.0 if to is None else max(0.0, span_h - after_wait_h)
-            if to is not None and left_h <= worked_h + 1e-12:
+            if to is not None and left_h <= worked_h + 1e-8:  # keys are rounded
                 done = usd + (after_wait_h + left_h) * offers[to]
                 best = done if best is None else min(best, done)
                 continue

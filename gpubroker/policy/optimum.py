@@ -17,6 +17,8 @@ first finished one is the best. Three things keep it small:
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import inf
@@ -120,6 +122,27 @@ class _State(NamedTuple):
     usd: float  # so far
 
 
+class _Stairs:
+    """States of one place and step of which none is as good as another: less need, more $."""
+
+    def __init__(self) -> None:
+        self._needs_h: list[float] = []  # rising
+        self._usd: list[float] = []  # falling
+
+    def has_as_good(self, need_h: float, usd: float) -> bool:
+        """Whether one of them needs no more and has cost no more."""
+        at = bisect_right(self._needs_h, need_h + _EPSILON)
+        return at > 0 and self._usd[at - 1] <= usd + _EPSILON
+
+    def add(self, need_h: float, usd: float) -> None:
+        """One that they have nothing as good as; those that it is as good as go."""
+        at = end = bisect_right(self._needs_h, need_h)
+        while end < len(self._usd) and self._usd[end] >= usd:
+            end += 1
+        self._needs_h[at:end] = [need_h]
+        self._usd[at:end] = [usd]
+
+
 class _Search:
     """States by cost, until one is done."""
 
@@ -129,7 +152,7 @@ class _Search:
         self._hours: list[float] = world.hours.tolist()
         self._rates: list[list[float]] = world.usd_per_hour.tolist()
         self._most_h: list[list[float]] = world.most_work_h.tolist()
-        self._known: dict[tuple[int, int, bool], list[tuple[float, float]]] = {}
+        self._best: defaultdict[tuple[int, int, bool], _Stairs] = defaultdict(_Stairs)
 
     def run(self, work_h: float) -> float:
         """$ of the first state that is done."""
@@ -145,13 +168,12 @@ class _Search:
     def _is_worth(self, state: _State) -> bool:
         """Whether no other state is as good and as free."""
         _, steps_back, place, is_settled, need_h, usd = state
-        known = self._known.setdefault((steps_back, place, is_settled), [])
-        freer = self._known.get((steps_back, place, False), ()) if is_settled else ()
-        for others in (known, freer):
-            for other_h, other_usd in others:
-                if other_h <= need_h + _EPSILON and other_usd <= usd + _EPSILON:
-                    return False
-        known.append((need_h, usd))
+        if is_settled and self._best[steps_back, place, False].has_as_good(need_h, usd):
+            return False
+        best = self._best[steps_back, place, is_settled]
+        if best.has_as_good(need_h, usd):
+            return False
+        best.add(need_h, usd)
         return True
 
     def _after(self, state: _State) -> Iterator[_State]:
