@@ -193,6 +193,22 @@ def test_s3_writes_only_if_nobody_has(here: AwsRoom) -> None:
     assert ["run ä/epoch"] == [o["Key"] for o in here.s3("list_objects_v2", Bucket="checkpoints")["Contents"]]
 
 
+def test_a_bucket_is_billed_by_the_hour_and_the_request(here: AwsRoom) -> None:
+    """2.3 cents a GB and month; half a cent for a thousand writes or lists, less for reads, deletes free."""
+    here.s3("create_bucket", Bucket="ckpt")
+    here.s3("put_object", Bucket="ckpt", Key="a", Body=b"x" * 720_000)
+    here.s3("get_object", Bucket="ckpt", Key="a")
+    here.s3("list_objects_v2", Bucket="ckpt")
+    requests = 3 * Decimal("0.000005") + Decimal("0.0000004")
+    assert {"ckpt": requests} == here.vendor.other_charges(here.clock.now_s())
+    here.pass_s(3700)
+    here.s3("delete_object", Bucket="ckpt", Key="a")
+    stored = Decimal("0.00072") * Decimal("0.023") / 720
+    assert {"ckpt": round(requests + stored, 12)} == here.vendor.other_charges(here.clock.now_s())
+    here.pass_s(3600)
+    assert {"ckpt": round(requests + stored, 12)} == here.vendor.other_charges(here.clock.now_s())
+
+
 def test_s3_has_faults_too(here: AwsRoom) -> None:
     """By bucket and key, before and after the effect."""
     here.s3("create_bucket", Bucket="checkpoints")

@@ -22,11 +22,13 @@ import json
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 from urllib.parse import parse_qsl
 
 from aiohttp import web
 
+from gpubroker.testcloud import bill
 from gpubroker.testcloud.aws_ec2 import NO_ROOM, Ec2
 from gpubroker.testcloud.aws_imds import Metadata, instance_of
 from gpubroker.testcloud.aws_moto import Moto, NotThere
@@ -75,6 +77,20 @@ class _Work:
     answer: Callable[[Fault | None], Awaitable[web.StreamResponse]]
 
 
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Bucket:
+    """What the bill of a bucket is made of."""
+
+    used: list[tuple[float, int]]  # (since when, bytes), at most one an hour
+    puts: int = 0
+    gets: int = 0
+
+    @property
+    def hours_seen(self) -> float:
+        """The last hour of its life that was looked at."""
+        return (self.used[-1][0] - self.used[0][0]) // 3600
+
+
 class Aws(Background):
     """The vendor. `await start()` gives the endpoint's URL."""
 
@@ -88,6 +104,8 @@ class Aws(Background):
         self.moto = Moto(_zone_ids(world))
         self.ec2 = Ec2(world, self.moto, self.spawn, self._environment, boot_s=boot_s)
         self.public = Public(world)
+        self._buckets: dict[str, _Bucket] = {}
+        world.on_tick.append(self._measure_buckets)
         self.metadata = Metadata(self.ec2.instances, world.clock.now_s, ACCESS_KEY, SECRET_KEY)
 
     async def start(self, port: int = 0) -> str:
@@ -116,6 +134,33 @@ class Aws(Background):
             "GPUBROKER_AWS_FEEDS_URL": f"{self.side_url}/feeds",
             **port,
         }
+
+    def other_charges(self, now_s: float) -> dict[str, Decimal]:
+        """USD of buckets, by name: they are billed and are no rentals."""
+        self._measure_buckets(now_s)
+        return {name: bill.bucket(b.used, now_s, b.puts, b.gets) for name, b in self._buckets.items()}
+
+    def _count(self, request: web.Request, status: int) -> None:
+        """A request to a bucket, which S3 has answered; the first that succeeds makes the bucket known."""
+        name, _, key = request.path.removeprefix("/").partition("/")
+        if name and name not in self._buckets and status < 400:
+            self._buckets[name] = _Bucket(used=[(self.world.clock.now_s(), 0)])
+        bucket = self._buckets.get(name)
+        if bucket is None or request.method == "DELETE":
+            return
+        if request.method in ("PUT", "POST") or (request.method == "GET" and not key):
+            bucket.puts += 1
+        else:
+            bucket.gets += 1
+
+    def _measure_buckets(self, now_s: float) -> None:
+        """What is in each bucket, once an hour."""
+        due = [b for b in self._buckets.values() if (now_s - b.used[0][0]) // 3600 > b.hours_seen]
+        if due:
+            sizes = self.moto.bucket_bytes()
+            for name, one in self._buckets.items():
+                if one in due:
+                    one.used.append((now_s, sizes.get(name, 0)))
 
     async def preempt(self, rental: Rental, notice_s: float | None) -> None:
         """AWS takes it back: at once and without a word, or with a notice at its metadata."""
@@ -193,6 +238,7 @@ class Aws(Background):
         async def answer(fault: Fault | None) -> web.StreamResponse:
             found = await self._moto(request, None, fault, whole=caller.service in ("sts", "iam"))
             if caller.service == "s3":
+                self._count(request, found.status)
                 await self.world.publishing.heard(request, found.status, node=_node_of(request))
             elif isinstance(found, web.Response) and isinstance(found.body, bytes):
                 self._access_keys |= {key.decode() for key in _ISSUED.findall(found.body)}

@@ -110,6 +110,15 @@ class Moto:
         """Whether AWS has such a type at all."""
         return name in await asyncio.to_thread(_instance_types)
 
+    def bucket_bytes(self) -> dict[str, int]:
+        """What is in each bucket now."""
+        if self._http is None:
+            return {}
+        from moto.s3.models import s3_backends
+
+        buckets = list(s3_backends[ACCOUNT]["aws"].buckets.items())
+        return {name: sum(key.size for key in list(bucket.keys.values())) for name, bucket in buckets}
+
     async def _ec2(self, region: str) -> Any:
         await self._open()
         from moto.ec2.models import ec2_backends

@@ -10,7 +10,7 @@ Rental.events -> lines -> up.py and control.py (GET /bill), vast.py (its charges
     lambda  by the minute begun, from active to terminate; file systems by the hour begun, for what they hold
     aws     by the second from running, 60 s at least for each start; a spot instance that AWS takes back in
             its first hour is free; the volume by the second in every state; a public IPv4 address while
-            running; what leaves AWS by the account's monthly tiers
+            running; what leaves AWS by the account's monthly tiers; S3 by the hour and the request
     modal   GPU, CPU and RAM by the second from start to end, times the region's factor; what leaves Modal by
             the workspace's monthly tiers
 
@@ -39,6 +39,7 @@ VAST_STOPPED_DISK = Decimal(4) / 3
 _RUNPOD_CONTAINER, _RUNPOD_VOLUME, _RUNPOD_VOLUME_STOPPED = Decimal("0.10"), Decimal("0.10"), Decimal("0.20")
 _RUNPOD_FIRST_GB, _RUNPOD_FIRST, _RUNPOD_BEYOND = 1000, Decimal("0.07"), Decimal("0.05")
 _LAMBDA_FILES = Decimal("0.20")
+_S3_STANDARD, _S3_PUT, _S3_GET = Decimal("0.023"), Decimal("0.000005"), Decimal("0.0000004")  # one request
 _EBS_GP3 = Decimal("0.08")
 # USD per second: a physical core, a GiB, of a sandbox.
 MODAL_CORE, MODAL_GIB = Decimal("0.00003942"), Decimal("0.00000667")
@@ -158,17 +159,25 @@ def vast_volume(size_gb: int, usd_per_gb_month: Decimal, seconds: float) -> Deci
 
 
 def file_system(used: Sequence[tuple[float, int]], until_s: float) -> Decimal:
-    """A Lambda file system, by (since when, bytes), at most one an hour: by the hour begun.
+    """A Lambda file system, by (since when, bytes), at most one an hour: by the hour begun."""
+    return round(_held_gb_hours(used, until_s) * _LAMBDA_FILES / _MONTH_H, _DIGITS)
 
-    An hour costs what was there when it was first looked at.
+
+def bucket(used: Sequence[tuple[float, int]], until_s: float, puts: int, gets: int) -> Decimal:
+    """An S3 bucket of the Standard class, by (since when, bytes), at most one an hour, and its requests.
+
+    puts: PUT, COPY, POST and LIST; gets: all others but DELETE, which is free.
     """
-    if not used:
-        return Decimal(0)
-    began_s, usd = used[0][0], Decimal(0)
+    stored = _held_gb_hours(used, until_s) * _S3_STANDARD / _MONTH_H
+    return round(stored + puts * _S3_PUT + gets * _S3_GET, _DIGITS)
+
+
+def _held_gb_hours(used: Sequence[tuple[float, int]], until_s: float) -> Decimal:
+    """Each hour begun counts with what was there when it was first looked at."""
+    began_s, total = used[0][0], 0
     for hour in range(math.ceil((until_s - began_s) / 3600)):
-        held = next(size for at_s, size in reversed(used) if (at_s - began_s) // 3600 <= hour)
-        usd += Decimal(held) / _GB * _LAMBDA_FILES / _MONTH_H
-    return round(usd, _DIGITS)
+        total += next(size for at_s, size in reversed(used) if (at_s - began_s) // 3600 <= hour)
+    return Decimal(total) / _GB
 
 
 def spans(events: Iterable[Event], now_s: float) -> Iterator[Span]:
