@@ -277,6 +277,15 @@ def test_a_monthly_tier_is_used_by_checkpoints_before_artifacts():
     assert (Decimal(0), Decimal(10)) == (found["checkpoint egress"], found["egress"])
 
 
+def test_a_public_address_is_a_line_where_it_is_charged_for():
+    """AWS: half a cent an hour, recalled."""
+    fees = FeeTable([fee("aws", "public_ipv4_usd_per_hour", "0.005", "USD/h", status="recalled")])
+    bill = bill_of(offer(provider="aws"), Work(hours=Decimal(10), disk_gb=Decimal(0)), fees)
+    line = next(line for line in bill.lines if line.item == "public address")
+    assert (Decimal("0.05"), "$0.005/h x 10 h") == (line.usd, line.how)
+    assert line.source.startswith("recalled")
+
+
 def test_data_is_read_again_at_each_start():
     """Where the node starts from nothing; a stopped vast node keeps its disk."""
     work = Work(hours=Decimal(10), disk_gb=Decimal(0), ingress_gb=Decimal(100), data_store="cloudflare-r2")

@@ -73,6 +73,7 @@ def bill_for(
         *_node(offer, course, fees, price_source, risk_source),
         *_billing_unit(offer, billed_s - run_s, price_source),
         *_cpu_and_ram(offer, work, billed_h, fees, price_source),
+        *_address(offer, billed_h, fees),
         *_disk(offer, work, billed_h, fees),
         *_paused_disk(offer, work, course, fees),
         *_held(offer, work, course, fees),
@@ -181,6 +182,18 @@ def _apart(
             usd=round_usd(rate * amount * billed_h),
             words=lambda: f"{amount:f} {unit} assumed x ${rate:f}/h x {_hours(billed_h)} h",
             source=source,
+        )
+
+
+def _address(offer: Offer, billed_h: Decimal, fees: FeeTable) -> Iterator[CostLine]:
+    """A public address, where a vendor charges for it by the hour: without one nobody could reach the node."""
+    rate = fees.get(offer.provider, "public_ipv4_usd_per_hour")
+    if rate:
+        yield CostLine(
+            item="public address",
+            usd=round_usd(rate * billed_h),
+            words=lambda: f"${rate:f}/h x {_hours(billed_h)} h",
+            source=fees.source_of(offer.provider, "public_ipv4_usd_per_hour"),
         )
 
 

@@ -206,6 +206,13 @@ class FeeTable:
         tiers = self._tiers(provider, item, "")
         return tiers[0].value if tiers else None
 
+    def source_of(self, provider: str, item: str) -> str:
+        """Who says what `get` gives, in one line."""
+        if (provider, item) in self._overrides:
+            return OWN_CONFIG
+        fee = self._tiers(provider, item, "")[0]
+        return f"{fee.status}, {fee.as_of or 'undated'}: {fee.source}"
+
     def hours_per_month(self, provider: str) -> int:
         """How many hours the provider's storage month has."""
         return _HOURS_PER_MONTH.get(provider, 730)
