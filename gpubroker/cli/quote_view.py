@@ -13,6 +13,7 @@ from rich.text import Text
 from gpubroker.cli.render import age, console, dollars, dollars_of, table
 from gpubroker.money import usd_text
 from gpubroker.plan.breakeven import Flip
+from gpubroker.plan.preempt import daly_interval_h
 from gpubroker.plan.rank import Ask, LeftOut, Pricing, Quote, row_id
 from gpubroker.plan.sentence import advice, name_of
 from gpubroker.plan.simulate import Distribution
@@ -139,14 +140,26 @@ def _facts(q: Quote, spread: Distribution) -> list[str]:
     course = q.bill.course
     facts = [q.pace] if q.pace else []
     if q.risk.per_hour:
-        every = "" if course.interval_h is None else f", a checkpoint every {course.interval_h * 60:.0f} min"
-        facts.append(f"preemptions: {q.risk.source}; {course.preemptions:.2g} expected{every}")
+        facts.append(f"preemptions: {q.risk.source}; {course.preemptions:.2g} expected{_interval(q)}")
     usd, finish = spread.usd, spread.finish_h
     facts.append(
         f"cost p50 {dollars_of(usd.p50)}, p90 {dollars_of(usd.p90)}, p99 {dollars_of(usd.p99)}; "
         f"done after p50 {finish.p50:.1f} h, p90 {finish.p90:.1f} h, p99 {finish.p99:.1f} h"
     )
     return facts
+
+
+def _interval(q: Quote) -> str:
+    """The interval that was reckoned with, beside the formula that people know."""
+    interval_h, asked_s = q.bill.course.interval_h, q.work.checkpoints.every_s
+    if interval_h is None:
+        return ", none saved: it would cost more than it spares"
+    text = f", a checkpoint every {interval_h * 60:.0f} min"
+    if asked_s is not None:
+        return f"{text}, as asked"
+    daly_h = daly_interval_h(q.inputs.hazard_per_hour, q.inputs.checkpoint_h)
+    why = ", fewer as they are charged for leaving" if q.inputs.checkpoint_fee_h else ""
+    return f"{text} (Daly's formula: {daly_h * 60:.0f} min{why})"
 
 
 def _arithmetic(q: Quote) -> list[str]:

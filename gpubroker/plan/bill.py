@@ -186,7 +186,7 @@ def _apart(
 
 
 def _address(offer: Offer, billed_h: Decimal, fees: FeeTable) -> Iterator[CostLine]:
-    """A public address, where a vendor charges for it by the hour: without one nobody could reach the node."""
+    """A public address, where it is charged for by the hour: without one nobody could reach the node."""
     rate = fees.get(offer.provider, "public_ipv4_usd_per_hour")
     if rate:
         yield CostLine(
