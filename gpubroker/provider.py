@@ -104,7 +104,7 @@ class NodeSpec:
     image: str  # "" = the vendor's usual CUDA image; on virtual machines docker runs it
     disk_gb: int
     ssh_public_key: str = ""  # one line; unused where has_ssh is False
-    env: Mapping[str, str] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict, repr=False)  # may hold secrets
     volume_id: str = ""  # a network volume to mount; "" = none
     lifetime_s: int | None = None  # the vendor should end it then, where it can
 

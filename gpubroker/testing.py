@@ -1,4 +1,4 @@
-"""What a provider's tests stand on: a contract class to inherit, and fakes for the doors.
+"""What a provider's tests stand on: contract classes to inherit (prices, and nodes), fakes for the doors.
 
 Works for plugins outside this repository too; needs pytest (`pip install 'gpubroker[test]'`). The
 vendor is a real HTTP server on loopback, so any HTTP library can be behind the provider:
@@ -35,21 +35,24 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import parse_qsl, urlsplit
+from uuid import uuid4
 
 import pytest
 
 from gpubroker.config import Settings
 from gpubroker.doors import Pool, SerialPool, SystemClock
-from gpubroker.errors import BrokerError, MissingCredentials, Transient
+from gpubroker.errors import BrokerError, LaunchUncertain, MissingCredentials, ProviderError, Transient
 from gpubroker.gpus import catalogue, read_table
-from gpubroker.model import MARKETS, Offer, OfferQuery, Parsed
+from gpubroker.model import MARKETS, Market, Offer, OfferQuery, Parsed
 from gpubroker.money import round_usd
-from gpubroker.provider import PriceSource, ProviderContext
+from gpubroker.provider import TAG, Compute, NodeSpec, NodeView, PriceSource, ProviderContext
 
 DEADLINE_S = 10.0
 _HANG_DEADLINE_S = 0.3
 _GRACE_S = 3.0  # how late a busy machine may notice that a deadline has passed
 _CLOSED_PORT_URL = "http://127.0.0.1:9"
+# Nobody has its private half.
+_PUBLIC_KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIO/fyJgyNa60V4bTqvE8ztGk953rS7HQKioGl2WBR2dP contract"
 
 
 class FakeClock:
@@ -394,6 +397,306 @@ class PriceSourceContract:
     def _needs_remote(self) -> None:
         if not self.remote:
             pytest.skip(f"{self.name} asks nothing remote")
+
+
+CREATE_FAULTS = (
+    "5xx_before",
+    "5xx_after",
+    "drop_before",
+    "drop_after",
+    "429",
+    "truncate",
+    "capacity",
+)
+LIST_FAULTS = ("5xx_before", "drop_before", "429", "truncate")
+END_FAULTS = ("5xx_before", "5xx_after", "drop_before", "drop_after", "429", "truncate")
+_SECRET = "secret-of-the-job-7f3a"  # noqa: S105  it must be found nowhere
+
+
+class ComputeContract:
+    """What every Compute keeps to, shown on a vendor where renting costs nothing.
+
+    A subclass says `make`, `offer` and `at_vendor`, and `breaking` when the vendor can be broken at will:
+
+        class TestAcmeRentsByTheContract(ComputeContract):
+            markets = ("spot", "on_demand")
+
+            def make(self):
+                return Acme(context_for_the_fake_vendor)
+
+            def offer(self, market): ...  # one that can be rented now
+            def at_vendor(self, tag): ...  # ids of what bills with this tag, not through the provider
+    """
+
+    markets: ClassVar[tuple[Market, ...]] = ("on_demand",)
+    unknown_id: ClassVar[str] = "987654321"  # well formed, and never was
+    create_faults: ClassVar[tuple[str, ...]] = CREATE_FAULTS
+    list_faults: ClassVar[tuple[str, ...]] = LIST_FAULTS
+    end_faults: ClassVar[tuple[str, ...]] = END_FAULTS
+    deadline_s: ClassVar[float] = 30.0  # of one call
+    start_s: ClassVar[float] = 60.0  # until a node runs, in real time
+    _tags: list[str]
+
+    def make(self) -> Compute:
+        """The provider under test, newly built, with the credentials of an account of its own."""
+        raise NotImplementedError
+
+    def offer(self, market: Market) -> Offer:
+        """An offer of this market that can be rented now."""
+        raise NotImplementedError
+
+    def at_vendor(self, tag: str) -> list[str]:
+        """Ids of everything that bills with this tag, asked another way than through the provider."""
+        raise NotImplementedError
+
+    def breaking(self, operation: str, kind: str) -> AbstractContextManager[None]:
+        """The next request of "create", "list" or "end" goes wrong in this way; none after the block.
+
+        The kinds are those of the test cloud's fault script. By default there is nothing to break.
+        """
+        raise NotImplementedError
+
+    def rent_untagged(self) -> str:
+        """Rent a node as the account's owner would, without our tag; its id."""
+        raise NotImplementedError
+
+    def spec(self) -> NodeSpec:
+        """What the nodes are created with."""
+        return NodeSpec(image="", disk_gb=20, ssh_public_key=_PUBLIC_KEY, env={"JOB_SECRET": _SECRET})
+
+    def bid(self, offer: Offer) -> Decimal | None:
+        """What is bid for it: twice its floor, where spot is a bid."""
+        takes_bids = self.make().capabilities.takes_bids
+        return round_usd(offer.usd_per_hour * 2) if takes_bids and offer.market == "spot" else None
+
+    @pytest.fixture(autouse=True)
+    def _nothing_is_left(self) -> Iterator[None]:
+        """However a test ends, what it rented is ended."""
+        self._tags = []
+        yield
+        for tag in self._tags:
+            for node_id in self.at_vendor(tag):
+                self.make().terminate(node_id, self.deadline_s)
+
+    # What it says without asking anybody
+
+    def test_it_has_both_parts(self) -> None:
+        """One class behind the entry point lists prices and rents."""
+        provider = self.make()
+        assert isinstance(provider, PriceSource), "offers, access, endpoint or check is missing"
+        assert isinstance(provider, Compute), "one of Compute's methods is missing"
+
+    def test_capabilities_are_constant_and_possible(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """They are asked often, and never of the vendor."""
+        provider = self.make()
+        _forbid_io(monkeypatch)
+        can = provider.capabilities
+        assert can == provider.capabilities
+        assert can.notice_s >= 0
+        assert can.max_lifetime_s is None or can.max_lifetime_s > 0
+        assert can.tag_max >= len(self._tag()), "no unique tag fits"
+
+    @pytest.mark.parametrize("market", MARKETS)
+    def test_what_cannot_be_rented_cannot_be_expressed(
+        self, market: Market, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A bid where there is none, spot without its bid, a market that it does not rent: ValueError."""
+        offer = replace(self.offer(self.markets[0]), market=market, preemptible=market == "spot")
+        needs_bid = market == "spot" and self.make().capabilities.takes_bids
+        wrong: list[Decimal | None] = [None if needs_bid else Decimal("0.5"), Decimal(0), Decimal(-1)]
+        if market not in self.markets:
+            wrong.append(None)
+        provider, tag = self.make(), self._tag()
+        _forbid_io(monkeypatch)
+        for bid in wrong:
+            with pytest.raises(ValueError):  # noqa: PT011  any words will do
+                provider.create(offer, self.spec(), tag, bid_usd_per_hour=bid, deadline_s=self.deadline_s)
+
+    def test_a_tag_that_is_not_ours_or_too_long_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What it creates must be found again."""
+        offer = self.offer(self.markets[0])
+        provider, bid = self.make(), self.bid(offer)
+        _forbid_io(monkeypatch)
+        for tag in ("", "job-1", TAG + "x" * provider.capabilities.tag_max):
+            with pytest.raises(ValueError):  # noqa: PT011
+                provider.create(offer, self.spec(), tag, bid_usd_per_hour=bid, deadline_s=self.deadline_s)
+
+    def test_what_a_node_is_created_with_does_not_print_its_environment(self) -> None:
+        """It may hold the job's secrets."""
+        assert _SECRET not in repr(self.spec())
+
+    # A node's life
+
+    @pytest.mark.parametrize("market", MARKETS)
+    def test_a_node_is_created_listed_and_ended(self, market: Market) -> None:
+        """And listed by its tag, whoever asks; afterwards nothing bills."""
+        if market not in self.markets:
+            pytest.skip(f"rents nothing of the market {market}")
+        node_id, tag = self._rent(market)
+        assert [node_id] == self.at_vendor(tag)
+        node = self._listed(tag)
+        assert (node_id, False) == (node.id, node.is_preempted)
+        assert node.status in ("starting", "running"), node
+        assert node.usd_per_hour is None or node.usd_per_hour >= 0
+        assert node.created_at is None or node.created_at.tzinfo is not None
+        self.make().terminate(node_id, self.deadline_s)
+        assert [] == self.at_vendor(tag)
+        assert {"gone"} >= {n.status for n in self._all() if n.tag == tag}
+
+    def test_a_running_node_can_be_talked_to(self) -> None:
+        """By SSH at an address that is listed, or by the vendor's own shell."""
+        _, tag = self._rent(self.markets[0])
+        node = self._running(tag)
+        provider = self.make()
+        shell = provider.shell(node, self.deadline_s)
+        if provider.capabilities.has_ssh:
+            assert shell is None
+            assert node.ssh is not None
+            assert node.ssh.host == node.ssh.host.strip() != ""
+            assert 0 < node.ssh.port < 65536
+            return
+        assert shell is not None
+        try:
+            assert shell.run("echo hello", deadline_s=self.deadline_s).stdout == b"hello\n"
+        finally:
+            shell.close()
+
+    def test_ending_a_node_twice_is_no_error(self) -> None:
+        """Nor one that never was: level-triggered callers repeat themselves."""
+        node_id, tag = self._rent(self.markets[0])
+        for ended in (node_id, node_id, self.unknown_id):
+            self.make().terminate(ended, self.deadline_s)
+        assert [] == self.at_vendor(tag)
+
+    def test_only_nodes_with_our_tag_are_listed(self) -> None:
+        """The account's other nodes are nobody's business."""
+        try:
+            other = self.rent_untagged()
+        except NotImplementedError:
+            pytest.skip("nothing is rented here without a tag")
+        try:
+            assert other not in {node.id for node in self._all()}
+            assert all(node.tag.startswith(TAG) for node in self._all())
+        finally:
+            self.make().terminate(other, self.deadline_s)
+
+    # On a bad day
+
+    @pytest.mark.parametrize("kind", CREATE_FAULTS)
+    def test_a_create_that_goes_wrong_is_clean_or_uncertain(self, kind: str) -> None:
+        """Either nothing was created, or the error names the tag that finds what was."""
+        offer = self.offer(self.markets[0])
+        provider, tag, error = self.make(), self._tag(), None
+        with self._broken("create", kind, self.create_faults):
+            try:
+                node_id = self._create(provider, offer, tag)
+            except ProviderError as raised:
+                error = raised
+        there = self.at_vendor(tag)
+        if error is None:
+            assert [node_id] == there, f"it says that it created {node_id}, and there is {there}"
+            return
+        assert _SECRET not in _everything(error), "the error shows the job's environment"
+        if isinstance(error, LaunchUncertain):
+            assert tag == error.tag
+            assert set(error.ids) <= set(there), f"it names {error.ids}, and there is {there}"
+            assert len(there) <= 1, f"created more than once: {there}"
+            assert sorted(there) == sorted(n.id for n in self._all() if n.tag == tag and n.status != "gone")
+            return
+        assert [] == there, f"{type(error).__name__} says for sure that there is nothing: {error}"
+        assert kind not in ("5xx_after", "drop_after"), f"nothing is sure about that: {error!r}"
+
+    @pytest.mark.parametrize("kind", LIST_FAULTS)
+    def test_a_listing_that_goes_wrong_is_an_error(self, kind: str) -> None:
+        """Never an empty list, which would say that all nodes are gone."""
+        _, tag = self._rent(self.markets[0])
+        nodes, error = [], None
+        with self._broken("list", kind, self.list_faults):
+            try:
+                nodes = self.make().list_nodes(self.deadline_s)
+            except ProviderError as raised:
+                error = raised
+        assert error or tag in {node.tag for node in nodes}
+        assert error is None or _SECRET not in _everything(error), "the error shows a job's environment"
+
+    def test_a_row_that_comes_twice_is_one_node(self) -> None:
+        """Pages overlap when nodes come and go between them."""
+        _, tag = self._rent(self.markets[0])
+        with self._broken("list", "duplicate", (*self.list_faults, "duplicate")):
+            tags = [node.tag for node in self.make().list_nodes(self.deadline_s)]
+        assert 1 == tags.count(tag)
+
+    def test_a_stale_listing_is_no_error(self) -> None:
+        """It may lack the node; nobody may conclude anything from that, and a later one has it."""
+        _, tag = self._rent(self.markets[0])
+        with self._broken("list", "stale", (*self.list_faults, "stale")):
+            self.make().list_nodes(self.deadline_s)
+        assert tag == self._listed(tag).tag
+
+    @pytest.mark.parametrize("kind", END_FAULTS)
+    def test_an_end_that_goes_wrong_is_said_until_it_is_done(self, kind: str) -> None:
+        """No error means that nothing bills any more."""
+        node_id, tag = self._rent(self.markets[0])
+        with self._broken("end", kind, self.end_faults):
+            try:
+                self.make().terminate(node_id, self.deadline_s)
+            except ProviderError:
+                pass
+            else:
+                assert [] == self.at_vendor(tag)
+        self.make().terminate(node_id, self.deadline_s)
+        assert [] == self.at_vendor(tag)
+
+    # Helpers
+
+    def _tag(self) -> str:
+        tag = f"{TAG}{uuid4().hex[:12]}"
+        self._tags.append(tag)
+        return tag
+
+    def _create(self, provider: Compute, offer: Offer, tag: str) -> str:
+        return provider.create(
+            offer, self.spec(), tag, bid_usd_per_hour=self.bid(offer), deadline_s=self.deadline_s
+        )
+
+    def _rent(self, market: Market) -> tuple[str, str]:
+        tag = self._tag()
+        return self._create(self.make(), self.offer(market), tag), tag
+
+    def _all(self) -> list[NodeView]:
+        return self.make().list_nodes(self.deadline_s)
+
+    def _listed(self, tag: str) -> NodeView:
+        """The one node of this tag."""
+        found = [node for node in self._all() if node.tag == tag]
+        assert len(found) == 1, f"{tag} is listed {len(found)} times"
+        return found[0]
+
+    def _running(self, tag: str) -> NodeView:
+        """The node of this tag, once it runs."""
+        clock = SystemClock()
+        end_s = clock.monotonic_s() + self.start_s
+        while (node := self._listed(tag)).status != "running":
+            assert clock.monotonic_s() < end_s, f"it does not run within {self.start_s:g} s: {node}"
+            clock.sleep(0.1)
+        return node
+
+    @contextmanager
+    def _broken(self, operation: str, kind: str, known: tuple[str, ...]) -> Iterator[None]:
+        if kind not in known:
+            pytest.skip(f"{kind} does not happen to {operation} here")
+        try:
+            broken = self.breaking(operation, kind)
+        except NotImplementedError:
+            pytest.skip("this vendor cannot be broken at will")
+        with broken:
+            yield
+
+
+def _everything(error: BaseException) -> str:
+    """What a traceback or a log could show of it: each error of its chain, printed both ways."""
+    inner = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return f"{error!s} {error!r} {vars(error)!r}" + (f" {_everything(inner)}" if inner else "")
 
 
 def identity(offer: Offer) -> tuple[object, ...]:

@@ -1,0 +1,81 @@
+"""ComputeContract against the test cloud: real time, the vendors' intervals in the cloud's own time."""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from typing import ClassVar
+
+import pytest
+
+from gpubroker.doors import SystemClock
+from gpubroker.model import OfferQuery
+from gpubroker.testing import ComputeContract
+from tests.support import context
+
+SPEED = 300  # a launch every 12 s is one every 40 ms
+
+
+class PacedLimiter:
+    """Grants each endpoint's slots at the pace of a cloud whose clock is `speed` times as fast."""
+
+    def __init__(self, speed=SPEED):
+        self._speed = speed
+        self._free_s = {}
+        self.blocks = []
+
+    def wait(self, provider, endpoint, interval_s, deadline_s):
+        """See Limiter; a millisecond more, because two clocks round differently."""
+        now_s = time.monotonic()
+        slot_s = max(now_s, self._free_s.get((provider, endpoint), 0.0))
+        self._free_s[provider, endpoint] = slot_s + interval_s / self._speed + 0.002
+        time.sleep(slot_s - now_s)
+
+    def block(self, provider, endpoint, seconds, reason):
+        """Remembered only."""
+        self.blocks.append((provider, endpoint, seconds, reason))
+
+
+class OnTestCloud(ComputeContract):
+    """A subclass says `vendor`, `provider` (the class), `endpoints` and, where it differs, `offer`.
+
+    `cloud` is a fixture of its module: a test cloud at SPEED for all of its tests.
+    """
+
+    vendor: ClassVar[str]
+    provider: ClassVar[type]
+    endpoints: ClassVar[dict[str, str]]  # operation -> "PUT /api/v0/asks/*"
+    limiters: ClassVar[dict[str, PacedLimiter]] = {}
+    variables: ClassVar[dict[str, str]] = {}  # beside the cloud's own
+
+    @pytest.fixture(autouse=True)
+    def _on(self, cloud):
+        self.cloud = cloud
+
+    def make(self):
+        """With one limiter for all of a cloud's clients, as processes share one through the store."""
+        limiter = self.limiters.setdefault(self.cloud.control, PacedLimiter())
+        env = {**self.cloud.env, **self.variables}
+        return self.provider(context(env=env, clock=SystemClock(), limiter=limiter))
+
+    def offer(self, market):
+        """The cheapest that is listed and in stock."""
+        query = OfferQuery(markets=frozenset({market}), whole=False)
+        listed = self.make().offers(query, 30).offers
+        return min((o for o in listed if o.stock != "none"), key=lambda o: o.usd_per_hour)
+
+    def at_vendor(self, tag):
+        """By the control URL."""
+        return [n["id"] for n in self.cloud.nodes(vendor=self.vendor, tag=tag) if n["state"] != "ended"]
+
+    @contextmanager
+    def breaking(self, operation, kind):
+        """By the fault script: once, on this vendor's endpoint."""
+        fault = {"endpoint": f"{self.vendor} {self.endpoints[operation]}", "kind": kind}
+        if kind == "stale":
+            fault["seconds"] = 3600.0
+        self.cloud.break_with(fault)
+        try:
+            yield
+        finally:
+            self.cloud.mend()
