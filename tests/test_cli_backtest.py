@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import sys
 from decimal import Decimal
 
 import pytest
@@ -105,6 +106,19 @@ def test_periodic_checkpoints_cost_more_than_instant_ones(run, traces):
     terms = ("--ckpt-interval-hours", ".5", "--ckpt-cost-hours", ".05")
     periodic = json.loads(run(*options, "--checkpoint", "periodic", *terms)[1])
     assert instant["policies"][0]["over_on_demand"] < periodic["policies"][0]["over_on_demand"]
+
+
+def test_a_policy_beside_the_user_is_found(run, traces, tmp_path, monkeypatch):
+    """By module:Class, in every process."""
+    (tmp_path / "mine_for_test.py").write_text(
+        "class Wait:\n    def reset(self, job): ...\n    def step(self, obs): return 'none'\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [path for path in sys.path if path])
+    options = ("--policy", "mine_for_test:Wait", "--deadline-hours", "4", "--starts", "3", "--format", "json")
+    code, out, err = run("--traces", traces, *options, "--jobs", "2")
+    assert (0, "") == (code, err)
+    assert 126 == json.loads(out)["policies"][0]["missed"]
 
 
 def test_two_processes_find_what_one_finds(run, traces):

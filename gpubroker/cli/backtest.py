@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from decimal import Decimal
@@ -227,8 +228,7 @@ def backtest(
     instantly, whatever --checkpoint). CSV has one line a run.
     """
     periodic = _Periodic(interval_h=interval, cost_h=cost, grace_h=grace).check(checkpoint)
-    for name in policies:
-        policy_class(name)
+    _find(policies)
     if plot is not None:
         from gpubroker.cli.plot import check
 
@@ -259,6 +259,15 @@ def backtest(
         from gpubroker.cli.plot import draw_costs
 
         draw_costs(standing, plot)
+
+
+def _find(policies: Sequence[str]) -> None:
+    """Before hours of runs. A module may lie where the command is run, as with python -m."""
+    here = os.getcwd()
+    if here not in sys.path and "" not in sys.path:
+        sys.path.append(here)
+    for name in policies:
+        policy_class(name)
 
 
 def _traces(paths: Sequence[Path], history: GpuRequest | None, count: int, step_s: int) -> list[Trace]:
