@@ -9,13 +9,14 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
 import requests
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt
 from urllib3.exceptions import HTTPError as Urllib3Error
-from urllib3.exceptions import ReadTimeoutError
+from urllib3.exceptions import ProtocolError, ReadTimeoutError
 
 from gpubroker.doors import Clock
 from gpubroker.errors import AuthFailed, ConfigError, PayloadChanged, ProviderError, Transient, Unreachable
@@ -27,6 +28,15 @@ _MAX_WAIT_S = 30.0
 _LONGEST_WAIT_S = 86400.0
 # What a vendor's own error rule may turn an answer into: (status, headers, body text) -> error or None.
 Classify = Callable[[int, Mapping[str, str], str], ProviderError | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HttpAnswer:
+    """What a vendor said to one request, whatever its status. Its text may repeat what was sent."""
+
+    status: int
+    headers: Mapping[str, str]
+    text: str = field(repr=False)
 
 
 class _Bearer(requests.auth.AuthBase):
@@ -100,10 +110,42 @@ class HttpClient:
         full = url if "://" in url else self._base_url + url
         try:
             with self._session.get(full, stream=True, timeout=timeout_s, auth=_NoAuth()) as response:
-                self._raise_for(operation, response, response.status_code, "", None)
+                if response.status_code >= 300:
+                    answer = HttpAnswer(status=response.status_code, headers=response.headers, text="")
+                    raise self.error_of(operation, answer)
                 yield response
         except requests.RequestException as error:
             raise self._failed(operation, error) from error
+
+    def exchange(
+        self,
+        method: str,
+        path: str,
+        *,
+        operation: str,
+        deadline_s: float,
+        params: Mapping[str, str] | None = None,
+        body: object = None,
+    ) -> HttpAnswer:
+        """One request, never repeated, and its answer, never judged: for calls that change something.
+
+        Raises Unreachable when it was surely not sent, and Transient or PayloadChanged when nobody knows
+        what became of it.
+        """
+        end_s = self._clock.monotonic_s() + deadline_s
+        return self._exchange(method, path, operation, end_s, params, body)
+
+    def error_of(self, operation: str, answer: HttpAnswer) -> ProviderError:
+        """The usual class of an answer that is none of success, with an excerpt of its text."""
+        status, text = answer.status, self.excerpt(answer.text)
+        detail = f"HTTP {status}: {text}" if text else f"HTTP {status}"
+        if status in (401, 403):
+            return AuthFailed(self._provider, operation, detail)
+        if status in (408, 425, 429) or status >= 500:
+            return Transient(self._provider, operation, detail, retry_after_s=retry_after_s(answer.headers))
+        if 300 <= status < 400:
+            detail = f"HTTP {status}: moved to {self.excerpt(answer.headers.get('Location', '?'))}"
+        return ProviderError(self._provider, operation, detail)
 
     def _text(
         self,
@@ -115,6 +157,21 @@ class HttpClient:
         body: object,
         classify: Classify | None,
     ) -> str:
+        answer = self._exchange(method, path, operation, end_s, params, body)
+        if answer.status >= 300:
+            special = classify(answer.status, answer.headers, answer.text) if classify else None
+            raise special or self.error_of(operation, answer)
+        return answer.text
+
+    def _exchange(
+        self,
+        method: str,
+        path: str,
+        operation: str,
+        end_s: float,
+        params: Mapping[str, str] | None,
+        body: object,
+    ) -> HttpAnswer:
         left_s = end_s - self._clock.monotonic_s()
         if left_s <= 0:
             raise Transient(self._provider, operation, "no time left before the deadline")
@@ -139,41 +196,23 @@ class HttpClient:
                     if len(raw) > _MAX_BODY_BYTES:
                         raise PayloadChanged(self._provider, operation, "$", "answer larger than 64 MiB")
                 text = raw.decode("utf-8", "replace")
-                self._raise_for(operation, response, response.status_code, text, classify)
-                return text
+                return HttpAnswer(status=response.status_code, headers=response.headers, text=text)
         except (requests.RequestException, Urllib3Error) as error:
             raise self._failed(operation, error) from error
 
     def _decode(self, operation: str, text: str) -> Any:
         try:
-            return json.loads(text, parse_float=_number, parse_constant=Decimal)
+            return loads(text)
         except (ValueError, RecursionError) as error:
             what = "HTML" if text.lstrip()[:1] == "<" else "not JSON"
             raise PayloadChanged(self._provider, operation, "$", f"{what}: {self.excerpt(text)}") from error
-
-    def _raise_for(
-        self, operation: str, response: requests.Response, status: int, text: str, classify: Classify | None
-    ) -> None:
-        if status < 300:
-            return
-        if classify is not None:
-            special = classify(status, response.headers, text)
-            if special is not None:
-                raise special
-        detail = f"HTTP {status}: {self.excerpt(text)}" if text else f"HTTP {status}"
-        if status in (401, 403):
-            raise AuthFailed(self._provider, operation, detail)
-        if status in (408, 425, 429) or status >= 500:
-            raise Transient(self._provider, operation, detail, retry_after_s=retry_after_s(response.headers))
-        if 300 <= status < 400:
-            detail = f"HTTP {status}: moved to {self.excerpt(response.headers.get('Location', '?'))}"
-        raise ProviderError(self._provider, operation, detail)
 
     def _failed(self, operation: str, error: requests.RequestException | Urllib3Error) -> ProviderError:
         if isinstance(error, requests.ReadTimeout | ReadTimeoutError):
             return Transient(self._provider, operation, "no answer before the deadline")
         if isinstance(error, requests.ConnectionError):
-            return Unreachable(self._provider, operation, self.excerpt(_cause(error)))
+            kind = Transient if _broke(error) else Unreachable
+            return kind(self._provider, operation, self.excerpt(_cause(error)))
         # Not its text: an invalid proxy URL is quoted in it, with its password.
         return Transient(self._provider, operation, f"the HTTP request failed: {type(error).__name__}")
 
@@ -190,12 +229,22 @@ def retry_after_s(headers: Mapping[str, str]) -> float | None:
     return min(float(text), _LONGEST_WAIT_S) if text.isascii() and text.isdecimal() else None
 
 
+def loads(text: str) -> Any:
+    """JSON with Decimals. Raises ValueError or RecursionError."""
+    return json.loads(text, parse_float=_number, parse_constant=Decimal)
+
+
 def _number(text: str) -> Decimal:
     """NaN for 1e9999999999999999999, which Decimal refuses: one absurd row must not cost the others."""
     try:
         return Decimal(text)
     except InvalidOperation:
         return Decimal("NaN")
+
+
+def _broke(error: requests.ConnectionError) -> bool:
+    """Whether there was a connection that ended too early: it may have carried the request."""
+    return bool(error.args) and isinstance(error.args[0], ProtocolError)
 
 
 def _cause(error: BaseException) -> str:

@@ -164,3 +164,35 @@ def test_a_peer_that_echoes_the_request_does_not_get_the_key_printed():
             _get(f"http://127.0.0.1:{server.getsockname()[1]}")
         thread.join()
     assert KEY not in str(caught.value)
+
+
+def test_a_connection_that_breaks_may_have_carried_the_request():
+    """Not Unreachable, which says that nothing was asked."""
+    import socket
+    import threading
+
+    def hang_up(server):
+        for _ in range(2):
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(65536)
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=hang_up, args=(server,), daemon=True)
+        thread.start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(Transient):
+            _get(url)
+        with pytest.raises(Transient):
+            HttpClient("vast", url, SystemClock()).exchange("PUT", "/x", operation="create", deadline_s=5)
+        thread.join()
+
+
+def test_an_exchange_is_one_request_and_its_answer_is_not_judged():
+    """A create must not be repeated, and what an error says decides what it means; its text is not printed."""
+    with vendor({("PUT", "/x"): Answer(status=500, body=b"hunter2")}) as server:
+        answer = HttpClient("vast", server.url, SystemClock()).exchange(
+            "PUT", "/x", operation="create", deadline_s=5, body={"a": 1}
+        )
+        assert (500, "hunter2", 1) == (answer.status, answer.text, len(server.asked))
+    assert "hunter2" not in repr(answer)
