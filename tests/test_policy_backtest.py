@@ -99,6 +99,15 @@ def test_standings_are_means_by_policy_and_column():
         assert one.overall.over_on_demand == pytest.approx(sum(means) / 2)
 
 
+def test_cost_over_the_optimum_is_the_ratio_of_the_means():
+    """As the published averages are; the mean of the ratios stands beside it."""
+    rows = run_cases([WORLD], draw([WORLD], GRID), ["uniform_progress"])
+    overall = standings(rows)[0].overall
+    costs, optima = sum(r.over_on_demand for r in rows), sum(r.optimum_over_on_demand for r in rows)
+    assert pytest.approx(costs / optima) == overall.over_optimum
+    assert pytest.approx(sum(r.over_optimum for r in rows) / len(rows)) == overall.mean_of_ratios
+
+
 def test_what_cannot_be_in_time_has_no_optimum_and_is_missed():
     """4 h of work and half an hour of restart in 4 h."""
     setting = Setting(work_h=4.0, deadline_h=4.0, restart_delay_h=0.5)

@@ -84,12 +84,13 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """Means over some runs."""
+    """Means over some runs. Costs are over on-demand's, so that dear machines do not outweigh cheap ones."""
 
     runs: int
     over_on_demand: float
     compared: int  # runs beside an optimum
-    over_optimum: float | None  # mean of the ratios; None where there are none
+    over_optimum: float | None  # their mean cost over their mean optimum; None where there are none
+    mean_of_ratios: float | None  # every run counts alike, also those that cost next to nothing
     missed: int
     preemptions: float  # a run
     launches: float  # a run
@@ -181,12 +182,14 @@ def run_cases(lines: Sequence[Timeline], cases: Iterable[Case], policies: Sequen
 
 def score(rows: Sequence[Row]) -> Score:
     """Of at least one row."""
-    ratios = [ratio for row in rows if (ratio := row.over_optimum) is not None]
+    compared = [row for row in rows if row.over_optimum is not None]
+    optimum = fmean(row.optimum_over_on_demand or 0.0 for row in compared) if compared else None
     return Score(
         runs=len(rows),
         over_on_demand=fmean(row.over_on_demand for row in rows),
-        compared=len(ratios),
-        over_optimum=fmean(ratios) if ratios else None,
+        compared=len(compared),
+        over_optimum=fmean(row.over_on_demand for row in compared) / optimum if optimum else None,
+        mean_of_ratios=fmean(row.over_optimum or 0.0 for row in compared) if compared else None,
         missed=sum(row.run.is_missed for row in rows),
         preemptions=fmean(row.run.preemptions for row in rows),
         launches=fmean(row.run.launches for row in rows),
