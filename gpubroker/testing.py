@@ -486,20 +486,18 @@ class ComputeContract:
         assert isinstance(provider, PriceSource), "offers, access, endpoint or check is missing"
         assert isinstance(provider, Compute), "one of Compute's methods is missing"
 
-    def test_capabilities_are_constant_and_possible(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_capabilities_are_constant_and_possible(self) -> None:
         """They are asked often, and never of the vendor."""
         provider = self.make()
-        _forbid_io(monkeypatch)
-        can = provider.capabilities
-        assert can == provider.capabilities
+        with _no_io():
+            can = provider.capabilities
+            assert can == provider.capabilities
         assert can.notice_s >= 0
         assert can.max_lifetime_s is None or can.max_lifetime_s > 0
         assert can.tag_max >= len(self._tag()), "no unique tag fits"
 
     @pytest.mark.parametrize("market", MARKETS)
-    def test_what_cannot_be_rented_cannot_be_expressed(
-        self, market: Market, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_what_cannot_be_rented_cannot_be_expressed(self, market: Market) -> None:
         """A bid where there is none, spot without its bid, a market that it does not rent: ValueError."""
         offer = replace(self.offer(self.markets[0]), market=market, preemptible=market == "spot")
         needs_bid = market == "spot" and self.make().capabilities.takes_bids
@@ -507,18 +505,16 @@ class ComputeContract:
         if market not in self.markets:
             wrong.append(None)
         provider, tag = self.make(), self._tag()
-        _forbid_io(monkeypatch)
         for bid in wrong:
-            with pytest.raises(ValueError):  # noqa: PT011  any words will do
+            with _no_io(), pytest.raises(ValueError):  # noqa: PT011  any words will do
                 provider.create(offer, self.spec(), tag, bid_usd_per_hour=bid, deadline_s=self.deadline_s)
 
-    def test_a_tag_that_is_not_ours_or_too_long_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_tag_that_is_not_ours_or_too_long_is_refused(self) -> None:
         """What it creates must be found again."""
         offer = self.offer(self.markets[0])
         provider, bid = self.make(), self.bid(offer)
-        _forbid_io(monkeypatch)
         for tag in ("", "job-1", TAG + "x" * provider.capabilities.tag_max):
-            with pytest.raises(ValueError):  # noqa: PT011
+            with _no_io(), pytest.raises(ValueError):  # noqa: PT011
                 provider.create(offer, self.spec(), tag, bid_usd_per_hour=bid, deadline_s=self.deadline_s)
 
     def test_what_a_node_is_created_with_does_not_print_its_environment(self) -> None:
@@ -767,6 +763,13 @@ def _is_money(amount: object) -> bool:
 
 def _is_share(value: object) -> bool:
     return type(value) is Decimal and value.is_finite() and 0 <= value <= 1
+
+
+@contextmanager
+def _no_io() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        _forbid_io(patch)
+        yield
 
 
 def _forbid_io(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,8 @@ Facts are from vast's OpenAPI description and public clients. The search works w
 limited by address; with one it counts against the account's daily quota. The answer has no pages: one that
 reaches the limit was cut, and is asked again in parts.
 
+Nodes are rented by what it inherits (vast_nodes.py).
+
 Prices are for the whole offer. `dph_total` includes the disk that the search names
 (`allocated_storage`); `min_bid` does not. Storage is USD per GB and month, transfer USD per GB both ways.
 """
@@ -36,8 +38,8 @@ from gpubroker_providers._vendor import (
     usd,
     whole,
 )
+from gpubroker_providers.vast_nodes import KEY_VARIABLE, NAME, VastNodes
 
-NAME = "vast"
 BASE_URL = "https://console.vast.ai"
 SEARCH_PATH = "/api/v0/bundles/"
 LIMIT = 1000
@@ -46,7 +48,6 @@ ALLOCATED_STORAGE_GB = 8
 # The reserved search names no term. Prepaying discounts by the months covered, so one month is the least.
 RESERVED_TERM_S = 30 * 86400
 
-_KEY = "VAST_API_KEY"
 _SEARCH = "search offers"
 _ENDPOINT = "bundles"
 _INTERVAL_S = 1.0
@@ -265,8 +266,8 @@ class Search:
         return Slice(reason=reason, gpus=cards, market=self.market)
 
 
-class Vast:
-    """The client: needs no account to list."""
+class Vast(VastNodes):
+    """The client: needs no account to list, and one to rent."""
 
     name = NAME
 
@@ -277,7 +278,9 @@ class Vast:
         """See PriceSource."""
         if self._key():
             return Access(has_credentials=True, live_without=True)
-        return Access(has_credentials=False, missing=_KEY, without="keyless search", live_without=True)
+        return Access(
+            has_credentials=False, missing=KEY_VARIABLE, without="keyless search", live_without=True
+        )
 
     def endpoint(self) -> str:
         """See PriceSource."""
@@ -311,22 +314,22 @@ class Vast:
     def check(self, deadline_s: float) -> str:
         """See PriceSource."""
         if not self._key():
-            raise MissingCredentials(NAME, _KEY)
+            raise MissingCredentials(NAME, KEY_VARIABLE)
         user = self._http().json(
             "GET", "/api/v0/users/current/", operation="show user", deadline_s=deadline_s
         )
         if not isinstance(user, dict) or "id" not in user:
             raise PayloadChanged(NAME, "show user", "$.id", "missing")
-        return f"{_KEY} is accepted: user {plain_text(user['id'])}"
+        return f"{KEY_VARIABLE} is accepted: user {plain_text(user['id'])}"
 
     def _key(self) -> str:
-        return self._context.env.get(_KEY, "").strip()
+        return self._context.env.get(KEY_VARIABLE, "").strip()
 
     def _http(self) -> HttpClient:
         return HttpClient(NAME, self.endpoint(), self._context.clock, token=self._key() or None)
 
     def _notes(self, query: OfferQuery, names: tuple[str, ...] | None) -> tuple[str, ...]:
-        notes = [] if self._key() else [f"{_KEY} is not set: searched without a key"]
+        notes = [] if self._key() else [f"{KEY_VARIABLE} is not set: searched without a key"]
         if names == ():
             notes.append(f"vast.ai has no name for {', '.join(sorted(query.gpus or ()))}")
         return tuple(notes)
