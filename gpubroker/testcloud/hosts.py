@@ -88,12 +88,15 @@ class Liar:
     truth: Mapping[str, Any]  # fields of HostTruth
 
 
+# Of the published TFLOPS, what a large matrix product reaches on a healthy card.
+_USUAL_SHARE = 0.7
 LIARS = (
     Liar(name="wrong-model", truth={"gpu_name": "NVIDIA GeForce RTX 3060", "memory_mib": 12288}),
     Liar(name="fewer-gpus", truth={"gpu_count": 1}),
     Liar(name="old-driver", truth={"driver": "470.42.01"}),
     Liar(name="ecc-errors", truth={"ecc_errors": 12}),
     Liar(name="other-tenant", truth={"foreign_process_mib": 9000}),
+    Liar(name="throttled", truth={"bf16_tflops": 9.0}),
     Liar(name="cuda-802", truth={"cuda_error": 802}),
     Liar(name="no-disk", truth={"disk_free_gb": 0}),
     Liar(name="slow-network", truth={"network": "slow"}),
@@ -310,6 +313,7 @@ def _truth(gpu: str, form: str, count: int, driver: str = _DRIVERS[2][0]) -> Hos
         gpu_count=count,
         memory_mib=_SMI_MIB.get(vram_gib, vram_gib * 1024),
         driver=driver,
+        bf16_tflops=_USUAL_SHARE * float(_card(gpu, form).bf16_dense_tflops or 100),
     )
 
 

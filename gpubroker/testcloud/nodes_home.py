@@ -133,7 +133,7 @@ def _add_lines(path: Path, lines: Iterable[str]) -> None:
     path.write_text("".join(f"{line}\n" for line in there + new))
 
 
-def _facts(truth: HostTruth) -> dict[str, str | int]:
+def _facts(truth: HostTruth) -> dict[str, str | int | float]:
     branch = int(truth.driver.partition(".")[0])
     return {
         "gpu_name": truth.gpu_name,
@@ -145,6 +145,7 @@ def _facts(truth: HostTruth) -> dict[str, str | int]:
         "ecc_errors": truth.ecc_errors,
         "foreign_process_mib": truth.foreign_process_mib,
         "cuda_error": truth.cuda_error,
+        "tflops": truth.bf16_tflops,
         "disk_free_gb": truth.disk_free_gb,
     }
 

@@ -36,6 +36,7 @@ class HostTruth:
     driver: str = "570.86.15"
     ecc_errors: int = 0  # uncorrected, volatile
     foreign_process_mib: int = 0  # memory that another tenant's process holds
+    bf16_tflops: float = 200.0  # what a matrix product reaches; far below the card's own = held back
     cuda_error: int = 0  # what cuInit answers; 802 = system not yet initialised
     disk_free_gb: int = 500  # 0: writing fails; any other amount is only what `df` says
     # nodes_network.py; no_egress: SSH works, and nothing that runs there can connect to anybody
