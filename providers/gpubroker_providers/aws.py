@@ -31,6 +31,7 @@ from gpubroker_providers.aws_account import (
     parse_spot_history,
 )
 from gpubroker_providers.aws_feeds import SPOT_URL, PublicFeeds, advised
+from gpubroker_providers.aws_nodes import AwsNodes
 from gpubroker_providers.aws_rows import gpu_types
 
 # Where an offers file is read when no region is configured: the ones that sell the most GPU types in
@@ -65,13 +66,13 @@ class _Part:
         return Slice(reason=reason, market=self.market, region=self.region, gpus=self.gpus)
 
 
-class Aws:
-    """Live spot prices without an account; zones, on-demand and Capacity Blocks with one."""
+class Aws(AwsNodes):
+    """Live spot prices without an account; zones, on-demand, Capacity Blocks and nodes with one."""
 
     name = "aws"
 
     def __init__(self, context: ProviderContext) -> None:
-        self._context = context
+        super().__init__(context)
         self._feeds_url = context.env.get("GPUBROKER_AWS_FEEDS_URL") or None
 
     def access(self) -> Access:

@@ -221,10 +221,10 @@ class Account:
     """boto3 with the user's credentials: its answers as rows, its errors as ours.
 
     Keys, profile, region and endpoint come from the context's environment; what else AWS's standard
-    chain reads (files, SSO, roles), boto3 finds itself.
+    chain reads (files, SSO, roles), boto3 finds itself. `attempts`: at most so many of one call.
     """
 
-    def __init__(self, context: ProviderContext, end_s: float) -> None:
+    def __init__(self, context: ProviderContext, end_s: float, *, attempts: int = 3) -> None:
         import boto3
         from botocore.config import Config
         from botocore.exceptions import BotoCoreError
@@ -239,7 +239,7 @@ class Account:
         if keys["aws_access_key_id"] and not keys["aws_secret_access_key"]:
             raise MissingCredentials("aws", "AWS_SECRET_ACCESS_KEY")
         self._clients: dict[tuple[str, str], Any] = {}
-        self._secrets = [secret for secret in keys.values() if secret]
+        self.secrets = tuple(secret for secret in keys.values() if secret)
         try:
             self._session = boto3.Session(
                 **(keys if keys["aws_access_key_id"] else {}),  # type: ignore[arg-type]  # all of them texts
@@ -252,7 +252,7 @@ class Account:
         self._config = Config(
             connect_timeout=min(left_s, 5),
             read_timeout=min(left_s, 20),
-            retries={"mode": "standard", "total_max_attempts": max(1, min(3, int(left_s // 2)))},
+            retries={"mode": "standard", "total_max_attempts": max(1, min(attempts, int(left_s // 2)))},
             max_pool_connections=32,
         )
 
@@ -288,6 +288,11 @@ class Account:
             ):
                 yield from self._rows(page, name, key)
 
+    def ask(self, client: Any, operation: str, **asked: Any) -> Any:
+        """One call and its answer."""
+        with self._our_errors(client.meta.method_to_api_mapping[operation]):
+            return getattr(client, operation)(**asked)
+
     def blocks(self, client: Any, instance_type: str) -> list[Any]:
         """Capacity Blocks of one instance for a day. [] where the region does not sell them."""
         asked = {"InstanceType": instance_type, "InstanceCount": 1, "CapacityDurationHours": BLOCK_HOURS}
@@ -313,7 +318,7 @@ class Account:
             except ClientError as error:
                 if isinstance(our_error(operation, error), Transient):
                     raise
-                return _code(error.response)
+                return error_code(error)
         return "DryRun was ignored"
 
     def _rows(self, answer: Any, operation: str, key: str) -> list[Any]:
@@ -330,7 +335,7 @@ class Account:
         try:
             yield
         except (BotoCoreError, ClientError, ResponseParserError) as error:
-            raise our_error(operation, error, self._secrets) from error
+            raise our_error(operation, error, self.secrets) from error
 
 
 def our_error(operation: str, error: Exception, secrets: Iterable[str] = ()) -> BrokerError:
@@ -343,8 +348,7 @@ def our_error(operation: str, error: Exception, secrets: Iterable[str] = ()) -> 
     detail = str(error)
     kind: type[ProviderError] = ProviderError
     if isinstance(error, sdk.ClientError):
-        code = _code(error.response)
-        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        code, status = error_code(error), http_status(error)
         detail = f"{code}: {error.response.get('Error', {}).get('Message', '')}"
         if _REFUSED.fullmatch(code) or status == 401:
             kind = AuthFailed
@@ -364,5 +368,17 @@ def our_error(operation: str, error: Exception, secrets: Iterable[str] = ()) -> 
     return kind("aws", operation, detail)
 
 
-def _code(response: Mapping[str, Any]) -> str:
-    return str(response.get("Error", {}).get("Code", "?"))
+def error_code(error: Exception) -> str:
+    """AWS's own word for it; "?" where there is none."""
+    return str(_answer(error).get("Error", {}).get("Code", "?"))
+
+
+def http_status(error: Exception) -> int:
+    """0 where there was no answer."""
+    return int(_answer(error).get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def _answer(error: Exception) -> Mapping[str, Any]:
+    """Only a ClientError has one; what other errors call `response` is not AWS's."""
+    answer = getattr(error, "response", None)
+    return answer if isinstance(answer, Mapping) else {}
