@@ -1,0 +1,362 @@
+"""Saving and loading from a Python training loop, on the node: one file, standard library, torch where it is.
+
+    from gpubroker import checkpoint
+
+    state = checkpoint.load_latest()                       # None on the first attempt
+    for step in range(state["step"] + 1 if state else 0, steps):
+        ...
+        if checkpoint.should_save():
+            checkpoint.save({"model": model.state_dict(), "step": step}, step)
+    checkpoint.wait()
+
+The agent publishes what lies in GPUBROKER_CHECKPOINT_DIR once it is whole: a folder step-<n> with a marker,
+written under another name and renamed. `save` copies the state to host memory, where the copy stays to be
+used again, and returns; a thread writes it. Where several processes train together, one of them saves.
+Saved with it, and set again by `load_latest`: the random states of Python, NumPy, torch and CUDA where they
+are loaded. The position in the data is the caller's: put it into the state.
+
+A state is written by torch.save where torch is loaded, else by pickle. Loading unpickles, which runs what is
+in the file: only checkpoints of one's own job lie there, and the agent has verified what it brought.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import copy
+import importlib
+import json
+import math
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+from typing import Any
+
+MARKER = ".complete"
+FIRST_INTERVAL_S = 300.0  # before a save has been measured
+LONGEST_INTERVAL_S = 900.0  # unless the user says otherwise
+SHORTEST_INTERVAL_S = 1.0
+_KEPT = 2
+_STEP = re.compile(r"step-(\d+)\Z")
+_WRITING = re.compile(r"\.step-\d+\.\d+\.tmp\Z")
+
+
+class Checkpointer:
+    """The folder's; the functions of this module use one for the folder of the environment.
+
+    GPUBROKER_PLAN_FILE names a JSON object with `hazard_per_hour` (preemptions per hour), `interval_s` (the
+    user's word, kept as it is) and `longest_s`; GPUBROKER_CHECKPOINT_EVERY_S is the user's word too.
+    """
+
+    def __init__(self, folder: str | None = None, *, clock: Any = time.monotonic) -> None:
+        self.folder = folder or os.environ.get("GPUBROKER_CHECKPOINT_DIR", "checkpoints")
+        self.pause_s: float | None = None  # how long training stood still for the last save
+        self.write_s: float | None = None  # how long the last save took to be whole
+        self.error: BaseException | None = None  # of the last save that failed in the background
+        self._clock = clock
+        self._last_s = clock()
+        self._asked = False
+        self._thread: threading.Thread | None = None
+        self._plan = _read_plan()
+        self._host = _Host()
+
+    def save(self, state: Any, step: int, *, wait: bool = False) -> None:
+        """Copy the state, and write it as step-<step> in the background; `wait` writes it before it returns.
+
+        A save that is still being written is waited for first, and its failure is raised here.
+        """
+        self.wait()
+        began_s = self._clock()
+        held = {"state": self._host.copy(state), "random": random_states(), "step": int(step)}
+        self.pause_s = self._clock() - began_s
+        self._asked = False
+        self._last_s = self._clock()
+        self._thread = threading.Thread(target=self._write, args=(held, began_s), name="checkpoint")
+        self._thread.start()
+        if wait:
+            self.wait()
+            self.pause_s = self._clock() - began_s
+
+    def wait(self) -> None:
+        """Until nothing is being written. Raises what went wrong."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self.error = self.error, None
+        if error is not None:
+            raise error
+
+    def should_save(self) -> bool:
+        """Whether the interval is over, or somebody asked: the agent does when the node is about to go."""
+        return self._asked or self._clock() - self._last_s >= self.interval_s
+
+    def ask(self) -> None:
+        """The next should_save says yes."""
+        self._asked = True
+
+    @property
+    def interval_s(self) -> float:
+        """Between saves: the user's, else the best for what a save costs, 5 minutes until that is known."""
+        plan = self._plan
+        if plan.get("interval_s"):
+            return float(plan["interval_s"])
+        if self.pause_s is None:
+            return FIRST_INTERVAL_S
+        hazard = float(plan.get("hazard_per_hour") or 0.0)
+        longest = float(plan.get("longest_s") or LONGEST_INTERVAL_S)
+        # The next save cannot begin before this one is written.
+        shortest = max(SHORTEST_INTERVAL_S, self.write_s or 0.0)
+        return min(longest, max(shortest, best_interval_s(hazard / 3600, self.pause_s)))
+
+    def load_latest(self, *, restore_random: bool = True) -> Any:
+        """The state of GPUBROKER_RESUME_FROM, else of the newest whole step in the folder; None = none."""
+        path = os.environ.get("GPUBROKER_RESUME_FROM") or self._newest()
+        if not path:
+            return None
+        held = _read(os.path.join(path, "state"))
+        if restore_random:
+            set_random_states(held["random"])
+        self._last_s = self._clock()
+        return held["state"]
+
+    def _newest(self) -> str | None:
+        whole = [number for number in self._steps() if os.path.exists(self._path(number) + "/" + MARKER)]
+        return self._path(max(whole)) if whole else None
+
+    def _steps(self) -> list[int]:
+        with contextlib.suppress(FileNotFoundError):
+            return [int(m.group(1)) for m in map(_STEP.match, os.listdir(self.folder)) if m]
+        return []
+
+    def _path(self, step: int) -> str:
+        return os.path.join(self.folder, f"step-{step}")
+
+    def _write(self, held: dict[str, Any], began_s: float) -> None:
+        try:
+            self._write_whole(held)
+            self.write_s = self._clock() - began_s
+        except BaseException as error:
+            self.error = error
+
+    def _write_whole(self, held: dict[str, Any]) -> None:
+        """Under a name that nobody publishes; the marker; then the name. Older steps go, but for one."""
+        step = held["step"]
+        writing = os.path.join(self.folder, f".step-{step}.{os.getpid()}.tmp")
+        self._sweep()
+        os.makedirs(writing)
+        try:
+            _store(held, os.path.join(writing, "state"))
+            with open(os.path.join(writing, MARKER), "w", encoding="utf-8") as file:
+                json.dump({"step": step}, file)
+                _sync(file.fileno())
+            _sync_folder(writing)
+            if os.path.isdir(self._path(step)):
+                shutil.rmtree(self._path(step))
+            os.rename(writing, self._path(step))
+            _sync_folder(self.folder)
+        except BaseException:
+            shutil.rmtree(writing, ignore_errors=True)
+            raise
+        for older in sorted(number for number in self._steps() if number < step)[: 1 - _KEPT or None]:
+            shutil.rmtree(self._path(older), ignore_errors=True)
+
+    def _sweep(self) -> None:
+        """What a save that was killed left behind."""
+        with contextlib.suppress(FileNotFoundError):
+            for name in os.listdir(self.folder):
+                if _WRITING.match(name):
+                    shutil.rmtree(os.path.join(self.folder, name), ignore_errors=True)
+
+
+def best_interval_s(hazard_per_s: float, save_s: float) -> float:
+    """The work between saves that costs a long job the least: M (1 + W0(-exp(-c/M - 1))), M the mean life.
+
+    The same closed form as the planner's; no hazard is infinity, a save that costs nothing 0.
+    """
+    if hazard_per_s <= 0:
+        return math.inf
+    share = save_s * hazard_per_s
+    # x = tau / M solves exp(x + c/M) (1 - x) = 1, with x below 1: Newton, from above Young's value.
+    x = min(0.999999, math.sqrt(2 * share))
+    for _ in range(50):
+        value = x + share + math.log1p(-x)
+        x = min(1 - 1e-12, max(0.0, x - value / (1 - 1 / (1 - x)))) if x > 0 else 0.0
+        if abs(value) < 1e-13:
+            break
+    return x / hazard_per_s
+
+
+def random_states() -> dict[str, Any]:
+    """Of all generators that are loaded in this process."""
+    states: dict[str, Any] = {"python": random.getstate()}
+    numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
+    if numpy is not None:
+        states["numpy"] = numpy.random.get_state()
+    if torch is not None:
+        states["torch"] = torch.get_rng_state()
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """What is not loaded, or has other GPUs than then, is left as it is."""
+    numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
+    random.setstate(states["python"])
+    if numpy is not None and "numpy" in states:
+        numpy.random.set_state(states["numpy"])
+    if torch is not None and "torch" in states:
+        torch.set_rng_state(states["torch"])
+        if (
+            "cuda" in states
+            and torch.cuda.is_available()
+            and torch.cuda.device_count() == len(states["cuda"])
+        ):
+            torch.cuda.set_rng_state_all(states["cuda"])
+
+
+# What it is made of
+
+
+class _Host:
+    """Copies that training cannot change, in memory that is used again: the first touch of memory is slow."""
+
+    def __init__(self) -> None:
+        self._old: dict[tuple[Any, ...], Any] = {}
+        self._new: dict[tuple[Any, ...], Any] = {}
+        self._shared: dict[int, Any] = {}
+
+    def copy(self, state: Any) -> Any:
+        """The copy before this one is overwritten."""
+        self._old, self._new, self._shared = self._new, {}, {}
+        return self._copy(state, ())
+
+    def _copy(self, value: Any, path: tuple[Any, ...]) -> Any:
+        torch = sys.modules.get("torch")
+        if type(value) in (bytes, str, int, float, bool, type(None)):
+            return value
+        if isinstance(value, dict):
+            made = copy.copy(value)  # keeps an OrderedDict, and the attributes that torch's have
+            for key, item in value.items():
+                made[key] = self._copy(item, (*path, key))
+            return made
+        if type(value) in (list, tuple, set):
+            return type(value)(self._copy(item, (*path, i)) for i, item in enumerate(value))
+        if id(value) in self._shared:  # weights that are tied stay so
+            return self._shared[id(value)]
+        if type(value) is bytearray:
+            self._new[path] = _refill(self._old.get(path), value)
+        elif torch is not None and isinstance(value, torch.Tensor):
+            self._new[path] = _refill_tensor(self._old.get(path), value.detach(), torch)
+        else:
+            return copy.deepcopy(value)
+        self._shared[id(value)] = self._new[path]
+        return self._new[path]
+
+
+def _refill(old: Any, value: bytearray) -> bytearray:
+    if type(old) is not bytearray or len(old) != len(value):
+        return bytearray(value)
+    memoryview(old)[:] = value
+    return old
+
+
+def _refill_tensor(old: Any, value: Any, torch: Any) -> Any:
+    fits = isinstance(old, torch.Tensor) and (old.shape, old.dtype, old.stride()) == (
+        value.shape,
+        value.dtype,
+        value.stride(),
+    )
+    return old.copy_(value) if fits else value.to("cpu", copy=True)
+
+
+def _store(held: dict[str, Any], path: str) -> None:
+    torch = sys.modules.get("torch")
+    with open(path, "wb") as file:
+        if torch is not None:
+            torch.save(held, file)
+        else:
+            pickle.dump(held, file, protocol=4)
+        file.flush()
+        _sync(file.fileno())
+
+
+def _read(path: str) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        is_zip = file.read(2) == b"PK"  # torch's format
+        file.seek(0)
+        if is_zip:
+            torch = importlib.import_module("torch")
+            held: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=False)
+        else:
+            held = pickle.load(file)  # noqa: S301
+    return held
+
+
+def _read_plan() -> dict[str, Any]:
+    """What is wrong in it is as if it were not there: a job does not fail for its plan."""
+    plan: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError), open(
+        os.environ["GPUBROKER_PLAN_FILE"], encoding="utf-8"
+    ) as file:
+        plan = json.load(file)
+    with contextlib.suppress(KeyError, ValueError):
+        plan["interval_s"] = float(os.environ["GPUBROKER_CHECKPOINT_EVERY_S"])
+    return plan
+
+
+def _sync(fd: int) -> None:
+    with contextlib.suppress(OSError):
+        os.fsync(fd)
+
+
+def _sync_folder(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        _sync(fd)
+    finally:
+        os.close(fd)
+
+
+# One for the process
+
+_made: list[Checkpointer] = []
+
+
+def usual() -> Checkpointer:
+    """The process's own; made when it is first asked for, with a handler for the agent's signal."""
+    if not _made:
+        made = Checkpointer()
+        _made.append(made)
+        atexit.register(made.wait)
+        number = getattr(signal, os.environ.get("GPUBROKER_SAVE_SIGNAL", "SIGUSR1"), None)
+        with contextlib.suppress(ValueError):  # not in the main thread: then only the interval saves
+            if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+                signal.signal(number, lambda *_: made.ask())
+    return _made[0]
+
+
+def save(state: Any, step: int, *, wait: bool = False) -> None:
+    """See Checkpointer.save."""
+    usual().save(state, step, wait=wait)
+
+
+def load_latest(*, restore_random: bool = True) -> Any:
+    """See Checkpointer.load_latest."""
+    return usual().load_latest(restore_random=restore_random)
+
+
+def should_save() -> bool:
+    """See Checkpointer.should_save."""
+    return usual().should_save()
+
+
+def wait() -> None:
+    """See Checkpointer.wait."""
+    usual().wait()

@@ -1,0 +1,33 @@
+"""Packs what a node needs into one file that its Python runs: python3 gpubroker-node.pyz start CONFIG.
+
+The file is also what the job imports gpubroker.checkpoint from: the agent puts it on PYTHONPATH. A gpubroker
+that is installed there stays whole, for the package inside only adds to it.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from pathlib import Path
+
+NAME = "gpubroker-node.pyz"
+_PACKAGE = Path(__file__).resolve().parent.parent
+_LONG_AGO = (1980, 1, 1, 0, 0, 0)
+_INIT = "from pkgutil import extend_path\n\n__path__ = extend_path(__path__, __name__)\n"
+_MAIN = "import sys\n\nfrom gpubroker.node.__main__ import main\n\nsys.exit(main())\n"
+
+
+def bundle() -> bytes:
+    """The same bytes for the same sources."""
+    texts = {"__main__.py": _MAIN, "gpubroker/__init__.py": _INIT}
+    for path in [_PACKAGE / "checkpoint.py", *sorted((_PACKAGE / "node").glob("*.py"))]:
+        if path.name != Path(__file__).name:
+            texts[f"gpubroker/{path.relative_to(_PACKAGE).as_posix()}"] = path.read_text(encoding="utf-8")
+    packed = io.BytesIO()
+    packed.write(b"#!/usr/bin/env python3\n")
+    with zipfile.ZipFile(packed, "a", zipfile.ZIP_DEFLATED) as archive:
+        for name, text in texts.items():
+            entry = zipfile.ZipInfo(name, _LONG_AGO)
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            archive.writestr(entry, text)
+    return packed.getvalue()
