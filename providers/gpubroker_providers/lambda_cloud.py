@@ -1,4 +1,4 @@
-"""Lambda Cloud: on-demand instances by region. Feeds prices/poll; nothing is rented here.
+"""Lambda Cloud: on-demand instances by region. Feeds prices/poll; lambda_nodes.py rents them.
 
 One call lists every instance type with its price in cents for the whole instance and the regions that
 have capacity now. There is no keyless feed, no spot market and no egress fee in the API. Shapes: the
@@ -21,12 +21,9 @@ from gpubroker.http import HttpClient
 from gpubroker.model import Offer, OfferQuery, Parsed, Skipped
 from gpubroker.provider import Access, ProviderContext
 from gpubroker_providers._vendor import ask, kind, needed, plain_text, refuse_drift, usd, whole
+from gpubroker_providers.lambda_nodes import ALL_REQUESTS, KEY_VARIABLE, NAME, LambdaNodes
 
-NAME = "lambda"
-KEY_VARIABLE = "LAMBDA_API_KEY"
 BASE_URL = "https://cloud.lambda.ai/api/v1"
-# One request a second for the whole account, whoever asks (vendor's OpenAPI document).
-_INTERVAL_S = 1.0
 _CENT = Decimal("0.01")
 _LIST = "GET /instance-types"
 # Outermost first, so that a drift is named where it begins.
@@ -173,7 +170,7 @@ def base_url(env: Mapping[str, str]) -> str:
     return override if urlsplit(override).path else f"{override}/api/v1"
 
 
-class LambdaCloud:
+class LambdaCloud(LambdaNodes):
     """The thin client: a key, the account's one request a second, and the parser above."""
 
     name = NAME
@@ -213,4 +210,6 @@ class LambdaCloud:
         def send(left_s: float) -> Any:
             return client.json("GET", path, operation=f"GET {path}", deadline_s=left_s)
 
-        return ask(self._context, NAME, "api", _INTERVAL_S, clock.monotonic_s() + deadline_s, send)
+        slot = ALL_REQUESTS
+        end_s = clock.monotonic_s() + deadline_s
+        return ask(self._context, NAME, slot.endpoint, slot.interval_s, end_s, send)

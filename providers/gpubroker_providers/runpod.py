@@ -7,6 +7,8 @@ Facts are from RunPod's REST v2 description and docs. Both answers give USD per 
 with several costs that many times as much. GraphQL retires in early 2027; REST answers nobody without a
 key.
 
+Pods are rented by what it inherits (runpod_nodes.py).
+
 There is never a spot offer here: spot pods ended in 2026, and the fields that are left of them
 (`minimumBidPrice` in GraphQL) name no price that anyone can rent at. Term prices come from GraphQL only,
 and serverless from neither in a form that names one card: for what an answer cannot hold, `incomplete`
@@ -36,8 +38,8 @@ from gpubroker_providers._vendor import (
     usd,
     whole,
 )
+from gpubroker_providers.runpod_nodes import KEY_VARIABLE, NAME, RunPodNodes
 
-NAME = "runpod"
 BASE_URL = "https://api.runpod.io"
 CATALOG_PATH = "/v2/catalog/gpus"
 GRAPHQL_PATH = "/graphql"
@@ -56,7 +58,6 @@ query GpuTypes {
 }
 """.strip()
 
-_KEY = "RUNPOD_API_KEY"
 _CATALOG = "list GPU types"
 _GPU_TYPES = "gpuTypes"
 _INTERVAL_S = 0.2
@@ -250,8 +251,8 @@ def _first_message(errors: object) -> str:
     return plain_text(first.get("message", first) if isinstance(first, dict) else first)
 
 
-class RunPod:
-    """The client: REST with a key, GraphQL without one."""
+class RunPod(RunPodNodes):
+    """The client: REST with a key, GraphQL without one; pods need the key."""
 
     name = NAME
 
@@ -263,7 +264,7 @@ class RunPod:
         if self._key():
             return Access(has_credentials=True, live_without=True)
         without = "keyless GraphQL until it retires in early 2027"
-        return Access(has_credentials=False, missing=_KEY, without=without, live_without=True)
+        return Access(has_credentials=False, missing=KEY_VARIABLE, without=without, live_without=True)
 
     def endpoint(self) -> str:
         """See PriceSource. Written with the REST API's /v2 or without: GraphQL lies beside it."""
@@ -283,11 +284,10 @@ class RunPod:
     def check(self, deadline_s: float) -> str:
         """See PriceSource."""
         if not self._key():
-            raise MissingCredentials(NAME, _KEY)
+            raise MissingCredentials(NAME, KEY_VARIABLE)
         listed = self._http().json("GET", CATALOG_PATH, operation=_CATALOG, deadline_s=deadline_s)
-        return (
-            f"{_KEY} is accepted: the catalog lists {len(rows_at(NAME, _CATALOG, listed, 'gpus'))} GPU types"
-        )
+        types = rows_at(NAME, _CATALOG, listed, "gpus")
+        return f"{KEY_VARIABLE} is accepted: the catalog lists {len(types)} GPU types"
 
     def _from_catalog(self, end_s: float) -> Parsed:
         http = self._http()
@@ -315,12 +315,12 @@ class RunPod:
         def send(left_s: float) -> Any:
             return http.json("POST", GRAPHQL_PATH, operation=_GPU_TYPES, deadline_s=left_s, body=body)
 
-        note = f"{_KEY} is not set: prices come from GraphQL, which retires in early 2027"
+        note = f"{KEY_VARIABLE} is not set: prices come from GraphQL, which retires in early 2027"
         parsed = parse_gpu_types(ask(self._context, NAME, "graphql", _INTERVAL_S, end_s, send))
         return replace(parsed, notes=(note,), incomplete=_unpriced("serverless"))
 
     def _key(self) -> str:
-        return self._context.env.get(_KEY, "").strip()
+        return self._context.env.get(KEY_VARIABLE, "").strip()
 
     def _http(self) -> HttpClient:
         return HttpClient(NAME, self.endpoint(), self._context.clock, token=self._key() or None)
