@@ -33,7 +33,7 @@ from gpubroker.policy.traces import Timeline, Trace, groups, read_traces, timeli
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-_MOST_RUNS = 10_000_000
+_MOST_RUNS = 1_000_000
 _CHUNK = 16  # cases at a time: adaptive takes a second for some
 _FEW_CASES = 64  # not worth a second process
 _MOST_HOURS = 8760

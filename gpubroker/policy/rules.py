@@ -24,17 +24,25 @@ def steps_down(hours: float, step_h: float) -> int:
     return floor(hours / step_h + _EPSILON)
 
 
+def at_risk_h(job: Job) -> float:
+    """What one preemption may cost beyond a launch: the work since a checkpoint, that one, and a step."""
+    return job.ckpt_interval_h + job.ckpt_cost_h + job.step_h if job.checkpoint == "periodic" else 0.0
+
+
 def net(job: Job, obs: Observation) -> Answer | None:
     """What the deadline demands now; None where it leaves the choice.
 
-    Whoever waits must still be able to launch twice: a node on spot can die in its last step.
+    Whoever waits must still be able to launch twice: a node on spot can die in its last step. Where nothing
+    but the launch is at risk, a spot node that works may stay: hour for hour it loses no time.
     """
     left = steps_down(obs.time_left_h, job.step_h)
-    work, delay = obs.work_left_h, job.restart_delay_h
-    if obs.state != "spot" and steps_up(work + 2 * delay, job.step_h) >= left:
+    risk = at_risk_h(job)
+    needed, delay = obs.work_left_h + risk, job.restart_delay_h
+    if obs.state != "spot" and steps_up(needed + 2 * delay, job.step_h) >= left:
         return "on_demand"
-    if steps_up(work + delay, job.step_h) >= left:
-        return "spot" if obs.state == "spot" and obs.delay_left_h <= _EPSILON else "on_demand"
+    if steps_up(needed + delay, job.step_h) >= left:
+        may_stay = obs.state == "spot" and obs.delay_left_h <= _EPSILON and not risk
+        return "spot" if may_stay else "on_demand"
     return None
 
 
@@ -63,10 +71,12 @@ class _Netted(_Rule):
 
     def holds(self, obs: Observation) -> int:
         """See Steady. What the net says on demand, and on a spot node that has started, it says for good."""
-        job = self._job
+        job, risk = self._job, at_risk_h(self._job)
         left = steps_down(obs.time_left_h, job.step_h)
         if obs.state == "none":
-            return left - steps_up(obs.work_left_h + 2 * job.restart_delay_h, job.step_h)
+            return left - steps_up(obs.work_left_h + risk + 2 * job.restart_delay_h, job.step_h)
+        if obs.state == "spot" and risk:
+            return 1
         if obs.state == "spot" and obs.delay_left_h > _EPSILON:
             slack = left - steps_up(obs.work_left_h + job.restart_delay_h, job.step_h)
             return slack if slack < steps_up(obs.delay_left_h, job.step_h) else _FOR_GOOD
