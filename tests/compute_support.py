@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from contextlib import contextmanager
 from typing import ClassVar
@@ -9,7 +10,9 @@ from typing import ClassVar
 import pytest
 
 from gpubroker.doors import SystemClock
+from gpubroker.errors import Refused, Unreachable
 from gpubroker.model import OfferQuery
+from gpubroker.run.shell import connect
 from gpubroker.testing import ComputeContract
 from tests.support import context
 
@@ -80,3 +83,53 @@ class OnTestCloud(ComputeContract):
             yield
         finally:
             self.cloud.mend()
+
+
+def keep_to_document(vendor, calls):
+    """Requests that `responses` recorded, against the vendor's own document where it is at hand."""
+    from tests import openapi
+
+    if not openapi.has(vendor):
+        return
+    checker = openapi.checker(vendor)
+    for call in calls:
+        checker.see(openapi.Exchange.of(call.response))
+    assert [] == [line for line in checker.unexplained if ": request: " in line]
+    assert checker.accepted, "the document has no such operation"
+
+
+def sent(call):
+    """(method, URL, authorization, decoded body) of a recorded request."""
+    request = call.request
+    body = json.loads(request.body) if request.body else None
+    return request.method, request.url, request.headers.get("Authorization"), body
+
+
+def everything(error):
+    """What a traceback could show of it and of the errors behind it."""
+    shown = ""
+    while error is not None:
+        shown += f"{error!s} {error!r} {vars(error)!r}"
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return shown
+
+
+def talk_to(cloud, contract, market, *, private_key):
+    """Rent through the provider, wait, connect by SSH with the job's key, ask for the user's home."""
+    _, tag = contract._rent(market)
+    node = contract._running(tag)
+    end_s = time.monotonic() + 20
+    while True:
+        try:
+            shell = connect(node.ssh, private_key, host_key=None, deadline_s=10)
+            break
+        except (Refused, Unreachable):  # vast's start script runs a moment after its SSH server
+            assert time.monotonic() < end_s
+            time.sleep(0.2)
+    try:
+        ran = shell.run("echo ~; nvidia-smi -L", deadline_s=20)
+    finally:
+        shell.close()
+    home = next(n["home"] for n in cloud.nodes(id=node.id))
+    assert (0, home) == (ran.status, ran.stdout.decode().splitlines()[0])
+    return node
