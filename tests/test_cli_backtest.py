@@ -202,6 +202,11 @@ def test_history_of_an_empty_store_says_what_to_do(run):
         pytest.param(("--starts", "1000000"), "ask for fewer starts", id="too many"),
         pytest.param(("--policy", "gready"), "'gready' is not a policy", id="policy"),
         pytest.param(("--checkpoint", "periodic"), "needs --ckpt-interval-hours", id="no interval"),
+        pytest.param(
+            ("--checkpoint", "periodic", "--ckpt-interval-hours", "1e-8"),
+            "is less than 0.01",
+            id="tiny interval",
+        ),
         pytest.param(("--ckpt-cost-hours", "1"), "go with --checkpoint periodic", id="instant with cost"),
         pytest.param(("--plot", "x.gif"), "the name must end in .png", id="picture kind"),
         pytest.param(("--plot", "/nowhere/x.png"), "there is no such folder", id="picture folder"),

@@ -37,6 +37,7 @@ _MOST_RUNS = 1_000_000
 _CHUNK = 16  # cases at a time: adaptive takes a second for some
 _FEW_CASES = 64  # not worth a second process
 _MOST_HOURS = 8760
+_LEAST_INTERVAL_H = Decimal("0.01")
 _MOST_GAP_S = 2 * 3600  # without a look at the market: longer, and nothing is taken for available
 _CSV = (
     "trace_or_group", "deadline_h", "work_over_deadline", "restart_delay_h", "start_step", "policy",
@@ -98,6 +99,8 @@ class _Periodic:
             return {}
         if self.interval_h is None:
             raise ConfigError("--checkpoint periodic needs --ckpt-interval-hours")
+        if self.interval_h < _LEAST_INTERVAL_H:
+            raise ConfigError(f"--ckpt-interval-hours {self.interval_h} is less than {_LEAST_INTERVAL_H}")
         return {
             "ckpt_interval_h": float(self.interval_h),
             "ckpt_cost_h": float(self.cost_h or 0),

@@ -79,7 +79,7 @@ class Resumable(Protocol):
 class Steady(Protocol):
     """A policy that knows for how long it has nothing new to say: lets a replay skip equal steps."""
 
-    def holds(self, obs: Observation) -> int:
+    def steps_unchanged(self, obs: Observation) -> int:
         """Asked after an answer that changes nothing: for how many steps, this one included, it stays.
 
         Until then at the most, or until the availability of any zone changes. 1 is always right.

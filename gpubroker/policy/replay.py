@@ -79,14 +79,14 @@ def replay(policy: Policy, job: Job, line: Timeline, start: int) -> Run:
         raise ConfigError(f"{line.name}: {steps} steps from step {start} on leave its {len(line)} steps")
     world = _World(job, line, start)
     policy.reset(job)
-    holds = policy.holds if isinstance(policy, Steady) else None
+    unchanged = policy.steps_unchanged if isinstance(policy, Steady) else None
     step = 0
     while step < steps:
         world.begin(step)
         is_changed = world.turn(policy.step(world.obs))
         stride = 1
-        if holds is not None and not is_changed:
-            stride = max(1, min(holds(world.obs), line.unchanged[start + step], steps - step))
+        if unchanged is not None and not is_changed:
+            stride = max(1, min(unchanged(world.obs), line.unchanged[start + step], steps - step))
         if world.live(stride):
             return world.result()
         step += stride

@@ -57,7 +57,7 @@ class _Rule:
 class OnDemand(_Rule):
     """Never spot."""
 
-    def holds(self, obs: Observation) -> int:
+    def steps_unchanged(self, obs: Observation) -> int:
         """See Steady."""
         return _FOR_GOOD
 
@@ -69,7 +69,7 @@ class OnDemand(_Rule):
 class _Netted(_Rule):
     """A rule above the net. While it waits there is no spot; on demand there is none, or the net holds."""
 
-    def holds(self, obs: Observation) -> int:
+    def steps_unchanged(self, obs: Observation) -> int:
         """See Steady. What the net says on demand, and on a spot node that has started, it says for good."""
         job, risk = self._job, at_risk_h(self._job)
         left = steps_down(obs.time_left_h, job.step_h)
@@ -118,11 +118,11 @@ class UniformProgress(_Netted):
             return "spot"
         return "on_demand" if obs.work_done_h < obs.t_h * rate - _EPSILON else "none"
 
-    def holds(self, obs: Observation) -> int:
+    def steps_unchanged(self, obs: Observation) -> int:
         """See Steady."""
         if obs.state == "on_demand" and obs.spot_available:
             return 1
-        held = super().holds(obs)
+        held = super().steps_unchanged(obs)
         if obs.state != "none":
             return held
         ahead_h = obs.work_done_h * self._job.deadline_h / self._job.work_h - obs.t_h
