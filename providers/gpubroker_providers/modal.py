@@ -1,4 +1,4 @@
-"""Modal: GPU sandboxes at the workspace's own rates. Feeds prices/poll; nothing is run here.
+"""Modal: GPU sandboxes at the workspace's own rates. Feeds prices/poll; sandboxes are run in modal_nodes.py.
 
 Modal has no public price feed. `modal.Workspace.from_context().billing.rates()` (SDK 1.5.4 and later, token
 needed) gives one flat mapping of name -> Decimal. Its comment in the SDK's protocol file: compute rates are
@@ -15,34 +15,23 @@ not part of the rates. Counts go to 8, of A10 to 4.
 
 from __future__ import annotations
 
-import asyncio
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
+from functools import partial
 
 from gpubroker import gpus
-from gpubroker.errors import (
-    AuthFailed,
-    BrokerError,
-    ConfigError,
-    MissingCredentials,
-    PayloadChanged,
-    ProviderError,
-    Transient,
-    Unreachable,
-)
+from gpubroker.errors import PayloadChanged
 from gpubroker.model import Offer, OfferQuery, Parsed, Skipped
 from gpubroker.money import SECONDS_PER_HOUR, parse_usd
 from gpubroker.plan.fees import FeeTable
-from gpubroker.provider import Access, ProviderContext
+from gpubroker.provider import Access
 from gpubroker_providers._vendor import plain_text
+from gpubroker_providers.modal_nodes import ModalNodes
+from gpubroker_providers.modal_sdk import NAME, classed
 
-NAME = "modal"
 _RATES = "billing.rates"
-_INSTALL = "pip install 'gpubroker[modal]'"
-_TOKEN_VARIABLES = ("MODAL_TOKEN_ID", "MODAL_TOKEN_SECRET")
 _GPU_RATE = re.compile(r"gpu_(?P<unit>hour|second)_cost_(?P<card>\w+)")
 _PER_HOUR = {"hour": 1, "second": SECONDS_PER_HOUR}
 _CPU, _RAM = "cpu_hour_cost_sandbox", "mem_gib_hour_cost_sandbox"
@@ -168,17 +157,14 @@ def _listed(fees: FeeTable, item: str) -> Decimal:
     return (fees.get(NAME, item) or Decimal(0)) * SECONDS_PER_HOUR
 
 
-class Modal:
-    """The thin client around the SDK, which finds the token and MODAL_SERVER_URL by itself."""
+class Modal(ModalNodes):
+    """The thin client around the SDK: the rates, and sandboxes as nodes."""
 
     name = NAME
 
-    def __init__(self, context: ProviderContext) -> None:
-        self._context = context
-
     def access(self) -> Access:
         """The token is in two variables or in the file that `modal token` writes."""
-        missing = self._missing()
+        missing = self._sdk.missing()
         return Access(has_credentials=not missing, missing=missing, without="price book")
 
     def endpoint(self) -> str:
@@ -193,66 +179,11 @@ class Modal:
         """Reading the rates costs nothing and needs a good token."""
         return f"token accepted; the workspace has {len(self._rates(deadline_s))} rates"
 
-    def _missing(self) -> str:
-        config = self._context.env.get("MODAL_CONFIG_PATH") or os.path.expanduser("~/.modal.toml")
-        unset = [name for name in _TOKEN_VARIABLES if not self._context.env.get(name)]
-        return unset[0] if unset and not os.path.exists(config) else ""
-
     def _rates(self, deadline_s: float) -> dict[str, Decimal]:
-        """The one call to the SDK.
-
-        Through its async door, because only there a call that hangs can be cancelled: one that is left
-        behind in a thread prints tracebacks when the process ends.
-        """
-        missing = self._missing()
-        if missing:
-            raise MissingCredentials(NAME, missing)
-        try:
-            return asyncio.run(asyncio.wait_for(_ask(), deadline_s))
-        except Exception as error:  # the SDK lets through what gRPC, HTTP/2, TLS and Decimal raise
-            raise self._classed(error) from error
-
-    def _classed(self, error: Exception) -> BrokerError:
-        text = str(error) or type(error).__name__
-        for variable in _TOKEN_VARIABLES:
-            text = text.replace(self._context.env.get(variable) or "\0", "[key]")
-        return classed(error, plain_text(text))
+        return self._sdk.ask(_ask, deadline_s, partial(classed, _RATES))
 
 
 async def _ask() -> dict[str, Decimal]:
     import modal
 
     return dict(await modal.Workspace.from_context().billing.rates.aio())
-
-
-# By name, so that telling what went wrong does not need the module that may be what is missing.
-_SDK_ERRORS: Mapping[str, type[ProviderError]] = {
-    "AuthError": AuthFailed,
-    "PermissionDeniedError": AuthFailed,
-    "ConnectionError": Unreachable,
-    "ServiceError": Transient,
-    "InternalError": Transient,
-    "InternalFailure": Transient,
-    "ResourceExhaustedError": Transient,
-    "TimeoutError": Transient,
-    "ClientClosed": Transient,
-}
-_SDK_CONFIG_ERRORS = frozenset(("InvalidError", "VersionError"))
-
-
-def classed(error: Exception, text: str) -> BrokerError:
-    """What the caller should do about an error of the SDK. `text` is what may be shown of it."""
-    if isinstance(error, ImportError | AttributeError):
-        return ConfigError(f"modal: no SDK with billing rates ({text}): {_INSTALL}")
-    if isinstance(error, InvalidOperation):
-        return PayloadChanged(NAME, _RATES, "rates", "a rate that is not a number")
-    if isinstance(error, TimeoutError):
-        return Transient(NAME, _RATES, "no answer before the deadline")
-    if isinstance(error, OSError):
-        return Unreachable(NAME, _RATES, text)
-    names = [kind.__name__ for kind in type(error).__mro__ if kind.__module__.split(".")[0] == "modal"]
-    if _SDK_CONFIG_ERRORS.intersection(names):
-        return ConfigError(f"modal: {text}")
-    return next((_SDK_ERRORS[name] for name in names if name in _SDK_ERRORS), ProviderError)(
-        NAME, _RATES, text
-    )
