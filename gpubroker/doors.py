@@ -8,7 +8,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -164,3 +164,34 @@ class SerialPool:
                 on_done(outcome)
             outcomes.append(outcome)
         return outcomes
+
+
+class ProcessDied(RuntimeError):
+    """A process of `in_processes` ended by itself: out of memory, most likely."""
+
+
+def in_processes(
+    fn: Callable[[T], R],
+    items: Iterable[T],
+    *,
+    jobs: int,
+    begin: Callable[..., None],
+    with_args: tuple[object, ...],
+) -> Iterator[R]:
+    """Results in the order of the items, from fresh processes: for work that is Python and keeps a core busy.
+
+    `begin` is called once in each process, with what is too large to go with every item. Raises ProcessDied.
+    """
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
+
+    # A fork of a process that may have threads can hang.
+    fresh = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(jobs, mp_context=fresh, initializer=begin, initargs=with_args)
+    try:
+        yield from pool.map(fn, items)
+    except BrokenProcessPool as error:
+        raise ProcessDied(str(error)) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -14,6 +14,7 @@ import click
 
 from gpubroker.cli.options import Amount, GpuName, format_option
 from gpubroker.cli.render import console, print_csv, print_json, say, table
+from gpubroker.doors import ProcessDied, in_processes
 from gpubroker.errors import ConfigError
 from gpubroker.gpus import GpuRequest
 from gpubroker.policy.backtest import (
@@ -352,19 +353,10 @@ def _parallel(
     lines: list[Timeline], chunks: list[list[Case]], policies: Sequence[str], jobs: int
 ) -> Iterator[list[Row]]:
     """In the order of the chunks. Processes, because the work is Python: threads would share one core."""
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor  # noqa: TID251  Pool.map has threads only
-    from concurrent.futures.process import BrokenProcessPool  # noqa: TID251
-
-    # A fork of a process that may have threads can hang: start fresh ones.
-    fresh = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(jobs, mp_context=fresh, initializer=_begin, initargs=(lines, policies))
     try:
-        yield from pool.map(_chunk, chunks)
-    except BrokenProcessPool as error:
+        yield from in_processes(_chunk, chunks, jobs=jobs, begin=_begin, with_args=(lines, policies))
+    except ProcessDied as error:
         raise ConfigError("a process of the backtest died: out of memory? Try --jobs 1") from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 _begun: tuple[list[Timeline], Sequence[str]] = ([], ())
