@@ -10,7 +10,7 @@ from typing import ClassVar
 import pytest
 
 from gpubroker.doors import SystemClock
-from gpubroker.errors import Refused, Unreachable
+from gpubroker.errors import LaunchUncertain, Refused, Transient, Unreachable
 from gpubroker.model import OfferQuery
 from gpubroker.run.shell import connect
 from gpubroker.testing import ComputeContract
@@ -83,6 +83,42 @@ class OnTestCloud(ComputeContract):
             yield
         finally:
             self.cloud.mend()
+
+
+class LateAnswers(OnTestCloud):
+    """More bad days, for providers whose one create is one HTTP request."""
+
+    def test_an_answer_that_comes_too_late_is_uncertain(self):
+        """The vendor does it all the same, after the deadline."""
+        offer, tag = self.offer(self.markets[0]), self._tag()
+        path = self.endpoints["create"]
+        self.cloud.break_with({"endpoint": f"{self.vendor} {path}", "kind": "delay", "seconds": SPEED * 1.5})
+        try:
+            with pytest.raises(LaunchUncertain) as caught:
+                self.make().create(offer, self.spec(), tag, bid_usd_per_hour=self.bid(offer), deadline_s=0.8)
+            assert (tag, (), []) == (caught.value.tag, caught.value.ids, self.at_vendor(tag))
+            self.cloud.wait_for(vendor=self.vendor, tag=tag, within_s=5)
+        finally:
+            self.cloud.mend()
+        assert tag == self._listed(tag).tag
+
+    def test_a_plain_429_is_clean_and_says_how_long_to_wait_where_it_does(self):
+        """Without Retry-After, and with one; nothing was created."""
+        offer = self.offer(self.markets[0])
+        for seconds in (None, 7):
+            tag, limiter = self._tag(), PacedLimiter()
+            env = {**self.cloud.env, **self.variables}
+            provider = self.provider(context(env=env, clock=SystemClock(), limiter=limiter))
+            fault = {"endpoint": f"{self.vendor} {self.endpoints['create']}", "kind": "429"}
+            self.cloud.break_with({**fault, "retry_after_s": seconds} if seconds else fault)
+            with pytest.raises(Transient) as caught:
+                self._create(provider, offer, tag)
+            self.cloud.mend()
+            assert [] == self.at_vendor(tag)
+            assert seconds is None or seconds == caught.value.retry_after_s
+            assert ([] if caught.value.retry_after_s is None else [caught.value.retry_after_s]) == [
+                block[2] for block in limiter.blocks
+            ]
 
 
 def keep_to_document(vendor, calls):

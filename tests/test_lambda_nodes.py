@@ -36,7 +36,7 @@ from gpubroker.testcloud.client import running
 from gpubroker_providers import lambda_nodes
 from gpubroker_providers.lambda_cloud import LambdaCloud
 from gpubroker_providers.lambda_nodes import parse_nodes, read_launched
-from tests.compute_support import SPEED, OnTestCloud, everything, keep_to_document, sent, talk_to
+from tests.compute_support import SPEED, LateAnswers, everything, keep_to_document, sent, talk_to
 from tests.support import FakeLimiter, context, payload
 
 KEY = "lambda-key-of-the-test"
@@ -443,7 +443,7 @@ def cloud():
         yield up
 
 
-class TestLambdaKeepsTheContract(OnTestCloud):
+class TestLambdaKeepsTheContract(LateAnswers):
     """On the test cloud's instances."""
 
     vendor = "lambda"

@@ -34,7 +34,7 @@ from gpubroker.testcloud.client import running
 from gpubroker_providers import runpod_nodes
 from gpubroker_providers.runpod import RunPod
 from gpubroker_providers.runpod_nodes import parse_nodes, read_created
-from tests.compute_support import SPEED, OnTestCloud, everything, keep_to_document, sent, talk_to
+from tests.compute_support import SPEED, LateAnswers, everything, keep_to_document, sent, talk_to
 from tests.support import FakeLimiter, context, payload
 
 KEY = "runpod-key-of-the-test"
@@ -392,7 +392,7 @@ def cloud():
         yield up
 
 
-class TestRunPodKeepsTheContract(OnTestCloud):
+class TestRunPodKeepsTheContract(LateAnswers):
     """On the test cloud's pods."""
 
     vendor = "runpod"

@@ -34,7 +34,7 @@ from gpubroker.testcloud.client import running
 from gpubroker_providers import vast_nodes
 from gpubroker_providers.vast import Vast
 from gpubroker_providers.vast_nodes import parse_nodes, read_created
-from tests.compute_support import SPEED, OnTestCloud, everything, keep_to_document, sent, talk_to
+from tests.compute_support import SPEED, LateAnswers, everything, keep_to_document, sent, talk_to
 from tests.support import FakeLimiter, context, payload
 
 KEY = "vast-key-of-the-test"
@@ -474,7 +474,7 @@ def cloud():
         yield up
 
 
-class TestVastKeepsTheContract(OnTestCloud):
+class TestVastKeepsTheContract(LateAnswers):
     """On the test cloud's market."""
 
     vendor = "vast"

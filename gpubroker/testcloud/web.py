@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import json
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -203,6 +204,10 @@ class Site(Background):
         self, request: web.Request, handler: Handler, limits: tuple[Limit, ...], public: bool, own: str
     ) -> web.StreamResponse:
         fault = self.world.faults.take(self.vendor, request.method, request.path)
+        if fault and fault.kind == "delay":
+            # Whoever asked may give up meanwhile; what was asked for is done all the same.
+            with contextlib.suppress(web.HTTPException):
+                await request.read()
 
         async def answer() -> web.Response:
             try:
