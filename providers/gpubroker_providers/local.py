@@ -25,10 +25,10 @@ from gpubroker.errors import ConfigError, PayloadChanged, ProviderError, Transie
 from gpubroker.model import FormFactor, Gpu, Offer, OfferQuery, Parsed, Skipped, Slice
 from gpubroker.money import parse_usd, round_usd
 from gpubroker.plan.fees import FeeTable
-from gpubroker.provider import Access, ProviderContext
+from gpubroker.provider import Access
 from gpubroker_providers._vendor import plain_text, refuse_drift, rows_at
+from gpubroker_providers.local_nodes import NAME, LocalNodes
 
-NAME = "local"
 DECLARED = "local_gpus"
 _FREE = round_usd(Decimal(0))
 _VRAM_TOLERANCE = 0.10
@@ -372,13 +372,10 @@ def _output(command: Sequence[str], timeout_s: float) -> str | None:
     return done.stdout
 
 
-class Local:
-    """The thin client: runs the tools side by side and adds what is declared."""
+class Local(LocalNodes):
+    """The thin client: runs the tools side by side and adds what is declared; and rents this machine out."""
 
     name = NAME
-
-    def __init__(self, context: ProviderContext) -> None:
-        self._context = context
 
     def access(self) -> Access:
         """Nobody needs an account for what they own."""

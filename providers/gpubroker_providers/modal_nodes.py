@@ -37,7 +37,6 @@ from gpubroker.errors import (
 )
 from gpubroker.model import Market, Offer
 from gpubroker.provider import TAG, Capabilities, NodeSpec, NodeView, ProviderContext
-from gpubroker_providers._nodes import check_launch
 from gpubroker_providers._tar_shell import TarShell
 from gpubroker_providers.modal_sdk import NAME, Sdk, classed, kinds
 
@@ -131,6 +130,8 @@ class ModalNodes:
         self, offer: Offer, spec: NodeSpec, tag: str, *, bid_usd_per_hour: Decimal | None, deadline_s: float
     ) -> str:
         """See Compute. The same tag twice is one sandbox, whatever the second one asks for."""
+        from gpubroker_providers._nodes import check_launch
+
         check_launch(_CAPABILITIES, MARKETS, offer, tag, bid_usd_per_hour)
         settings, clock = self._context.settings, self._context.clock
         wish = launch_wish(offer, spec, tag, settings.cpu_cores_per_gpu, settings.ram_gib_per_gpu)
