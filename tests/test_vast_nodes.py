@@ -211,7 +211,7 @@ class TestCreate:
         pytest.param(429, "API requests too frequent", Transient, id="too often"),
         pytest.param(500, "<html>", LaunchUncertain, id="500"),
         pytest.param(502, "", LaunchUncertain, id="502"),
-        pytest.param(504, {"success": False, "error": "no_such_ask_x"}, LaunchUncertain, id="504"),
+        pytest.param(504, {"success": False, "error": "no_such_ask"}, LaunchUncertain, id="504"),
         pytest.param(408, "", LaunchUncertain, id="408"),
         pytest.param(302, "", LaunchUncertain, id="moved"),
         pytest.param(200, "", LaunchUncertain, id="nothing"),

@@ -127,7 +127,7 @@ def read_created(answer: HttpAnswer, tag: str, environment: Mapping[str, str]) -
         if status < 300 and body.get("success") is True:
             return str(contract)
         raise LaunchUncertain(NAME, _CREATE, text, tag=tag, ids=[str(contract)])
-    if status in (404, 410) or (body.get("success") is False and error == "no_such_ask"):
+    if status in (404, 410) or (status < 300 and body.get("success") is False and error == "no_such_ask"):
         raise NoCapacity(NAME, _CREATE, text)
     if status == 429:
         raise Transient(NAME, _CREATE, text, retry_after_s=pause_s(answer))
