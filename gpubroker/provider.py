@@ -149,8 +149,8 @@ class Compute(Protocol):
         """Rent one node and return its id. Never retried in here.
 
         `bid_usd_per_hour` is set for a spot offer of a vendor that takes bids, and None else. Raises
-        NoCapacity, QuotaExceeded, AuthFailed, Refused and Transient where nothing was created for sure, and
-        LaunchUncertain on any doubt.
+        ValueError, before any call, for what must not be asked; NoCapacity, QuotaExceeded, AuthFailed,
+        Refused, Unreachable and Transient where nothing was created for sure; LaunchUncertain on any doubt.
         """
 
     def list_nodes(self, deadline_s: float) -> list[NodeView]:
