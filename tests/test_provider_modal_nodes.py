@@ -208,7 +208,9 @@ class TestModalRentsByTheContract(ComputeContract):
 
     def rent_untagged(self):
         app = modal.App.lookup("gpubroker", create_if_missing=True)
-        return modal.Sandbox.create(app=app, gpu="L4", timeout=3600).object_id
+        # The SDK's own default image would be kept for the next test cloud, which does not have it.
+        image = modal.Image.debian_slim(python_version="3.12")
+        return modal.Sandbox.create(app=app, image=image, gpu="L4", timeout=3600).object_id
 
 
 @pytest.fixture
