@@ -4,6 +4,7 @@ BrokerError                          exit code
 ├ ConfigError                        2   fix the configuration or the command line and rerun
 │ └ MissingCredentials               2   set the variable that is named
 ├ NoFeasibleOffer(rejections)        3   what was tried and why each failed
+├ OverBudget                         5   a cap would be passed: raise it, or wait
 ├ ProviderError                      4   (provider, operation, detail)
 │ ├ Transient(retry_after_s)         4   wait, same call again
 │ ├ Unreachable                      4   no connection: the network or the host is away
@@ -51,6 +52,12 @@ class NoFeasibleOffer(BrokerError):
     def __init__(self, message: str, rejections: Sequence[tuple[str, str]] = ()) -> None:
         super().__init__(message)
         self.rejections = tuple(rejections)
+
+
+class OverBudget(BrokerError):
+    """Spending more would pass a cap. Says the limit, what is spent, and what was wanted."""
+
+    exit_code = 5
 
 
 class ProviderError(BrokerError):

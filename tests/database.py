@@ -18,6 +18,7 @@ from sqlalchemy import make_url
 
 from gpubroker.prices import tables
 from gpubroker.prices.store import Store
+from gpubroker.run import tables as run_tables  # noqa: F401 they join the same metadata
 from tests.support import FakeClock
 
 _numbers = count()

@@ -70,15 +70,8 @@ def test_a_database_of_the_first_revision_is_upgraded_with_all_that_it_holds(emp
 def test_prices_of_an_older_database_are_still_read(empty_url, clock):
     """What was polled before the upgrade is on offer after it."""
     with Store.open(empty_url, clock) as store:
-        store.migrate()
+        migrated_to(store, "0001")
         store.keep(store.begin_poll("vast", _everything()), Parsed(offers=(offer(provider="vast"),)))
-        with store.database.write() as connection:
-            for statement in (
-                "DROP TABLE measurements",
-                "DROP TABLE exposure",
-                "UPDATE alembic_version SET version_num = '0001'",
-            ):
-                store.database.run(connection, statement)
         store.migrate()
         assert [offer(provider="vast")] == [p.offer for p in store.current()]
 

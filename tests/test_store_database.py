@@ -17,6 +17,7 @@ from gpubroker.model import OfferQuery, Parsed
 from gpubroker.prices import database, tables
 from gpubroker.prices.rows import REVISION
 from gpubroker.prices.store import Store
+from gpubroker.run import tables as run_tables  # noqa: F401 they join the same metadata
 from tests.database import rows_of
 from tests.support import NOW, FakeClock
 from tests.test_bill import offer

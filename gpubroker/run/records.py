@@ -1,0 +1,252 @@
+"""Jobs and attempts in the database: the memory that survives every crash.
+
+An attempt is written before its node is asked for and is open until the node is known to be gone: what is
+open may be billing. The caps are checked in the transaction that writes the intent, so that two launchers
+cannot both take the last dollar.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from decimal import Decimal
+from typing import Any, Literal
+
+from sqlalchemy import Connection, delete, func, insert, select, update
+
+from gpubroker.doors import Clock
+from gpubroker.errors import OverBudget
+from gpubroker.model import Offer
+from gpubroker.prices.database import Database
+from gpubroker.provider import TAG
+from gpubroker.run import tables
+from gpubroker.run.ledger import estimate_usd
+
+JobState = Literal["running", "done", "failed", "stopped", "over_budget"]
+# What an open node is taken to spend at least, before anybody looks at it again.
+_RESERVED_H = 1
+_LOCK = "gpubroker launch"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Caps:
+    """The most that may be spent. None = no such cap."""
+
+    usd_per_day: Decimal | None  # over all jobs, by UTC day
+    usd_per_job: Decimal | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """One intent to rent one node, and what became of it."""
+
+    id: int
+    job_id: str
+    epoch: int
+    tag: str
+    provider: str
+    sku: str
+    gpu: str
+    gpu_count: int
+    market: str
+    region: str
+    zone: str
+    machine_id: str
+    usd_per_hour: Decimal
+    bid_usd_per_hour: Decimal | None
+    billing_increment_s: int
+    minimum_s: int
+    intended_at: datetime
+    node_id: str | None  # None = not known to exist
+    running_at: datetime | None  # None = never seen running
+    ended_at: datetime | None  # None = may be billing
+    end_reason: str
+    usd_estimated: Decimal | None
+    usd_settled: Decimal | None
+
+    def usd_so_far(self, now: datetime) -> Decimal:
+        """Estimated: of what has ended as recorded then, of what is open until now."""
+        if self.usd_estimated is not None:
+            return self.usd_estimated
+        return estimate_usd(
+            usd_per_hour=self.usd_per_hour,
+            since=self.running_at,
+            until=self.ended_at or now,
+            billing_increment_s=self.billing_increment_s,
+            minimum_s=self.minimum_s,
+        )
+
+
+class Records:
+    """Over a migrated database. Every method is one transaction."""
+
+    def __init__(self, database: Database, clock: Clock) -> None:
+        self._database, self._clock = database, clock
+
+    def add_job(self, name: str, spec: str) -> str:
+        """A new job's id: its name and a few letters that nobody else has."""
+        job_id = f"{name}-{secrets.token_hex(3)}"
+        values = {"id": job_id, "spec": spec, "state": "running", "created_at": self._clock.now()}
+        with self._database.write(_LOCK) as connection:
+            connection.execute(insert(tables.jobs).values(values))
+        return job_id
+
+    def end_job(self, job_id: str, state: JobState, reason: str = "") -> None:
+        """It is over. What it rented is not ended by this."""
+        values = {"state": state, "reason": reason, "ended_at": self._clock.now()}
+        with self._database.write(_LOCK) as connection:
+            connection.execute(update(tables.jobs).where(tables.jobs.c.id == job_id).values(values))
+
+    def intend(
+        self, job_id: str, offer: Offer, *, usd_per_hour: Decimal, bid: Decimal | None, caps: Caps
+    ) -> Attempt:
+        """Write down that a node is about to be asked for. Raises OverBudget, and then nothing is written."""
+        now = self._clock.now()
+        with self._database.write(_LOCK) as connection:
+            self._check(connection, job_id, usd_per_hour, caps, now)
+            last = connection.execute(
+                select(func.max(tables.attempts.c.epoch)).where(tables.attempts.c.job_id == job_id)
+            ).scalar()
+            epoch = (last or 0) + 1
+            values = {
+                "job_id": job_id,
+                "epoch": epoch,
+                "tag": f"{TAG}{secrets.token_hex(5)}-{epoch}",
+                "provider": offer.provider,
+                "sku": offer.sku,
+                "gpu": offer.gpu,
+                "gpu_count": offer.gpu_count,
+                "market": offer.market,
+                "region": offer.region,
+                "zone": offer.zone,
+                "machine_id": offer.machine_id,
+                "usd_per_hour": usd_per_hour,
+                "bid_usd_per_hour": bid,
+                "billing_increment_s": offer.billing_increment_s,
+                "minimum_s": offer.minimum_s,
+                "intended_at": now,
+            }
+            added = connection.execute(
+                insert(tables.attempts).values(values).returning(tables.attempts.c.id)
+            ).scalar_one()
+            return _one(connection, added)
+
+    def created(self, attempt: Attempt, node_id: str) -> Attempt:
+        """The vendor gave it an id."""
+        return self._change(attempt, node_id=node_id)
+
+    def running(self, attempt: Attempt, since: datetime | None = None) -> Attempt:
+        """It was seen running, and bills from now or from when the vendor says."""
+        return attempt if attempt.running_at else self._change(attempt, running_at=since or self._clock.now())
+
+    def ended(self, attempt: Attempt, reason: str) -> Attempt:
+        """It is known to be gone, or never to have been."""
+        if attempt.ended_at is not None:
+            return attempt
+        now = self._clock.now()
+        return self._change(attempt, ended_at=now, end_reason=reason, usd_estimated=attempt.usd_so_far(now))
+
+    def settled(self, attempt: Attempt, usd: Decimal) -> Attempt:
+        """The vendor's own figure."""
+        return self._change(attempt, usd_settled=usd)
+
+    def attempts(self, job_id: str) -> list[Attempt]:
+        """Of one job, the first first."""
+        found = tables.attempts
+        with self._database.read() as connection:
+            rows = connection.execute(select(found).where(found.c.job_id == job_id).order_by(found.c.epoch))
+            return [Attempt(**row._mapping) for row in rows]
+
+    def open_attempts(self) -> list[Attempt]:
+        """Everything that may be billing, of all jobs."""
+        found = tables.attempts
+        with self._database.read() as connection:
+            rows = connection.execute(select(found).where(found.c.ended_at.is_(None)).order_by(found.c.id))
+            return [Attempt(**row._mapping) for row in rows]
+
+    def avoid(self, provider: str, machine_id: str, code: str, reason: str, *, for_s: int) -> None:
+        """Keep away from a machine for a while; nothing where the vendor does not name machines."""
+        if not machine_id:
+            return
+        table = tables.avoided
+        values = {
+            "provider": provider,
+            "machine_id": machine_id,
+            "code": code,
+            "reason": reason,
+            "until_at": self._clock.now() + timedelta(seconds=for_s),
+        }
+        mine = (table.c.provider == provider, table.c.machine_id == machine_id)
+        with self._database.write(_LOCK) as connection:
+            connection.execute(delete(table).where(*mine))
+            connection.execute(insert(table).values(values))
+
+    def avoided(self) -> Mapping[tuple[str, str], str]:
+        """(provider, machine) -> why, of those whose time is not over."""
+        table = tables.avoided
+        with self._database.read() as connection:
+            rows = connection.execute(select(table).where(table.c.until_at > self._clock.now()))
+            return {(row.provider, row.machine_id): f"{row.code}: {row.reason}" for row in rows}
+
+    def usd_today(self, now: datetime) -> Decimal:
+        """Spent by all jobs since midnight UTC, as far as we know."""
+        with self._database.read() as connection:
+            return _usd_today(connection, now)
+
+    def _change(self, attempt: Attempt, **values: Any) -> Attempt:
+        with self._database.write(_LOCK) as connection:
+            mine = tables.attempts.c.id == attempt.id
+            connection.execute(update(tables.attempts).where(mine).values(values))
+            return _one(connection, attempt.id)
+
+    def _check(
+        self, connection: Connection, job_id: str, usd_per_hour: Decimal, caps: Caps, now: datetime
+    ) -> None:
+        """One more hour of this node, and one of every other that is open, must still fit."""
+        found = tables.attempts
+        open_now = connection.execute(select(found).where(found.c.ended_at.is_(None)))
+        reserved = {row.id: row.usd_per_hour * _RESERVED_H for row in open_now}
+        wanted = usd_per_hour * _RESERVED_H
+        if caps.usd_per_day is not None:
+            spent = _usd_today(connection, now) + sum(reserved.values(), Decimal(0))
+            _refuse("today", caps.usd_per_day, spent, wanted)
+        if caps.usd_per_job is not None:
+            rows = connection.execute(select(found).where(found.c.job_id == job_id))
+            own = [Attempt(**row._mapping) for row in rows]
+            spent = sum((a.usd_so_far(now) + reserved.get(a.id, Decimal(0)) for a in own), Decimal(0))
+            _refuse("this job", caps.usd_per_job, spent, wanted)
+
+
+def _refuse(what: str, limit: Decimal, spent: Decimal, wanted: Decimal) -> None:
+    if spent + wanted > limit:
+        raise OverBudget(
+            f"the limit of {what} is ${limit:.2f}: ${spent:.2f} are spent or reserved,"
+            f" an hour of this node would add ${wanted:.2f}"
+        )
+
+
+def _usd_today(connection: Connection, now: datetime) -> Decimal:
+    midnight = now.replace(hour=0, minute=0, second=0, microsecond=0)
+    found = tables.attempts.c
+    rows = connection.execute(
+        select(tables.attempts).where((found.ended_at.is_(None)) | (found.ended_at > midnight))
+    )
+    total = Decimal(0)
+    for row in rows:
+        attempt = Attempt(**row._mapping)
+        if attempt.running_at is None:
+            continue
+        total += estimate_usd(
+            usd_per_hour=attempt.usd_per_hour,
+            since=max(attempt.running_at, midnight),
+            until=attempt.ended_at or now,
+            billing_increment_s=attempt.billing_increment_s,
+        )
+    return total
+
+
+def _one(connection: Connection, attempt_id: int) -> Attempt:
+    row = connection.execute(select(tables.attempts).where(tables.attempts.c.id == attempt_id)).one()
+    return Attempt(**row._mapping)

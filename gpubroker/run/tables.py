@@ -1,0 +1,65 @@
+"""The tables of jobs and of what was rented for them, beside the price store's, in one database."""
+
+from __future__ import annotations
+
+from sqlalchemy import BigInteger, Column, ForeignKey, Index, Integer, Table, Text, UniqueConstraint
+
+from gpubroker.prices.tables import Moment, Money, metadata
+
+_Id = BigInteger().with_variant(Integer, "sqlite")
+
+
+def _text(name: str) -> Column[str]:
+    return Column(name, Text, nullable=False, server_default="")
+
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("spec", Text, nullable=False),  # JSON of the JobSpec; names of secrets, never their values
+    Column("state", Text, nullable=False),  # records.JobState
+    _text("reason"),
+    Column("created_at", Moment, nullable=False),
+    Column("ended_at", Moment),  # NULL = not over
+)
+# One row is one intent to rent one node: written before the call, so that no crash hides a node.
+attempts = Table(
+    "attempts",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("job_id", Text, ForeignKey("jobs.id"), nullable=False),
+    Column("epoch", Integer, nullable=False),  # counts the job's attempts; fences its checkpoints
+    Column("tag", Text, nullable=False, unique=True),
+    Column("provider", Text, nullable=False),
+    Column("sku", Text, nullable=False),
+    Column("gpu", Text, nullable=False),
+    Column("gpu_count", Integer, nullable=False),
+    Column("market", Text, nullable=False),
+    Column("region", Text, nullable=False),
+    _text("zone"),
+    _text("machine_id"),
+    Column("usd_per_hour", Money, nullable=False),  # all that is billed by the hour
+    Column("bid_usd_per_hour", Money),  # NULL = not a bid
+    Column("billing_increment_s", Integer, nullable=False),
+    Column("minimum_s", BigInteger, nullable=False),
+    Column("intended_at", Moment, nullable=False),
+    Column("node_id", Text),  # NULL = not known to exist
+    Column("running_at", Moment),  # NULL = never seen running
+    Column("ended_at", Moment),  # NULL = may be billing
+    _text("end_reason"),
+    Column("usd_estimated", Money),  # NULL until it has ended
+    Column("usd_settled", Money),  # NULL = the vendor has not said
+    UniqueConstraint("job_id", "epoch"),
+    Index("ix_attempts_open", "ended_at"),
+)
+# Machines that failed a preflight, for a while.
+avoided = Table(
+    "avoided",
+    metadata,
+    Column("provider", Text, primary_key=True),
+    Column("machine_id", Text, primary_key=True),
+    Column("code", Text, nullable=False),  # verdict.Reason
+    Column("reason", Text, nullable=False),
+    Column("until_at", Moment, nullable=False),
+)

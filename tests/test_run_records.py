@@ -1,0 +1,142 @@
+"""What is remembered of jobs and nodes, on both kinds of database: intents, caps, ledger, machines to avoid."""
+
+from datetime import timedelta
+from decimal import Decimal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpubroker.errors import OverBudget
+from gpubroker.run.ledger import estimate_usd
+from gpubroker.run.records import Caps, Records
+from tests.support import NOW
+from tests.test_bill import offer
+
+FREE = Caps(usd_per_day=None)
+
+
+@pytest.fixture
+def records(store, clock):
+    return Records(store.database, clock)
+
+
+def intend(records, job, usd=Decimal(2), caps=FREE, **values):
+    return records.intend(job, offer(usd_per_hour=usd, **values), usd_per_hour=usd, bid=None, caps=caps)
+
+
+def test_an_intent_is_open_from_before_the_call_until_the_node_is_gone(records, clock):
+    """Whatever happens in between, it is on the list of what may be billing."""
+    job = records.add_job("sft", "{}")
+    attempt = intend(records, job)
+    assert [(attempt.id, None)] == [(a.id, a.node_id) for a in records.open_attempts()]
+    attempt = records.created(attempt, "node-7")
+    clock.advance(60)
+    attempt = records.running(attempt)
+    clock.advance(1800)
+    attempt = records.ended(attempt, "preempted")
+    assert [] == records.open_attempts()
+    assert ("node-7", "preempted", Decimal("1.000000")) == (
+        attempt.node_id,
+        attempt.end_reason,
+        attempt.usd_estimated,
+    )
+
+
+def test_epochs_count_up_and_tags_are_never_the_same(records):
+    """A retry is a new attempt with a new tag: no vendor but AWS knows idempotency."""
+    job, other = records.add_job("sft", "{}"), records.add_job("sft", "{}")
+    found = [intend(records, job), intend(records, job), intend(records, other)]
+    assert [1, 2, 1] == [a.epoch for a in found]
+    assert 3 == len({a.tag for a in found})
+    assert all(a.tag.startswith("gpubroker-") and len(a.tag) <= 40 for a in found)
+
+
+def test_ending_twice_keeps_the_first_end(records, clock):
+    """Ending is idempotent: a supervisor may say it again."""
+    attempt = records.running(records.created(intend(records, records.add_job("sft", "{}")), "n"))
+    clock.advance(3600)
+    first = records.ended(attempt, "done")
+    clock.advance(3600)
+    assert first == records.ended(first, "again")
+
+
+def test_a_node_that_never_ran_cost_nothing(records, clock):
+    """As far as we know; the settled figure is the vendor's."""
+    attempt = intend(records, records.add_job("sft", "{}"))
+    clock.advance(600)
+    ended = records.ended(attempt, "no capacity")
+    assert Decimal(0) == ended.usd_estimated
+    assert Decimal("0.03") == records.settled(ended, Decimal("0.03")).usd_settled
+
+
+def test_the_cap_of_a_day_holds_over_all_jobs(records, clock):
+    """$10: three nodes of $3 reserve an hour each, a fourth would pass it; nothing is written then."""
+    caps = Caps(usd_per_day=Decimal(10))
+    for _ in range(3):
+        intend(records, records.add_job("sft", "{}"), Decimal(3), caps)
+    job = records.add_job("sft", "{}")
+    with pytest.raises(
+        OverBudget, match=r"limit of today is \$10.00: \$9.00 are spent or reserved, .* \$3.00"
+    ):
+        intend(records, job, Decimal(3), caps)
+    assert [] == records.attempts(job)
+    assert intend(records, job, Decimal(1), caps).epoch == 1
+
+
+def test_the_next_day_begins_at_midnight(records, clock):
+    """What was spent yesterday counts no more; what still runs does."""
+    caps = Caps(usd_per_day=Decimal(10))
+    attempt = records.running(
+        records.created(intend(records, records.add_job("sft", "{}"), Decimal(1), caps), "n")
+    )
+    clock.advance(8 * 3600)
+    records.ended(attempt, "done")
+    assert Decimal(8) == records.usd_today(clock.now())
+    with pytest.raises(OverBudget):
+        intend(records, records.add_job("sft", "{}"), Decimal(3), caps)
+    clock.advance(5 * 3600)
+    assert Decimal(0) == records.usd_today(clock.now())
+    assert intend(records, records.add_job("sft", "{}"), Decimal(3), caps)
+
+
+def test_the_cap_of_a_job_is_its_own(records, clock):
+    """$5 for this job, whatever others spend."""
+    caps = Caps(usd_per_day=None, usd_per_job=Decimal(5))
+    job = records.add_job("sft", "{}")
+    attempt = records.running(records.created(intend(records, job, Decimal(2), caps), "n"))
+    clock.advance(2 * 3600)
+    records.ended(attempt, "preempted")
+    with pytest.raises(OverBudget, match="limit of this job"):
+        intend(records, job, Decimal(2), caps)
+    assert intend(records, records.add_job("sft", "{}"), Decimal(2), caps)
+
+
+def test_a_machine_is_avoided_until_its_time_is_over(records, clock):
+    """With the code and the reason; without a name there is nothing to avoid."""
+    records.avoid("vast", "88", "cuda", "error 802", for_s=3600)
+    records.avoid("vast", "88", "cuda", "error 802 again", for_s=7200)
+    records.avoid("runpod", "", "cuda", "error 802", for_s=3600)
+    assert {("vast", "88"): "cuda: error 802 again"} == records.avoided()
+    clock.advance(7201)
+    assert {} == records.avoided()
+
+
+@given(
+    usd=st.decimals(min_value="0.01", max_value=100, places=4),
+    seconds=st.integers(0, 10**6),
+    increment=st.sampled_from([1, 60, 3600]),
+    minimum=st.sampled_from([0, 60]),
+)
+def test_an_estimate_is_within_one_billing_unit_of_the_time_that_passed(usd, seconds, increment, minimum):
+    """Never below what ran, never a unit or the minimum above it."""
+    estimate = estimate_usd(
+        usd_per_hour=usd,
+        since=NOW,
+        until=NOW + timedelta(seconds=seconds),
+        billing_increment_s=increment,
+        minimum_s=minimum,
+    )
+    exact = usd * seconds / 3600
+    most = usd * max(seconds + increment, minimum) / 3600
+    assert exact - Decimal("0.000001") <= estimate <= (most if seconds else Decimal(0)) + Decimal("0.000001")
