@@ -1,0 +1,144 @@
+"""The one way to a node and the one way out: nothing is rented or ended elsewhere.
+
+    rent: intent (within the caps) -> create -> id        a crash between any two leaves an open attempt
+    settle_doubts: open attempts + the vendors' lists -> adopted, or known never to have been
+    end: terminate -> ended                               gone already is success
+
+A create that may have worked is never repeated: its tag is looked for first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from decimal import Decimal
+
+from gpubroker.doors import Clock
+from gpubroker.errors import LaunchUncertain, ProviderError
+from gpubroker.model import Offer
+from gpubroker.provider import Compute, NodeSpec, NodeView
+from gpubroker.run.records import Attempt, Caps, Records
+
+# How long a node that was asked for may take to appear in its vendor's list.
+APPEARS_WITHIN = timedelta(minutes=5)
+_CALL_S = 60.0
+# A longer-lasting create is a queue: Modal's scheduler may take its time.
+_CREATE_S = 120.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """One node to be rented for a job."""
+
+    job_id: str
+    offer: Offer
+    spec: NodeSpec
+    usd_per_hour: Decimal  # all that is billed by the hour, disk and the like included
+    bid_usd_per_hour: Decimal | None  # None = not a bid
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stray:
+    """A node with our tag that no open attempt knows."""
+
+    provider: str
+    node: NodeView
+
+
+class Renting:
+    """Over the records and the providers that rent nodes."""
+
+    def __init__(self, records: Records, computes: Mapping[str, Compute], clock: Clock) -> None:
+        self._records, self._computes, self._clock = records, computes, clock
+
+    def rent(self, order: Order, caps: Caps) -> Attempt:
+        """Ask for one node. Raises OverBudget before anything is asked, and what the provider raises.
+
+        After NoCapacity, Refused and the like the attempt is ended: nothing was created. After
+        LaunchUncertain it stays open, for settle_doubts to find out.
+        """
+        compute = self._computes[order.offer.provider]
+        attempt = self._records.intend(
+            order.job_id,
+            order.offer,
+            usd_per_hour=order.usd_per_hour,
+            bid=order.bid_usd_per_hour,
+            caps=caps,
+        )
+        try:
+            node_id = compute.create(
+                order.offer,
+                order.spec,
+                attempt.tag,
+                bid_usd_per_hour=order.bid_usd_per_hour,
+                deadline_s=_CREATE_S,
+            )
+        except LaunchUncertain:
+            raise
+        except (ProviderError, ValueError) as error:
+            self._records.ended(attempt, f"not created: {error}")
+            raise
+        return self._records.created(attempt, node_id)
+
+    def end(self, attempt: Attempt, reason: str) -> Attempt:
+        """End the node and the attempt. Raises when the vendor does not confirm: it may still bill."""
+        if attempt.node_id is None:
+            raise ValueError(f"attempt {attempt.id} has no node to end: settle_doubts finds out")
+        self._computes[attempt.provider].terminate(attempt.node_id, _CALL_S)
+        return self._records.ended(attempt, reason)
+
+    def settle_doubts(self, listed: Mapping[str, Sequence[NodeView]]) -> list[Attempt]:
+        """Open attempts without an id: adopt what carries their tag, end those that never came to be.
+
+        `listed` is what each vendor that answered just listed. A vendor that did not answer says nothing: its
+        attempts stay open. One that has been silent about a tag for long enough has no such node. Of
+        several nodes with one tag the first is kept and the others are ended. Returns the adopted.
+        """
+        adopted = []
+        for attempt in self._records.open_attempts():
+            if attempt.node_id is not None or attempt.provider not in listed:
+                continue
+            mine = [n for n in listed[attempt.provider] if n.tag == attempt.tag and n.status != "gone"]
+            for extra in mine[1:]:
+                self._computes[attempt.provider].terminate(extra.id, _CALL_S)
+            if mine:
+                adopted.append(self._records.created(attempt, mine[0].id))
+            elif self._clock.now() - attempt.intended_at > APPEARS_WITHIN:
+                self._records.ended(attempt, "never came to be")
+        return adopted
+
+    def list_all(self, providers: Iterable[str]) -> tuple[dict[str, list[NodeView]], dict[str, str]]:
+        """One call to each vendor: nodes with our tag, and why a vendor did not answer."""
+        listed, problems = {}, {}
+        for name in sorted(set(providers)):
+            try:
+                listed[name] = self._computes[name].list_nodes(_CALL_S)
+            except ProviderError as error:
+                problems[name] = str(error)
+        return listed, problems
+
+    def strays(self, listed: Mapping[str, Sequence[NodeView]]) -> list[Stray]:
+        """What bills with our tag and belongs to no open attempt: leaked, whoever leaked it.
+
+        An attempt that has no id yet protects its tag.
+        """
+        attempts = self._records.open_attempts()
+        tags = {(a.provider, a.tag) for a in attempts}
+        ids = {(a.provider, a.node_id) for a in attempts}
+        return [
+            Stray(provider=name, node=node)
+            for name, nodes in listed.items()
+            for node in nodes
+            if node.status != "gone" and (name, node.id) not in ids and (name, node.tag) not in tags
+        ]
+
+    def sweep(self, strays: Iterable[Stray]) -> list[Stray]:
+        """End them; returns those that could not be ended, which may still bill."""
+        left = []
+        for stray in strays:
+            try:
+                self._computes[stray.provider].terminate(stray.node.id, _CALL_S)
+            except ProviderError:
+                left.append(stray)
+        return left
