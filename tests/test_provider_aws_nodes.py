@@ -263,7 +263,21 @@ def prepare(ec2, subnets=SUBNETS, groups=(GROUP,)):
     """Answers to what comes before a launch."""
     image = {"ImageId": "ami-0123456789abcdef0", "RootDeviceName": "/dev/sda1"}
     disk = {"DeviceName": "/dev/sda1", "Ebs": {"VolumeSize": 75}}
-    ec2.add_response("describe_images", {"Images": [{**image, "BlockDeviceMappings": [disk]}]})
+    ec2.add_response(
+        "describe_images",
+        {"Images": [{**image, "BlockDeviceMappings": [disk]}]},
+        {
+            "Owners": ["amazon"],
+            "Filters": [
+                {
+                    "Name": "name",
+                    "Values": ["Deep Learning Base OSS Nvidia Driver GPU AMI (Ubuntu 22.04)*"],
+                },
+                {"Name": "state", "Values": ["available"]},
+                {"Name": "architecture", "Values": ["x86_64"]},
+            ],
+        },
+    )
     ec2.add_response(
         "describe_subnets",
         {"Subnets": subnets},
@@ -329,6 +343,21 @@ def test_a_missing_subnet_and_group_are_made(ec2):
     ec2.add_client_error("import_key_pair", "InvalidKeyPair.Duplicate", "it is there")
     ec2.add_response("run_instances", {"Instances": [{"InstanceId": "i-1"}]})
     assert "i-1" == create(aws())
+
+
+@pytest.mark.parametrize(
+    ("subnets", "path"),
+    [
+        pytest.param([{"SubnetId": "subnet-2", "AvailabilityZoneId": "use1-az2"}], "VpcId", id="no VPC"),
+        pytest.param([{"VpcId": "vpc-1", "AvailabilityZoneId": "use1-az2"}], "SubnetId", id="no subnet"),
+    ],
+)
+def test_an_answer_without_what_a_launch_needs_is_a_changed_payload(ec2, subnets, path):
+    """Nothing was launched, and no traceback is shown."""
+    prepare(ec2, subnets=subnets)
+    ec2._queue.pop()  # nobody asks for groups
+    with pytest.raises(PayloadChanged, match=path):
+        create(aws())
 
 
 def test_a_refused_launch_takes_its_key_pair_back(ec2):

@@ -307,6 +307,16 @@ def test_a_node_that_is_taken_away_cannot_be_talked_to_and_is_gone(account, rent
     assert node.id not in {other.id for other in newly_built(account).list_nodes(30)}
 
 
+def test_a_node_that_a_stale_listing_lacks_is_asked_for(account, rent):
+    """Not being listed proves nothing; an id that Modal does not know at all is gone."""
+    provider, node = rent("gpubroker-stale")
+    provider._tags["sb-0123456789abcdefABCDEF"] = "gpubroker-never"
+    account.break_with({"endpoint": "modal RPC SandboxList*", "kind": "stale", "seconds": 86_400})
+    found = {n.id: (n.status, n.reason) for n in provider.list_nodes(30)}
+    assert ("running", "") == found[node.id]
+    assert ("gone", "unknown to Modal") == found["sb-0123456789abcdefABCDEF"]
+
+
 def test_a_node_ends_at_its_lifetime(account, rent):
     """Nobody has to be there for it."""
     provider, node = rent("gpubroker-short", NodeSpec(image="", disk_gb=20, lifetime_s=20))

@@ -293,6 +293,11 @@ class Account:
         with self._our_errors(client.meta.method_to_api_mapping[operation]):
             return getattr(client, operation)(**asked)
 
+    def rows(self, client: Any, operation: str, key: str, **asked: Any) -> list[Any]:
+        """One call, and the list that its answer is."""
+        answer = self.ask(client, operation, **asked)
+        return self._rows(answer, client.meta.method_to_api_mapping[operation], key)
+
     def blocks(self, client: Any, instance_type: str) -> list[Any]:
         """Capacity Blocks of one instance for a day. [] where the region does not sell them."""
         asked = {"InstanceType": instance_type, "InstanceCount": 1, "CapacityDurationHours": BLOCK_HOURS}

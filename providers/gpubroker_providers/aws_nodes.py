@@ -268,10 +268,9 @@ class AwsNodes:
         gone: list[str] = []
         for region in self._regions_in_use(account):
             client = account.client("ec2", region)
-            keys = account.ask(
-                client, "describe_key_pairs", Filters=[{"Name": "key-name", "Values": [f"{TAG}*"]}]
-            )
-            for name in sorted(row["KeyName"] for row in keys["KeyPairs"]):
+            ours = _filters({"key-name": f"{TAG}*"})
+            keys = account.rows(client, "describe_key_pairs", "KeyPairs", Filters=ours)
+            for name in sorted(row["KeyName"] for row in keys):
                 if name.startswith(TAG) and name not in alive.union(in_use_tags):
                     account.ask(client, "delete_key_pair", KeyName=name)
                     gone.append(f"{region} key pair {name}")
@@ -326,11 +325,14 @@ class AwsNodes:
         return None
 
     def _image(self, account: Account, client: Any, region: str) -> Image:
+        """Looked up once: an image that is newer is no reason to be slower."""
         if region not in self._images:
             wanted = {"name": IMAGE_NAME, "state": "available", "architecture": "x86_64"}
-            answer = account.ask(client, "describe_images", Owners=["amazon"], Filters=_filters(wanted))
+            rows = account.rows(
+                client, "describe_images", "Images", Owners=["amazon"], Filters=_filters(wanted)
+            )
             by_parameter = Image(id=IMAGE_PARAMETER, root_device=_ROOT_DEVICE, disk_gb=_ROOT_GB)
-            self._images[region] = newest_image(answer.get("Images", [])) or by_parameter
+            self._images[region] = newest_image(rows) or by_parameter
         return self._images[region]
 
     def _launch(
@@ -363,11 +365,14 @@ def _refusals() -> Iterator[None]:
             raise
         kind = refusal(error.detail.partition(":")[0]) or Refused
         raise kind(error.provider, error.operation, error.detail) from error
+    except KeyError as error:
+        raise PayloadChanged(NAME, "before RunInstances", str(error.args[0]), "missing") from error
 
 
 def _subnet(account: Account, client: Any, zone: str) -> tuple[str, str]:
     """(subnet, VPC) of the zone, by its id; without a zone the subnet is AWS's choice. Raises Refused."""
-    rows = account.ask(client, "describe_subnets", Filters=_filters({"default-for-az": "true"}))["Subnets"]
+    default = _filters({"default-for-az": "true"})
+    rows = account.rows(client, "describe_subnets", "Subnets", Filters=default)
     if not rows:
         region = client.meta.region_name
         remedy = f"aws ec2 create-default-vpc --region {region}"
@@ -409,7 +414,7 @@ def _group(account: Account, client: Any, vpc_id: str) -> str:
 
 def _find_group(account: Account, client: Any, vpc_id: str) -> Mapping[str, Any] | None:
     wanted = _filters({"group-name": GROUP_NAME, "vpc-id": vpc_id})
-    found = account.ask(client, "describe_security_groups", Filters=wanted)["SecurityGroups"]
+    found = account.rows(client, "describe_security_groups", "SecurityGroups", Filters=wanted)
     return found[0] if found else None
 
 
@@ -417,7 +422,7 @@ def _delete_groups(account: Account, client: Any) -> list[str]:
     """The ids of those that went; one that is still in use stays."""
     wanted = _filters({"group-name": GROUP_NAME})
     gone = []
-    for row in account.ask(client, "describe_security_groups", Filters=wanted)["SecurityGroups"]:
+    for row in account.rows(client, "describe_security_groups", "SecurityGroups", Filters=wanted):
         with _unless("DependencyViolation"):
             account.ask(client, "delete_security_group", GroupId=row["GroupId"])
             gone.append(row["GroupId"])

@@ -188,9 +188,7 @@ class ModalNodes:
             return []
         listed = {box.object_id: box async for box in modal.Sandbox.list.aio(app_id=app.app_id)}
         new = [box for node_id, box in listed.items() if node_id not in self._tags]
-        for box, tags in zip(new, await asyncio.gather(*(box.get_tags.aio() for box in new)), strict=True):
-            tag = tags.get(TAG_KEY, "")
-            self._tags[box.object_id] = tag if tag.startswith(TAG) else ""
+        await asyncio.gather(*(self._ask_tag(box) for box in new))
         seen = {node_id for node_id, tag in self._tags.items() if tag}
         await asyncio.gather(*(self._ask_end(node_id) for node_id in seen - set(listed) - set(self._ended)))
         running = [
@@ -199,13 +197,24 @@ class ModalNodes:
         ]
         return running + list(self._ended.values())
 
+    async def _ask_tag(self, box: modal.Sandbox) -> None:
+        """Tags never change here, so they are asked for once."""
+        import modal
+
+        with contextlib.suppress(modal.exception.NotFoundError):  # it ended meanwhile
+            tag = (await box.get_tags.aio()).get(TAG_KEY, "")
+            self._tags[box.object_id] = tag if tag.startswith(TAG) else ""
+
     async def _ask_end(self, node_id: str) -> None:
         """One that is not listed may only have been left out."""
         import modal
 
-        code = (await modal.Sandbox.from_id.aio(node_id)).returncode
-        if code is not None:
-            reason = f"{_REASONS.get(code, 'ended')} ({code})"
+        try:
+            code = (await modal.Sandbox.from_id.aio(node_id)).returncode
+            reason = "" if code is None else f"{_REASONS.get(code, 'ended')} ({code})"
+        except modal.exception.NotFoundError:
+            reason = "unknown to Modal"
+        if reason:
             tag = self._tags[node_id]
             self._ended[node_id] = NodeView(id=node_id, tag=tag, status="gone", reason=reason)
 
