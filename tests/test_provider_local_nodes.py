@@ -252,6 +252,21 @@ def test_a_process_that_always_starts_the_next_one_is_caught(rent):
     assert [] == processes_with(b"MARK_OF=chain")
 
 
+def test_an_end_that_was_cut_off_is_finished_by_the_next(rent, tmp_path):
+    """Between the folder's going and its last file's, another process may be killed."""
+    provider, node = rent()
+    _, other = rent(f"{TAG}.other")
+    root = tmp_path / "local-nodes"
+    start = "MARK_OF=late setsid sleep 1000 >/dev/null 2>&1 </dev/null &"
+    provider.shell(node, 5).run(start, deadline_s=20)
+    (root / TAG).rename(root / f".{TAG}.{'0' * 32}")
+    (root / other.id).rename(root / f".{other.id}.{'0' * 32}")
+    assert [] == provider.list_nodes(10)
+    provider.terminate(TAG, 10)
+    assert [] == processes_with(b"MARK_OF=late")
+    assert [f".{other.id}.{'0' * 32}"] == os.listdir(root)
+
+
 def test_the_same_tag_twice_is_one_node(rent):
     """And what is in it stays."""
     provider, node = rent()

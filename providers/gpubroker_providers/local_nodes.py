@@ -155,16 +155,17 @@ class LocalNodes:
 
     def terminate(self, node_id: str, deadline_s: float) -> None:
         """See Compute. Nothing that it started is left, nor what it wrote at home."""
-        folder = self._root / node_id
-        if not _ID.fullmatch(node_id) or not folder.exists():
+        if not _ID.fullmatch(node_id):
             return
-        clock, mark = self._context.clock, f"{_NODE}={node_id}"
+        clock, mark, folder = self._context.clock, f"{_NODE}={node_id}", self._root / node_id
+        if not folder.exists() and not self._remains(node_id):
+            return
         kill(mark, clock, deadline_s)
-        gone = self._root / f".{node_id}.{uuid4().hex}"
         with suppress(FileNotFoundError):
-            _move(folder, gone)
+            _move(folder, self._root / f".{node_id}.{uuid4().hex}")
         kill(mark, clock, deadline_s)  # what was started before the folder went
-        shutil.rmtree(gone, ignore_errors=True)
+        for gone in self._remains(node_id):
+            shutil.rmtree(gone, ignore_errors=True)
 
     def restart(self, node_id: str, deadline_s: float) -> None:
         """Nothing here is ever stopped."""
@@ -173,6 +174,11 @@ class LocalNodes:
     def shell(self, node: NodeView, deadline_s: float) -> Shell | None:
         """Commands as subprocesses, at the node's home."""
         return LocalShell(self._root / node.id, self._context)
+
+    def _remains(self, node_id: str) -> list[Path]:
+        """What an end, or a create, that was cut off has left of it."""
+        name = re.compile(re.escape(f".{node_id}.") + "[0-9a-f]{32}")
+        return [folder for folder in self._root.glob(".*") if name.fullmatch(folder.name)]
 
     @property
     def _root(self) -> Path:
