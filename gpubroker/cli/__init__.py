@@ -22,6 +22,8 @@ _COMMANDS = {
     "poll": ("gpubroker.cli.poll", "poll_command", "Ask the providers for prices and store them."),
     "providers": ("gpubroker.cli.providers", "providers", "Providers, their state and what is missing."),
     "doctor": ("gpubroker.cli.doctor", "doctor", "Check configuration, credentials, clock and database."),
+    "sweep": ("gpubroker.cli.sweep", "sweep", "Nodes that bill and that nobody wants; --end ends them."),
+    "stop-all": ("gpubroker.cli.sweep", "stop_all", "End everything that bills, now."),
     "import-history": ("gpubroker.cli.history", "import_history", "Import price history files."),
     "demo": ("gpubroker.cli.demo", "demo", "Watch it work, on a cloud on this machine: no account."),
     "testcloud": ("gpubroker.cli.testcloud", "testcloud", "A cloud on this machine for tests and tries."),

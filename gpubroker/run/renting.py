@@ -52,6 +52,11 @@ class Renting:
     def __init__(self, records: Records, computes: Mapping[str, Compute], clock: Clock) -> None:
         self._records, self._computes, self._clock = records, computes, clock
 
+    @property
+    def providers(self) -> list[str]:
+        """Those that can be asked."""
+        return sorted(self._computes)
+
     def rent(self, order: Order, caps: Caps) -> Attempt:
         """Ask for one node. Raises OverBudget before anything is asked, and what the provider raises.
 
@@ -132,6 +137,13 @@ class Renting:
             for node in nodes
             if node.status != "gone" and (name, node.id) not in ids and (name, node.tag) not in tags
         ]
+
+    def forget(self, gone: Iterable[tuple[str, str]], reason: str) -> None:
+        """These nodes (provider, id) were ended by hand: so are their attempts."""
+        ids = set(gone)
+        for attempt in self._records.open_attempts():
+            if (attempt.provider, attempt.node_id) in ids:
+                self._records.ended(attempt, reason)
 
     def sweep(self, strays: Iterable[Stray]) -> list[Stray]:
         """End them; returns those that could not be ended, which may still bill."""

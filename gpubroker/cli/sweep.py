@@ -1,0 +1,141 @@
+"""`gpubroker sweep` and `gpubroker stop-all`: what bills although nobody wants it, and ending everything."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from gpubroker import config
+from gpubroker.cli.options import Lower, format_option
+from gpubroker.cli.render import console, dollars, iso, print_csv, print_json, say, table
+from gpubroker.doors import SystemClock
+from gpubroker.errors import ConfigError
+from gpubroker.prices.market import open_context
+from gpubroker.provider import names
+from gpubroker.run.computes import computes
+from gpubroker.run.records import Records
+from gpubroker.run.renting import Renting, Stray
+
+_CSV = ("provider", "node", "tag", "status", "reason", "usd_per_hour", "created_at", "ended")
+_FAILED = 4
+
+provider_option = click.option(
+    "--provider", "providers", type=Lower(), multiple=True, help="Only this one. Repeat for several."
+)
+
+
+@click.command(
+    context_settings={"max_content_width": 100},
+    epilog="""\b
+Examples:
+  gpubroker sweep
+  gpubroker sweep --end
+  gpubroker sweep --format json""",
+)
+@provider_option
+@click.option("--end", "is_ending", is_flag=True, help="End them, rather than only list them.")
+@format_option("table", "json", "csv")
+def sweep(*, providers: tuple[str, ...], is_ending: bool, output: str) -> None:
+    """Nodes with gpubroker's tag that bill and that no running job knows: leaked, whoever leaked them.
+
+    Looks at every vendor that you have an account with, in AWS's case in the regions of your config. Run it
+    from cron with --end. Exits with 4 when a vendor did not answer or would not end a node.
+    """
+    with _renting(providers) as (renting, problems):
+        listed, silent = renting.list_all(renting.providers)
+        renting.settle_doubts(listed)
+        found = renting.strays(listed)
+        left = renting.sweep(found) if is_ending else []
+    ended = {id(stray) for stray in found if is_ending} - {id(stray) for stray in left}
+    _print(found, ended, {**problems, **silent}, output, is_ending=is_ending)
+    if silent or left:
+        raise click.exceptions.Exit(_FAILED)
+
+
+@click.command(
+    name="stop-all", context_settings={"max_content_width": 100}, epilog="Example: gpubroker stop-all --yes"
+)
+@provider_option
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@format_option("table", "json", "csv")
+def stop_all(*, providers: tuple[str, ...], yes: bool, output: str) -> None:
+    """End everything with gpubroker's tag that bills, now: nodes of running jobs, and leaked ones.
+
+    Exits with 4 when something may still bill.
+    """
+    with _renting(providers) as (renting, problems):
+        listed, silent = renting.list_all(renting.providers)
+        found = [
+            Stray(provider=name, node=node)
+            for name, nodes in listed.items()
+            for node in nodes
+            if node.status != "gone"
+        ]
+        if found and not yes:
+            click.confirm(f"End {len(found)} node{'s' * (len(found) != 1)} now?", abort=True, err=True)
+        left = renting.sweep(found)
+        gone = {(s.provider, s.node.id) for s in found} - {(s.provider, s.node.id) for s in left}
+        renting.forget(gone, "stop-all")
+    ended = {id(stray) for stray in found} - {id(stray) for stray in left}
+    _print(found, ended, {**problems, **silent}, output, is_ending=True)
+    if silent or left:
+        raise click.exceptions.Exit(_FAILED)
+
+
+@contextmanager
+def _renting(providers: tuple[str, ...]) -> Iterator[tuple[Renting, dict[str, str]]]:
+    """Over all providers with an account; of those that were named, why one is not among them."""
+    known = names()
+    for name in providers:
+        if name not in known:
+            raise ConfigError(f"no provider is called {name!r}; installed: {', '.join(known)}")
+    clock = SystemClock()
+    with open_context(config.load(), os.environ, clock) as (store, context):
+        found, without = computes(context, providers or None)
+        told = {name: reason for name, reason in without.items() if name in providers}
+        yield Renting(Records(store.database, clock), found, clock), told
+
+
+def _print(
+    found: list[Stray], ended: set[int], problems: Mapping[str, str], output: str, *, is_ending: bool
+) -> None:
+    rows = [_record(stray, id(stray) in ended) for stray in found]
+    if output == "json":
+        told = [{"provider": name, "reason": reason} for name, reason in problems.items()]
+        print_json({"nodes": rows, "problems": told})
+        return
+    if output == "csv":
+        print_csv(_CSV, ([row[name] for name in _CSV] for row in rows))
+    elif not found:
+        say("Nothing bills that nobody wants." if not is_ending else "Nothing was left to end.")
+    else:
+        made = table("provider", "node", "tag", "status", "$/h", "since", "", right=("$/h",))
+        for stray in found:
+            node = stray.node
+            rate = "?" if node.usd_per_hour is None else dollars(node.usd_per_hour)
+            state = "ended" if id(stray) in ended else "NOT ENDED" if is_ending else "bills"
+            since = iso(node.created_at) or "?"
+            made.add_row(stray.provider, node.id, node.tag, node.status, rate, since, state)
+        console().print(made)
+        if not is_ending:
+            say("gpubroker sweep --end ends them.")
+    for name, reason in problems.items():
+        say(f"{name}: {reason}")
+
+
+def _record(stray: Stray, is_ended: bool) -> dict[str, Any]:
+    node = stray.node
+    return {
+        "provider": stray.provider,
+        "node": node.id,
+        "tag": node.tag,
+        "status": node.status,
+        "reason": node.reason,
+        "usd_per_hour": None if node.usd_per_hour is None else f"{node.usd_per_hour:f}",
+        "created_at": iso(node.created_at),
+        "ended": is_ended,
+    }

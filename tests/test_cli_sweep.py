@@ -1,0 +1,107 @@
+"""Finding and ending what bills although nobody wants it, over the vendors' own APIs on loopback."""
+
+import json
+import os
+from decimal import Decimal
+
+import pytest
+
+pytest.importorskip("aiohttp", reason="needs the extra [testcloud]")
+
+from gpubroker import config
+from gpubroker.cli import main
+from gpubroker.doors import SystemClock
+from gpubroker.model import OfferQuery
+from gpubroker.prices.market import open_context
+from gpubroker.provider import NodeSpec
+from gpubroker.run.computes import computes
+from gpubroker.run.records import Caps, Records
+from gpubroker.run.renting import Order, Renting
+from gpubroker.run.shell import make_key
+
+VENDORS = ("vast", "runpod", "lambda")
+PUBLIC = make_key()[1]
+
+
+@pytest.fixture
+def cloud(testcloud, monkeypatch, tmp_path):
+    """The environment of a user whose vendors are all on loopback."""
+    for name in [name for name in os.environ if name.startswith(("AWS_", "MODAL_", "GPUBROKER_"))]:
+        monkeypatch.delenv(name)
+    for name, value in testcloud.env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("GPUBROKER_DB_URL", f"sqlite:///{tmp_path}/prices.db")
+    monkeypatch.setenv("GPUBROKER_DISABLED_PROVIDERS", "aws,modal,local")
+    return testcloud
+
+
+def rented(vendors):
+    """A node of each vendor for one job."""
+    with open_context(config.load(), os.environ, SystemClock()) as (store, context):
+        found, _ = computes(context, vendors)
+        records = Records(store.database, SystemClock())
+        renting = Renting(records, found, SystemClock())
+        job = records.add_job("job", "{}")
+        attempts = []
+        for name in vendors:
+            offers = found[name].offers(OfferQuery(markets=frozenset({"on_demand"})), 30.0).offers
+            for offer in sorted((o for o in offers if o.stock != "none"), key=lambda o: o.usd_per_hour):
+                order = Order(
+                    job_id=job,
+                    offer=offer,
+                    spec=NodeSpec(image="", disk_gb=10, ssh_public_key=PUBLIC),
+                    usd_per_hour=offer.usd_per_hour,
+                    bid_usd_per_hour=None,
+                )
+                attempts.append(renting.rent(order, Caps(usd_per_day=Decimal(1000))))
+                break
+        return attempts
+
+
+def run(capsys, *words):
+    code = main([*words, "--format", "json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def billing(cloud):
+    return sorted(node["vendor"] for node in cloud.nodes() if node["state"] not in ("ended", "gone"))
+
+
+def test_a_running_jobs_nodes_are_left_alone_and_leaked_ones_are_ended(cloud, capsys):
+    """Three vendors; the attempt of one is forgotten, as a crash or a bug would."""
+    attempts = rented(VENDORS)
+    assert sorted(VENDORS) == billing(cloud)
+    code, found = run(capsys, "sweep")
+    assert (0, []) == (code, found["nodes"])
+    with open_context(config.load(), os.environ, SystemClock()) as (store, _):
+        Records(store.database, SystemClock()).ended(attempts[1], "forgotten")
+    code, found = run(capsys, "sweep")
+    assert (0, [("runpod", False)]) == (code, [(n["provider"], n["ended"]) for n in found["nodes"]])
+    code, found = run(capsys, "sweep", "--end")
+    assert (0, [("runpod", True)]) == (code, [(n["provider"], n["ended"]) for n in found["nodes"]])
+    assert ["lambda", "vast"] == billing(cloud)
+
+
+def test_stop_all_ends_everything_and_its_attempts(cloud, capsys):
+    """What runs, too; a second time there is nothing."""
+    rented(VENDORS)
+    code, found = run(capsys, "stop-all", "--yes")
+    assert (0, 3) == (code, sum(node["ended"] for node in found["nodes"]))
+    assert [] == billing(cloud)
+    with open_context(config.load(), os.environ, SystemClock()) as (store, _):
+        assert [] == Records(store.database, SystemClock()).open_attempts()
+    code, found = run(capsys, "stop-all", "--yes")
+    assert (0, []) == (code, found["nodes"])
+
+
+def test_a_vendor_that_does_not_answer_is_told_with_exit_4(cloud, capsys, monkeypatch):
+    """The others are looked at all the same."""
+    monkeypatch.setenv("GPUBROKER_RUNPOD_URL", "http://127.0.0.1:9")
+    code, found = run(capsys, "sweep")
+    assert (4, ["runpod"]) == (code, [problem["provider"] for problem in found["problems"]])
+
+
+def test_a_provider_nobody_knows_is_exit_2(cloud, capsys):
+    """One sentence."""
+    assert 2 == main(["sweep", "--provider", "acme"])
+    assert "no provider is called 'acme'" in capsys.readouterr().err
