@@ -22,8 +22,10 @@ looks ahead over the longest gap that it has met, at least the job's step.
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import floor, inf, isfinite
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -73,10 +75,8 @@ class Adaptive:
         """See Policy."""
         self._watch(obs)
         answer = self._best(obs)
-        if obs.state != "none" and answer == "none":
+        if answer == "none" and obs.state != "none":
             self._saving_h = self._owed_h(obs)
-        elif answer != "none":
-            self._saving_h = 0.0
         return answer
 
     def state(self) -> dict[str, Any]:
@@ -113,10 +113,13 @@ class Adaptive:
             zone.see(obs.zone_available[index], hours)
             if isfinite(obs.zone_price[index]):
                 self._prices[index] = obs.zone_price[index]
-        self._market.see(any(obs.zone_available), hours)
+        is_known = None not in obs.zone_available
+        self._market.see(True if any(obs.zone_available) else False if is_known else None, hours)
         self._has_choice = sum(is_up is True for is_up in obs.zone_available) > 1
         self._choice_h += hours * self._has_choice
         self._history_h += hours
+        if obs.state != "none" or obs.preempted:
+            self._saving_h = 0.0  # a launch has paid it
 
     def _best(self, obs: Observation) -> Answer:
         """The cheapest of what the net allows; on-demand when it allows nothing."""
@@ -124,14 +127,35 @@ class Adaptive:
         if not ways.can_finish:
             is_faster = obs.state == "spot" and obs.delay_left_h < self._job.restart_delay_h
             return "spot" if is_faster else "on_demand"
+        likely = self._regimes()
         there = [index for index, is_up in enumerate(obs.zone_available) if is_up]
-        beliefs = {index: self._belief(index) for index in there}
-        cost, zone = min(((ways.spot(index, beliefs[index]), index) for index in there), default=(inf, -1))
-        belief = beliefs[zone] if there else self._belief_in_none()
+        spots = self._spots(ways, likely, {index: self._zones[index].phase for index in there})
+        if spots:
+            cost, zone, belief = min(spots, key=itemgetter(0))
+        else:
+            cost, zone, belief = inf, -1, self._belief(min(self._prices), self._market.phase, likely)
         rent, wait = ways.on_demand(belief), ways.wait(belief)
         if cost < inf and cost <= min(rent, wait) + _EPSILON:
             return ("spot", zone)
-        return "none" if wait < rent - _EPSILON else "on_demand"
+        if rent <= wait + _EPSILON:
+            return "on_demand"
+        return self._trial(obs, ways, likely, wait) or "none"
+
+    def _spots(
+        self, ways: _Ways, likely: Floats, phases: Mapping[int, int]
+    ) -> list[tuple[float, int, _Belief]]:
+        """Cost, zone and what is believed of it, of spot in each of these zones."""
+        beliefs = {index: self._belief(self._prices[index], phase, likely) for index, phase in phases.items()}
+        return [(ways.spot(index, belief), index, belief) for index, belief in beliefs.items()]
+
+    def _trial(self, obs: Observation, ways: _Ways, likely: Floats, wait: float) -> Answer | None:
+        """The best zone that nobody knows, as if its spell began: asking in vain costs what waiting costs."""
+        if obs.state != "none":
+            return None
+        unknown = [index for index, is_up in enumerate(obs.zone_available) if is_up is None]
+        spots = self._spots(ways, likely, dict.fromkeys(unknown, 0))
+        cost, zone, _ = min(spots, key=itemgetter(0), default=(inf, -1, None))
+        return ("spot", zone) if cost <= wait else None
 
     def _ways(self, obs: Observation) -> _Ways:
         # A last step that the deadline cuts short may not be there to work in.
@@ -153,21 +177,19 @@ class Adaptive:
             return self._saving_h
         return self._terms.save_h if obs.unsaved_h > 0 else 0.0
 
-    def _belief(self, index: int) -> _Belief:
-        """Of a zone that is up."""
-        zone = self._zones[index]
-        return self._weighed(zone.factors(UP), self._prices[index], zone.phase)
+    def _regimes(self) -> Floats:
+        """How likely each regime is.
 
-    def _belief_in_none(self) -> _Belief:
-        """Of whichever zone comes back."""
-        factors = np.mean([zone.factors(UP) for zone in self._zones], axis=0)
-        return self._weighed(factors, min(self._prices), self._market.phase)
+        The factors are those of all zones together: one zone's own, learned from few spells, would only
+        make the job jump from zone to zone.
+        """
+        up_factors = np.mean([zone.factors(UP) for zone in self._zones], axis=0)
+        choice = (_PRESENT_H * self._has_choice + self._choice_h) / (_PRESENT_H + self._history_h)
+        return weights(up_factors, self._market.factors(DOWN), choice, has_zones=self._terms.has_zones)
 
-    def _weighed(self, up_factors: Floats, price: float, phase: int) -> _Belief:
-        chance = (_PRESENT_H * self._has_choice + self._choice_h) / (_PRESENT_H + self._history_h)
-        likely = weights(up_factors, self._market.factors(DOWN), chance, has_zones=self._terms.has_zones)
+    def _belief(self, usd_per_hour: float, phase: int, likely: Floats) -> _Belief:
         return _Belief(
-            price=price / self._job.on_demand_price,
+            price=usd_per_hour / self._job.on_demand_price,
             phase=phase,
             regimes=likely,
             ends=1 - np.exp(-self._hazards[phase] * self._gap_h),

@@ -28,7 +28,16 @@ from math import ceil
 import numpy as np
 from numpy.typing import NDArray
 
-from gpubroker.policy.spells import DOWN_PER_HOUR, FACTORS, STAGE_H, STAGES, UP_PER_HOUR, Floats
+from gpubroker.policy.spells import (
+    DOWN_PER_HOUR,
+    FACTOR_PRIOR,
+    FACTORS,
+    MEMORY_H,
+    STAGE_H,
+    STAGES,
+    UP_PER_HOUR,
+    Floats,
+)
 
 Table = NDArray[np.float32]
 
@@ -159,8 +168,9 @@ def _solve(terms: Terms, slack: NDArray[np.float64], dt: float) -> Table:
     steps = ceil(terms.deadline_h / dt - _EPSILON)
     count = len(cover_of(terms.has_zones))
     table = np.zeros((steps + 1, 3, len(slack), 2 * STAGES, len(PRICES), count), np.float32)
+    change = _changes(dt, terms.has_zones).T.astype(np.float32)
     for n in range(1, steps + 1):
-        none, on_demand, spot = table[n - 1]
+        none, on_demand, spot = table[n - 1] @ change
         idle, rented = chances.next(none), chances.next(on_demand)
         lives, dies = chances.on_spot(spot, none)
 
@@ -208,6 +218,13 @@ def _lowered(slack: NDArray[np.float64], by_h: float) -> Callable[[Table], Table
         return np.asarray(moved)
 
     return lower
+
+
+def _changes(dt: float, has_zones: bool) -> Floats:
+    """[regime before, regime after a time step]: factors are drawn anew every MEMORY_H; cover stays."""
+    share = 1 - np.exp(-dt / MEMORY_H)
+    factor = (1 - share) * np.eye(len(FACTORS)) + share * np.array(FACTOR_PRIOR)
+    return np.asarray(np.kron(np.kron(factor, factor), np.eye(len(COVERS) if has_zones else 1)))
 
 
 class _Chances:

@@ -14,6 +14,7 @@ spacing of the observations.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import exp
 from typing import Any
 
 import numpy as np
@@ -30,8 +31,10 @@ DOWN_PER_HOUR = (1.64, 0.31, 0.10)
 
 # Factors on the pooled hazards that are told apart, and how likely each is before anything is seen.
 UP, DOWN = range(2)
-FACTORS = (0.4, 1.0, 2.5)
-FACTOR_PRIOR = (0.25, 0.5, 0.25)
+FACTORS = (0.3, 1.0, 3.0)
+FACTOR_PRIOR = (0.15, 0.7, 0.15)
+# What was seen this long ago counts e times less: neither markets nor factors last.
+MEMORY_H = 12.0
 
 
 def stage(age_h: float) -> int:
@@ -55,7 +58,7 @@ class Spells:
     is_up: bool | None = None
     age_h: float | None = None
     unseen_h: float = 0.0  # since the last sight
-    ends: tuple[int, int] = (0, 0)  # of spells up, down
+    ends: tuple[float, float] = (0.0, 0.0)  # of spells up, down
     expected: tuple[float, float] = (0.0, 0.0)  # ends, by the pooled hazards
 
     @property
@@ -82,7 +85,8 @@ class Spells:
         kind = UP if self.is_up else DOWN
         pooled = UP_PER_HOUR if self.is_up else DOWN_PER_HOUR
         expected = pooled[self.phase % STAGES] * self.unseen_h
-        ends, hopes = list(self.ends), list(self.expected)
+        kept = exp(-self.unseen_h / MEMORY_H)
+        ends, hopes = [kept * count for count in self.ends], [kept * count for count in self.expected]
         ends[kind] += has_ended
         hopes[kind] += expected
         self.ends, self.expected = (ends[0], ends[1]), (hopes[0], hopes[1])
