@@ -8,18 +8,24 @@ from collections.abc import Callable
 
 import click
 
+from benchmarks.agent_idle import agent_idle
 from benchmarks.backtest_greedy import backtest_greedy
+from benchmarks.checkpoint_publish import checkpoint_publish
 from benchmarks.harness import Result
 from benchmarks.plan_coverage import plan_coverage
 from benchmarks.plan_rank import plan_rank
+from benchmarks.policy_adaptive import policy_adaptive
 from benchmarks.quote_cold import quote_cold
 from benchmarks.store_poll import store_poll
 from benchmarks.testcloud_nodes import testcloud_nodes
 
 BENCHMARKS: dict[str, Callable[[bool], Result]] = {
+    "agent-idle": agent_idle,
     "backtest-greedy": backtest_greedy,
+    "checkpoint-publish": checkpoint_publish,
     "plan-coverage": plan_coverage,
     "plan-rank": plan_rank,
+    "policy-adaptive": policy_adaptive,
     "quote-cold": quote_cold,
     "store-poll": store_poll,
     "testcloud-nodes": testcloud_nodes,

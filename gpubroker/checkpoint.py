@@ -302,9 +302,8 @@ def _read(path: str) -> dict[str, Any]:
 def _read_plan() -> dict[str, Any]:
     """What is wrong in it is as if it were not there: a job does not fail for its plan."""
     plan: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError), open(
-        os.environ["GPUBROKER_PLAN_FILE"], encoding="utf-8"
-    ) as file:
+    path = os.environ.get("GPUBROKER_PLAN_FILE", "")
+    with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
         plan = json.load(file)
     with contextlib.suppress(KeyError, ValueError):
         plan["interval_s"] = float(os.environ["GPUBROKER_CHECKPOINT_EVERY_S"])

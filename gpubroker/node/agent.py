@@ -267,6 +267,7 @@ class Agent:
         env = {"GPUBROKER_RESUME_FROM": path} if path else {}
         self._record = self._keeper.go(env) if self._keeper else None
         self._state = "running"
+        self._beat()
 
     # The loop
 

@@ -17,7 +17,10 @@ import threading
 from pathlib import Path
 from typing import BinaryIO, Iterator, Protocol
 
-CHUNK_BYTES = 4 << 20
+CHUNK_BYTES = 1 << 20
+_BUFFERS = 16
+_SYNC_BYTES = 32 << 20
+_sync_data = getattr(os, "fdatasync", os.fsync)
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 
 
@@ -127,9 +130,7 @@ class FolderStore:
         with _store_errors():
             target.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "rb", buffering=0) as source, open(str(target), "wb", buffering=0) as copy:
-                done = copy_hashed(source, copy)
-                os.fsync(copy.fileno())
-        return done
+                return copy_hashed(source, copy)
 
     def download(self, key: str, path: str | None) -> str:
         """See Store."""
@@ -137,9 +138,7 @@ class FolderStore:
             if path is None:
                 return copy_hashed(source, None)[0]
             with open(path, "wb", buffering=0) as copy:
-                digest = copy_hashed(source, copy)[0]
-                os.fsync(copy.fileno())
-        return digest
+                return copy_hashed(source, copy)[0]
 
     def delete(self, key: str) -> None:
         """See Store. Folders that it leaves empty go too."""
@@ -170,61 +169,79 @@ class FolderStore:
 
 
 def copy_hashed(source: BinaryIO, copy: BinaryIO | None) -> tuple[str, int]:
-    """(SHA-256, bytes) of what is read; written to `copy` meanwhile, by a second thread.
+    """(SHA-256, bytes) of what is read; written to `copy` meanwhile, by a second thread, and synced.
 
     Hashing and writing both let go of the interpreter, so the slower of the two is what it takes.
     """
     digest, size = hashlib.sha256(), 0
-    if copy is None:
-        for chunk in _chunks(source):
-            digest.update(chunk)
-            size += len(chunk)
-        return digest.hexdigest(), size
-    writer = _Writer(copy)
+    writer = None if copy is None else _Writer(copy.fileno())
+    spare = memoryview(bytearray(CHUNK_BYTES))
     try:
-        for chunk in _chunks(source):
-            writer.put(chunk)
-            digest.update(chunk)
-            size += len(chunk)
+        while True:
+            buffer = spare if writer is None else writer.buffers.get()
+            count = source.readinto(buffer)  # type: ignore[attr-defined]
+            if not count:
+                break
+            if writer is not None:
+                writer.put(buffer, count)
+            digest.update(buffer[:count])
+            size += count
     finally:
-        writer.close()
-    if writer.error is not None:
+        if writer is not None:
+            writer.close()
+    if writer is not None and writer.error is not None:
         raise writer.error
     return digest.hexdigest(), size
 
 
 class _Writer:
-    """Writes in a thread, at most four chunks behind."""
+    """Writes in a thread, and syncs now and then, so that little is left to be synced at the end.
 
-    def __init__(self, copy: BinaryIO) -> None:
-        self.error: BaseException | None = None
-        self._copy = copy
-        self._todo: queue.Queue[bytes | None] = queue.Queue(maxsize=4)
+    A buffer comes back when it is written; who reads and hashes takes it again only when done with it.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self.error: OSError | None = None
+        self.buffers: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
+        for _ in range(_BUFFERS):
+            self.buffers.put(memoryview(bytearray(CHUNK_BYTES)))
+        self._fd = fd
+        self._todo: queue.SimpleQueue[tuple[memoryview, int] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
-    def put(self, chunk: bytes) -> None:
-        self._todo.put(chunk)
+    def put(self, buffer: memoryview, count: int) -> None:
+        """Raises what an earlier write did."""
         if self.error is not None:
             raise self.error
+        self._todo.put((buffer, count))
 
     def close(self) -> None:
+        """All is written, and synced, or there is an error."""
         self._todo.put(None)
         self._thread.join()
 
     def _work(self) -> None:
+        unsynced = 0
         while True:
-            chunk = self._todo.get()
-            if chunk is None:
+            todo = self._todo.get()
+            try:
+                if todo is None:
+                    os.fsync(self._fd)
+                elif unsynced >= _SYNC_BYTES:
+                    _sync_data(self._fd)
+                    unsynced = 0
+                if todo is not None and self.error is None:
+                    write_whole(self._fd, todo[0][: todo[1]])
+                    unsynced += todo[1]
+            except OSError as error:
+                self.error = error
+            if todo is None:
                 return
-            if self.error is None:
-                try:
-                    write_whole(self._copy.fileno(), chunk)
-                except BaseException as error:
-                    self.error = error
+            self.buffers.put(todo[0])
 
 
-def write_whole(fd: int, data: bytes) -> None:
+def write_whole(fd: int, data: bytes | memoryview) -> None:
     """All of it: one write may take less."""
     left = memoryview(data)
     while left:
@@ -270,14 +287,6 @@ def _write_beside(path: Path, data: bytes, mode: int = 0o644, *, sync: bool = Tr
     finally:
         os.close(fd)
     return written
-
-
-def _chunks(source: BinaryIO) -> Iterator[bytes]:
-    while True:
-        chunk = source.read(CHUNK_BYTES)
-        if not chunk:
-            return
-        yield chunk
 
 
 @contextlib.contextmanager

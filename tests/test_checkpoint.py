@@ -1,0 +1,282 @@
+"""Saving and loading in a training loop: whole, asynchronous, at the interval that costs least."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpubroker import checkpoint
+from gpubroker.checkpoint import Checkpointer, best_interval_s
+from gpubroker.node.bundle import NAME, bundle
+from gpubroker.node.watch import Scanner
+from gpubroker.plan.preempt import best_interval_h
+
+
+class HandClock:
+    """Moves when it is told to."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture(autouse=True)
+def _no_plan(monkeypatch) -> None:
+    for name in ("GPUBROKER_PLAN_FILE", "GPUBROKER_CHECKPOINT_EVERY_S", "GPUBROKER_RESUME_FROM"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_a_state_comes_back_with_the_random_numbers_that_were_next(tmp_path: Path) -> None:
+    """Whatever it is made of."""
+    saver = Checkpointer(str(tmp_path / "saves"))
+    state = {"weights": bytearray(b"abc"), "position": 7, "list": [1, (2, {"x"})], "name": None}
+    saver.save(state, 12)
+    following = [random.random() for _ in range(3)]
+    saver.wait()
+    random.seed(0)
+    assert state == Checkpointer(str(tmp_path / "saves")).load_latest()
+    assert following == [random.random() for _ in range(3)]
+
+
+def test_nothing_saved_is_none(tmp_path: Path) -> None:
+    """The first attempt begins at the beginning."""
+    assert None is Checkpointer(str(tmp_path / "none")).load_latest()
+
+
+def test_training_may_go_on_changing_what_is_being_saved(tmp_path: Path) -> None:
+    """The copy is made before save returns."""
+    saver = Checkpointer(str(tmp_path))
+    state = {"weights": bytearray(b"before"), "steps": [1]}
+    saver.save(state, 1)
+    state["weights"][:] = b"after!"
+    state["steps"].append(2)
+    saver.wait()
+    assert {"weights": bytearray(b"before"), "steps": [1]} == Checkpointer(str(tmp_path)).load_latest()
+
+
+def test_only_the_copy_stops_training(tmp_path: Path, monkeypatch) -> None:
+    """save returns while the file is still being written; the next one waits for it."""
+    may_write, order = threading.Event(), []
+    real = checkpoint._store
+
+    def slow(held, path):
+        may_write.wait()
+        order.append(held["step"])
+        real(held, path)
+
+    monkeypatch.setattr(checkpoint, "_store", slow)
+    saver = Checkpointer(str(tmp_path))
+    saver.save({"a": 1}, 1)
+    assert [] == os.listdir(tmp_path) or [] == order
+    may_write.set()
+    saver.save({"a": 2}, 2)
+    saver.wait()
+    assert [1, 2] == order
+    assert {"a": 2} == Checkpointer(str(tmp_path)).load_latest()
+
+
+def test_a_save_that_failed_is_raised_at_the_next_call(tmp_path: Path) -> None:
+    """Training finds out; nothing half written stays, and the one before is still there."""
+    saver = Checkpointer(str(tmp_path))
+    saver.save({"a": 1}, 1)
+    saver.wait()
+    saver.save({"a": lambda: None}, 2)  # cannot be pickled
+    with pytest.raises(Exception, match="pickle"):
+        saver.wait()
+    assert ["step-1"] == os.listdir(tmp_path)
+    saver.save({"a": 3}, 3)
+    saver.wait()
+    assert {"a": 3} == saver.load_latest()
+
+
+def test_two_steps_are_kept_and_leftovers_go(tmp_path: Path) -> None:
+    """Of saves that were killed."""
+    (tmp_path / ".step-1.4711.tmp").mkdir()
+    (tmp_path / "step-best").mkdir()
+    saver = Checkpointer(str(tmp_path))
+    for step in (1, 2, 3, 4):
+        saver.save(step, step, wait=True)
+    assert ["step-3", "step-4", "step-best"] == sorted(os.listdir(tmp_path))
+
+
+def test_a_save_is_finished_for_the_agent_at_once(tmp_path: Path) -> None:
+    """It has the marker, so nobody waits for it to rest."""
+    Checkpointer(str(tmp_path)).save(1, 5, wait=True)
+    assert ["step-5"] == [name for name, _ in Scanner(str(tmp_path), 1e9, {}).finished(0.0)]
+
+
+def test_the_newest_is_the_highest_step_that_is_whole(tmp_path: Path, monkeypatch) -> None:
+    """Unless the agent has brought another one."""
+    saver = Checkpointer(str(tmp_path))
+    for step in (9, 10):
+        saver.save(step, step, wait=True)
+    assert 10 == saver.load_latest()
+    (tmp_path / "step-10" / checkpoint.MARKER).unlink()
+    assert 9 == saver.load_latest()
+    monkeypatch.setenv("GPUBROKER_RESUME_FROM", str(tmp_path / "step-10"))
+    assert 10 == saver.load_latest()
+
+
+# When to save
+
+
+def test_the_interval_is_five_minutes_until_a_save_is_measured(tmp_path: Path) -> None:
+    """Then the best for its cost, and never more than 15 minutes."""
+    clock = HandClock()
+    saver = Checkpointer(str(tmp_path), clock=clock)
+    clock.now_s = 299.9
+    assert not saver.should_save()
+    clock.now_s = 300.0
+    assert saver.should_save()
+    saver.save(1, 1, wait=True)
+    assert not saver.should_save()
+    assert 900.0 == saver.interval_s  # no preemptions are known of
+
+
+@pytest.mark.parametrize(
+    ("plan", "pause_s", "expected_s"),
+    [
+        pytest.param({"hazard_per_hour": 1.0}, 2.0, best_interval_h(1.0, 2 / 3600) * 3600, id="re-tuned"),
+        pytest.param({"hazard_per_hour": 0.001}, 60.0, 900.0, id="the most"),
+        pytest.param({"hazard_per_hour": 0.001, "longest_s": 5000}, 60.0, 5000.0, id="the user's most"),
+        pytest.param({"interval_s": 7200}, 60.0, 7200.0, id="the user's word"),
+        pytest.param({"hazard_per_hour": 60.0}, 0.0, 10.0, id="never sooner than it is written"),
+    ],
+)
+def test_the_interval_follows_what_a_save_costs(
+    tmp_path: Path, monkeypatch, plan, pause_s: float, expected_s: float
+) -> None:
+    """By the plan's file."""
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(plan))
+    monkeypatch.setenv("GPUBROKER_PLAN_FILE", str(path))
+    saver = Checkpointer(str(tmp_path))
+    saver.pause_s, saver.write_s = pause_s, 10.0
+    assert expected_s == pytest.approx(saver.interval_s, rel=1e-9)
+
+
+def test_the_users_word_may_come_by_the_environment(tmp_path: Path, monkeypatch) -> None:
+    """And a plan that cannot be read stops no job."""
+    (tmp_path / "plan.json").write_text("{")
+    monkeypatch.setenv("GPUBROKER_PLAN_FILE", str(tmp_path / "plan.json"))
+    assert 300.0 == Checkpointer(str(tmp_path)).interval_s
+    monkeypatch.setenv("GPUBROKER_CHECKPOINT_EVERY_S", "30")
+    assert 30.0 == Checkpointer(str(tmp_path)).interval_s
+
+
+@given(hazard=st.floats(1e-4, 1e3), save_h=st.floats(1e-9, 10.0))
+def test_the_interval_is_the_planners(hazard: float, save_h: float) -> None:
+    """The same closed form, without its library."""
+    if save_h * hazard > 20:
+        return
+    assert best_interval_h(hazard, save_h) == pytest.approx(best_interval_s(hazard, save_h), rel=1e-6)
+
+
+def test_no_hazard_is_never_and_no_cost_is_always() -> None:
+    """The ends of the closed form."""
+    assert (float("inf"), 0.0) == (best_interval_s(0.0, 5.0), best_interval_s(1.0, 0.0))
+
+
+_LOOP = """
+import os, sys, time
+from gpubroker import checkpoint
+start = checkpoint.load_latest() or {"step": 0}
+open("ready", "w").close()
+step = start["step"]
+while True:
+    step += 1
+    time.sleep(0.005)
+    if checkpoint.should_save():
+        checkpoint.save({"step": step}, step)
+        checkpoint.wait()
+        sys.exit(0)
+"""
+
+
+def test_a_job_saves_when_the_agent_asks(tmp_path: Path) -> None:
+    """The signal has a handler from the first call on; all that is needed is the one file on PYTHONPATH."""
+    (tmp_path / NAME).write_bytes(bundle())
+    environment = {
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": str(tmp_path / NAME),
+        "GPUBROKER_CHECKPOINT_DIR": str(tmp_path / "saves"),
+    }
+    job = subprocess.Popen([sys.executable, "-S", "-c", _LOOP], cwd=tmp_path, env=environment)
+    try:
+        while not (tmp_path / "ready").exists():
+            assert None is job.poll()
+        job.send_signal(signal.SIGUSR1)
+        assert 0 == job.wait(timeout=20)
+    finally:
+        job.kill()
+        job.wait()
+    state = Checkpointer(str(tmp_path / "saves")).load_latest()
+    assert [f"step-{state['step']}"] == os.listdir(tmp_path / "saves")
+
+
+# With torch
+
+
+_TORCH = """
+import random, sys
+import numpy, torch
+sys.path.insert(0, sys.argv[2])
+from gpubroker.checkpoint import Checkpointer
+
+def train(folder, until, start=None):
+    torch.manual_seed(3); numpy.random.seed(3); random.seed(3)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 1))
+    model[0].bias.data = model[0].bias.data.to(torch.float32)
+    optimizer = torch.optim.Adam(model.parameters())
+    saver = Checkpointer(folder)
+    state, first = saver.load_latest(), 0
+    if state is not None:
+        model.load_state_dict(state["model"]); optimizer.load_state_dict(state["optimizer"])
+        first = state["step"] + 1
+    for step in range(first, until):
+        x = torch.randn(16, 4) + float(numpy.random.rand()) + random.random()
+        loss = model(x).square().mean()
+        optimizer.zero_grad(); loss.backward(); optimizer.step()
+        saver.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, step)
+    saver.wait()
+    return [p.detach().clone() for p in model.parameters()]
+
+whole = train(sys.argv[1] + "/whole", 12)
+train(sys.argv[1] + "/parts", 5)
+again = train(sys.argv[1] + "/parts", 12)
+assert all(torch.equal(a, b) for a, b in zip(whole, again))
+print("equal")
+"""
+
+
+def _python_with_torch() -> str | None:
+    """This one, or the one that TORCH_PYTHON names."""
+    for python in filter(None, (os.environ.get("TORCH_PYTHON"), sys.executable)):
+        look = subprocess.run([python, "-c", "import torch, numpy"], capture_output=True, check=False)
+        if look.returncode == 0:
+            return python
+    return None
+
+
+def test_a_torch_training_resumes_bit_for_bit(tmp_path: Path) -> None:
+    """Weights, optimizer, dropout's and the data's random numbers."""
+    python = _python_with_torch()
+    if python is None:
+        pytest.skip("torch is not installed here, nor named by TORCH_PYTHON")
+    root = str(Path(__file__).resolve().parents[1])
+    done = subprocess.run(
+        [python, "-c", _TORCH, str(tmp_path), root], capture_output=True, text=True, check=False
+    )
+    assert ("equal\n", 0) == (done.stdout, done.returncode), done.stderr
