@@ -5,7 +5,7 @@ list_nodes -> Sandbox.list of the app; tags of those not seen before
 shell      -> Sandbox.exec -> real streams and exit statuses; files as a tar
 
 A name is unique among an app's running sandboxes, which makes the tag the idempotency key. Sandbox.create
-waits up to 21 minutes for a GPU: ours has the caller's deadline, and what was queued then is looked up by
+waits up to 21 minutes for a GPU: ours has the caller's deadline, and what is queued then is looked up by
 its name and ended, since it could start later without an owner.
 
 The SDK lists running sandboxes alone. One that this process has seen and that is no longer listed is asked
@@ -142,11 +142,8 @@ class ModalNodes:
         left_s = end_s - clock.monotonic_s() - _LOOKUP_S
         if left_s <= 0:
             raise Transient(NAME, "Sandbox.create", "the deadline came before the launch")
-        try:
-            launch = partial(_launch, app=app, image=image, volumes=volumes, **wish)
-            return self._sdk.ask(launch, left_s, partial(launch_error, tag))
-        except LaunchUncertain as error:
-            return self._settled(tag, error)
+        launch = partial(_launch, left_s, app=app, image=image, volumes=volumes, **wish)
+        return self._sdk.ask(launch, left_s + _LOOKUP_S, partial(launch_error, tag))
 
     def list_nodes(self, deadline_s: float) -> list[NodeView]:
         """See Compute. Beside one listing a call for each sandbox that is new to this process, or ended."""
@@ -163,21 +160,6 @@ class ModalNodes:
     def shell(self, node: NodeView, deadline_s: float) -> Shell | None:
         """Commands by Sandbox.exec. Nothing is asked before the first one."""
         return ModalShell(self._sdk, node.id)
-
-    def _settled(self, tag: str, error: LaunchUncertain) -> str:
-        """What became of a create in doubt: its sandbox's id. Raises NoCapacity, or the doubt."""
-        is_ours = "AlreadyExistsError" in kinds(error.__cause__)
-        try:
-            found = self._sdk.ask(
-                partial(_by_name, tag, end=not is_ours), _LOOKUP_S, partial(classed, "Sandbox.from_name")
-            )
-        except BrokerError:
-            found = ""
-        if found and is_ours:
-            return found
-        if found:
-            raise NoCapacity(NAME, error.operation, f"{error.detail}; it was still queued, and is ended")
-        raise error
 
     async def _list(self) -> list[NodeView]:
         import modal
@@ -275,10 +257,29 @@ async def _prepare(spec: NodeSpec) -> tuple[Any, Any, dict[str, Any]]:
     return app, image, {VOLUME_PATH: volume}
 
 
-async def _launch(**wish: Any) -> str:
+async def _launch(wait_s: float, **wish: Any) -> str:
+    """The id of a sandbox that has its GPU. Raises NoCapacity when it got none and is queued no more."""
     import modal
 
-    return str((await modal.Sandbox.create.aio(**wish)).object_id)
+    creating = asyncio.ensure_future(modal.Sandbox.create.aio(**wish))
+    try:
+        await asyncio.wait({creating}, timeout=wait_s)
+        if creating.done():
+            return str((await creating).object_id)
+        queued = await _by_name(wish["name"])
+    except modal.exception.AlreadyExistsError:
+        if mine := await _by_name(wish["name"]):
+            return mine
+        raise
+    finally:
+        creating.cancel()  # the SDK then ends what it queued
+        await asyncio.wait({creating}, timeout=_LOOKUP_S)
+        if creating.done() and not creating.cancelled():
+            creating.exception()  # seen: asyncio need not print it
+    if not queued:
+        raise TimeoutError
+    await _end(queued)
+    raise NoCapacity(NAME, "Sandbox.create", f"no {wish['gpu']} came free within {wait_s:.0f} s")
 
 
 async def _end(node_id: str) -> None:
@@ -289,17 +290,14 @@ async def _end(node_id: str) -> None:
         await (await modal.Sandbox.from_id.aio(node_id)).terminate.aio()
 
 
-async def _by_name(tag: str, *, end: bool) -> str:
-    """The id of the sandbox that has this name now, ended if asked; "" = none."""
+async def _by_name(tag: str) -> str:
+    """The id of the sandbox that has this name now; "" = none."""
     import modal
 
     try:
-        sandbox = await modal.Sandbox.from_name.aio(APP, tag)
+        return str((await modal.Sandbox.from_name.aio(APP, tag)).object_id)
     except modal.exception.NotFoundError:
         return ""
-    if end:
-        await sandbox.terminate.aio()
-    return str(sandbox.object_id)
 
 
 async def _feed(process: Any, stdin: Iterable[bytes]) -> None:
