@@ -41,7 +41,14 @@ import pytest
 
 from gpubroker.config import Settings
 from gpubroker.doors import Pool, SerialPool, SystemClock
-from gpubroker.errors import BrokerError, LaunchUncertain, MissingCredentials, ProviderError, Transient
+from gpubroker.errors import (
+    BrokerError,
+    LaunchUncertain,
+    MissingCredentials,
+    NoCapacity,
+    ProviderError,
+    Transient,
+)
 from gpubroker.gpus import catalogue, read_table
 from gpubroker.model import MARKETS, Market, Offer, OfferQuery, Parsed
 from gpubroker.money import round_usd
@@ -410,6 +417,7 @@ CREATE_FAULTS = (
 )
 LIST_FAULTS = ("5xx_before", "drop_before", "429", "truncate")
 END_FAULTS = ("5xx_before", "5xx_after", "drop_before", "drop_after", "429", "truncate")
+_OFFERS_TRIED = 4
 _SECRET = "secret-of-the-job-7f3a"  # noqa: S105  it must be found nowhere
 
 
@@ -656,6 +664,11 @@ class ComputeContract:
         )
 
     def _rent(self, market: Market) -> tuple[str, str]:
+        """(id, tag). That an offer is taken since it was listed is a normal day: then another, a few times."""
+        for _ in range(_OFFERS_TRIED - 1):
+            tag = self._tag()
+            with suppress(NoCapacity):
+                return self._create(self.make(), self.offer(market), tag), tag
         tag = self._tag()
         return self._create(self.make(), self.offer(market), tag), tag
 

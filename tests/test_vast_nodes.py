@@ -469,8 +469,12 @@ PRIVATE, PUBLIC = make_key()
 
 
 @pytest.fixture(scope="module")
-def cloud():
-    with running(speed=SPEED, seed=11) as up:
+def cloud(tmp_path_factory):
+    """Its spot market stands still, so that nobody is outbid but by hand."""
+    trace = tmp_path_factory.mktemp("traces") / "still.csv"
+    steps = "".join(f"{300 * step},1,1.0\n" for step in range(2000))
+    trace.write_text(f"seconds,available,price_usd_per_hour\n{steps}")
+    with running(speed=SPEED, seed=11, traces=(trace,)) as up:
         yield up
 
 
