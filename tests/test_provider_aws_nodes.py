@@ -611,6 +611,33 @@ def test_leftovers_are_swept_and_what_is_in_use_stays(cloud, provider):
     assert [] == groups["SecurityGroups"]
 
 
+BEFORE_A_LAUNCH = (
+    *("DescribeImages", "DescribeSubnets", "DescribeSecurityGroups", "CreateSecurityGroup"),
+    *("AuthorizeSecurityGroupIngress", "ImportKeyPair"),
+)
+
+
+@pytest.mark.parametrize("kind", ["429", "drop_after", "truncate"])
+@pytest.mark.parametrize("operation", BEFORE_A_LAUNCH)
+def test_what_goes_wrong_before_a_launch_leaves_nothing_and_no_doubt(cloud, provider, operation, kind):
+    """And the same create, asked for again, finds what the first one made."""
+    tag = f"gpubroker-{operation}-{kind}".lower().replace("_", "-")
+    provider.sweep_leftovers([], 30)
+    cloud.break_with({"endpoint": f"aws POST /ec2/{operation}", "kind": kind})
+    try:
+        with pytest.raises((Transient, PayloadChanged)):
+            provider.create(ON_DEMAND, SPEC, tag, bid_usd_per_hour=None, deadline_s=30)
+    finally:
+        cloud.mend()
+    assert [] == cloud.nodes(vendor="aws", tag=tag)
+    made = newly_built(cloud, REGION).create(ON_DEMAND, SPEC, tag, bid_usd_per_hour=None, deadline_s=30)
+    assert [made] == [node["id"] for node in cloud.nodes(vendor="aws", tag=tag)]
+    wanted = [{"Name": "group-name", "Values": ["gpubroker-ssh"]}]
+    groups = client_of(cloud).describe_security_groups(Filters=wanted)["SecurityGroups"]
+    assert [[22]] == [[rule["FromPort"] for rule in group["IpPermissions"]] for group in groups]
+    provider.terminate(made, 30)
+
+
 def test_a_region_without_the_image_by_name_takes_it_by_parameter(cloud, provider):
     """As the test cloud's regions are."""
     made = provider.create(ON_DEMAND, SPEC, "gpubroker-image", bid_usd_per_hour=None, deadline_s=30)

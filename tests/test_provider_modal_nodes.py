@@ -396,6 +396,16 @@ def test_a_volume_that_is_not_there_is_refused_before_anything_runs(account):
     assert [] == account.nodes(vendor="modal", tag="gpubroker-nowhere")
 
 
+@pytest.mark.parametrize("rpc", ["AppGetOrCreate", "ImageGetOrCreate"])
+def test_what_goes_wrong_before_a_create_leaves_nothing(account, rpc):
+    """The SDK's own attempts are used up, and it is no doubt."""
+    account.break_with({"endpoint": f"modal RPC {rpc}", "kind": "5xx_before", "count": 20})
+    tag = f"gpubroker-{rpc.lower()}"
+    with pytest.raises(Transient):
+        newly_built(account).create(OFFER, SPEC, tag, bid_usd_per_hour=None, deadline_s=20)
+    assert [] == account.nodes(vendor="modal", tag=tag)
+
+
 def test_no_token_of_the_account_is_with_a_node(account, rent):
     """Neither in its environment nor in a file of its home."""
     provider, node = rent("gpubroker-secret")
