@@ -664,7 +664,7 @@ class ComputeContract:
         )
 
     def _rent(self, market: Market) -> tuple[str, str]:
-        """(id, tag). That an offer is taken since it was listed is a normal day: then another, a few times."""
+        """(id, tag). An offer may be taken since it was listed: then another, a few times."""
         for _ in range(_OFFERS_TRIED - 1):
             tag = self._tag()
             with suppress(NoCapacity):
