@@ -18,6 +18,7 @@ pytest.importorskip("aiohttp", reason="needs the extra [testcloud]")
 
 from gpubroker.errors import (
     AuthFailed,
+    ConfigError,
     LaunchUncertain,
     MissingCredentials,
     NoCapacity,
@@ -35,7 +36,7 @@ from gpubroker.run.shell import make_key
 from gpubroker.testcloud.client import running
 from gpubroker_providers import lambda_nodes
 from gpubroker_providers.lambda_cloud import LambdaCloud
-from gpubroker_providers.lambda_nodes import parse_nodes, read_launched
+from gpubroker_providers.lambda_nodes import parse_nodes, read_launched, ssh_port
 from tests.compute_support import SPEED, LateAnswers, everything, keep_to_document, sent, talk_to
 from tests.support import FakeLimiter, context, payload
 
@@ -343,6 +344,14 @@ def test_the_list_is_one_request():
     assert parse_nodes(LISTED["data"]) == lambda_cloud(limiter).list_nodes(10)
     assert [("GET", f"{BASE}/instances", f"Bearer {KEY}", None)] == [sent(call) for call in responses.calls]
     assert [("lambda", "api", 1.0)] == limiter.waits
+
+
+def test_the_port_of_a_test_cloud_is_taken():
+    """The vendor's own is 22; what is no port is a mistake in the configuration."""
+    assert (22, 2222) == (ssh_port({}), ssh_port({"GPUBROKER_LAMBDA_SSH_PORT": "2222"}))
+    for wrong in ("ssh", "0", "65536", "-1"):
+        with pytest.raises(ConfigError, match="GPUBROKER_LAMBDA_SSH_PORT"):
+            ssh_port({"GPUBROKER_LAMBDA_SSH_PORT": wrong})
 
 
 @pytest.mark.parametrize(

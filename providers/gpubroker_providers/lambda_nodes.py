@@ -34,6 +34,7 @@ from typing import Any
 from gpubroker.doors import Shell
 from gpubroker.errors import (
     AuthFailed,
+    ConfigError,
     LaunchUncertain,
     MissingCredentials,
     NoCapacity,
@@ -196,6 +197,14 @@ def _usd_per_hour(row: Mapping[str, Any]) -> Decimal | None:
     return usd_or_none(Decimal(cents) / 100) if isinstance(cents, int) else None
 
 
+def ssh_port(env: Mapping[str, str]) -> int:
+    """Where an instance's SSH answers: 22, or where a test cloud says."""
+    text = env.get(SSH_PORT_VARIABLE) or "22"
+    if not re.fullmatch(r"[0-9]{1,5}", text) or not 0 < int(text) < 65536:
+        raise ConfigError(f"{SSH_PORT_VARIABLE} is not a port: {text!r}")
+    return int(text)
+
+
 class LambdaNodes:
     """The part of LambdaCloud that is Compute."""
 
@@ -236,9 +245,8 @@ class LambdaNodes:
 
     def list_nodes(self, deadline_s: float) -> list[NodeView]:
         """See Compute. All of the account's in one answer."""
-        door = self._door(deadline_s)
-        rows = self._rows(door, _LIST, "/instances")
-        return parse_nodes(rows, int(self._context.env.get(SSH_PORT_VARIABLE) or 22))
+        port = ssh_port(self._context.env)
+        return parse_nodes(self._rows(self._door(deadline_s), _LIST, "/instances"), port)
 
     def terminate(self, node_id: str, deadline_s: float) -> None:
         """See Compute. Its SSH key goes after it; an error there is one too: the next call finishes it."""
