@@ -22,9 +22,10 @@ import pytest
 
 from gpubroker.node import agent as node_agent
 from gpubroker.node import generations
+from gpubroker.node import job as node_job
 from gpubroker.node.bundle import NAME, bundle
 from gpubroker.node.config import BadConfig, Config, read_config
-from gpubroker.node.job import Exit, read_json
+from gpubroker.node.job import Exit, Task, read_json
 from gpubroker.node.lease import Lease, Terms
 from gpubroker.node.store import FolderStore
 from gpubroker.node.watch import Imds, Scanner
@@ -649,6 +650,42 @@ def test_a_full_disk_stops_neither_job_nor_agent(node: Node, monkeypatch, tmp_pa
     monkeypatch.setattr(node_agent, "write_atomically", full)
     made._beat()
     assert any("No space left" in problem for problem in made.heartbeat()["problems"])
+
+
+def test_output_that_a_full_disk_refuses_is_counted(tmp_path: Path, monkeypatch) -> None:
+    """The job never waits for its log, and a person sees that a part is missing."""
+    task = Task(
+        command=["true"],
+        cwd=".",
+        env={},
+        folder=str(tmp_path),
+        run="r",
+        log_bytes=999,
+        log_files=2,
+        echo=False,
+    )
+    log = node_job._Log(task)
+    real = node_job.write_whole
+
+    def full(fd: int, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(node_job, "write_whole", full)
+    log.write(b"lost")
+    monkeypatch.setattr(node_job, "write_whole", real)
+    log.write(b"kept\n")
+    os.close(log._fd or -1)
+    assert "gpubroker: 4 bytes of output are lost\nkept\n" == (tmp_path / "job.log").read_text()
+
+
+def test_an_agent_with_an_end_holds_the_lease_after_the_job(tmp_path: Path) -> None:
+    """Nobody else ends the node when its supervisor is gone."""
+    path = tmp_path / "config.json"
+    afters = []
+    for more in ({}, {"end": {"command": ["poweroff"]}}, {"end": {"command": ["poweroff"]}, "after": "exit"}):
+        path.write_text(json.dumps({"folder": str(tmp_path), "command": "true", **more}))
+        afters.append(read_config(str(path)).after)
+    assert ["exit", "linger", "exit"] == afters
 
 
 def test_a_jump_of_the_wall_clock_changes_nothing(node: Node, monkeypatch) -> None:

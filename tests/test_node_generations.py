@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gpubroker.node import generations
 from gpubroker.node.generations import Changed, StaleEpoch
-from gpubroker.node.store import FolderStore, Missing, StoreFailed, Taken
+from gpubroker.node.store import FolderStore, Missing, StoreFailed, Taken, Unreadable
 from tests.checkpoint_support import JOB, a_checkpoint, ids, publish, two_generations
 from tests.support import EXAMPLES_FACTOR
 
@@ -166,12 +166,28 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_used(tmp_path: Pa
     assert ["checkpoint-100"] == os.listdir(tmp_path / "back")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
 def test_a_file_that_cannot_be_read_is_as_good_as_none(tmp_path: Path) -> None:
-    """The one before is used."""
+    """The one before is used; retention leaves alone what it cannot judge."""
     store = two_generations(tmp_path)
-    newest(store, "000002-*/model.bin").chmod(0)
-    assert ("00000001/000001", ["00000001/000002"]) == ids(generations.pick(store, JOB))
+
+    class BadDisk(_LateStore):
+        def download(self, key, path):
+            if "/000002-" in key:
+                raise Unreadable("Input/output error")
+            return self._store.download(key, path)
+
+        def get(self, key):
+            if key.endswith("000001.manifest.json"):
+                raise Unreadable("Input/output error")
+            return self._store.get(key)
+
+    found = generations.pick(BadDisk(store), JOB)
+    assert (None, ["00000001/000002", "00000001/000001"]) == ids(found)
+    assert "it cannot be read: Input/output error" == found.rejected[0].reason
+    for step in (300, 400):
+        publish(store, a_checkpoint(tmp_path / "work", step))
+    assert ["00000001/000002"] == generations.retain(BadDisk(store), JOB, 1, keep=2)
+    assert 4 == len(store.entries(f"{JOB}/00000001/000001"))
 
 
 def test_nothing_good_is_none_and_each_is_named(tmp_path: Path) -> None:

@@ -41,10 +41,11 @@ from gpubroker.node.job import (
     read_json,
     read_record,
     say,
+    spare_from_oom,
     strike,
 )
 from gpubroker.node.lease import Lease
-from gpubroker.node.store import Missing, Store, write_atomically
+from gpubroker.node.store import Missing, Store, StoreFailed, write_atomically
 from gpubroker.node.watch import Imds, Scanner
 
 _PROBLEMS = 5
@@ -145,7 +146,7 @@ class Agent:
         told.setdefault("run", f"{self._config.job}.{self._config.epoch}.{os.urandom(6).hex()}")
         return told
 
-    def _memorize(self) -> None:
+    def _memorize(self, *, sync: bool = True) -> None:
         now_s = steady_s()
         self._memory.update(
             boot=boot_id(),
@@ -156,7 +157,7 @@ class Agent:
             newest=self._newest,
             rejected=self._rejected,
         )
-        self._write("state.json", self._memory)
+        self._write("state.json", self._memory, sync=sync)
 
     def begin(self, close_fds: Sequence[int] = ()) -> str:
         """Find out what runs: "started", "adopted" or "finished". Forks, so nothing has threads yet."""
@@ -171,6 +172,7 @@ class Agent:
             if record.keeper.is_alive or record.job is not None or is_locked(self._folder):
                 self._record, self._state = record, "running"
                 return "adopted"
+        spare_from_oom(True)
         for name in ("notice", "stop", "result.json"):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._path(name))
@@ -236,7 +238,7 @@ class Agent:
         config, store = self._config, self._store
         if store is None:
             return generations.Pick(None, ()), None
-        owner = self._memory["run"]
+        owner = config.owner or self._memory["run"]
         generations.claim(store, config.job, config.epoch, owner)
         if not config.resume:
             return generations.Pick(None, ()), None
@@ -463,7 +465,12 @@ class Agent:
         made = generations.publish(
             store, config.job, config.epoch, path, node=config.node, now_s=int(time.time())
         )
-        generations.retain(store, config.job, config.epoch, keep=config.keep, keep_bytes=config.keep_bytes)
+        try:
+            generations.retain(
+                store, config.job, config.epoch, keep=config.keep, keep_bytes=config.keep_bytes
+            )
+        except StoreFailed as error:  # what was published is published
+            self._inbox.put(lambda error=error: self._note(f"retention: {error}"))  # type: ignore[misc]
         return made
 
     def _heard_of(self, name: str, prints: str, result: Any) -> None:
@@ -571,7 +578,7 @@ class Agent:
     # What others read
 
     def _beat(self) -> None:
-        self._memorize()
+        self._memorize(sync=False)
         self._write("heartbeat.json", self.heartbeat(), sync=False)
 
     def heartbeat(self) -> dict[str, Any]:

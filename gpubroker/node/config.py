@@ -29,6 +29,7 @@ class Config(NamedTuple):
     job: str = "job"
     epoch: int = 1
     attempt: int = 1
+    owner: str = ""  # who claims the epoch, where a supervisor has done so already; "" = the agent
     node: str = ""  # the tag that the vendor knows the node by
     cwd: str = "."
     env: Mapping[str, str] = {}
@@ -58,9 +59,9 @@ class Config(NamedTuple):
     renew_within_s: float | None = None
     spent_s: float = 0.0  # billed before the agent began
     end: Mapping[str, Any] | None = None  # {"command": [...]} or {"http": {...}}; None = the agent just goes
-    after: str = (
-        "exit"  # when the job has ended: exit, linger (until the lease ends), end (the node, at once)
-    )
+    # When the job has ended: exit, linger (until the lease ends), end (the node, at once); "" = linger where
+    # there is an end, for the agent alone holds the lease, else exit.
+    after: str = ""
     exit_codes: Mapping[str, str] = {}
     log_bytes: int = 64 << 20
     log_files: int = 3
@@ -106,7 +107,8 @@ def read_config(path: str) -> Config:
     config = Config(**told)
     _check(config, path)
     cwd = os.path.abspath(config.cwd)
-    return config._replace(folder=os.path.abspath(config.folder), cwd=cwd)
+    after = config.after or ("linger" if config.end else "exit")
+    return config._replace(folder=os.path.abspath(config.folder), cwd=cwd, after=after)
 
 
 def _check(config: Config, path: str) -> None:
@@ -118,7 +120,7 @@ def _check(config: Config, path: str) -> None:
                 raise BadConfig(f"{path}: {name} must be a number of at least 0")
     if not isinstance(getattr(signal, config.save_signal, None), signal.Signals):
         raise BadConfig(f"{path}: save_signal: {config.save_signal!r} is no signal")
-    if config.after not in AFTER:
+    if config.after and config.after not in AFTER:
         raise BadConfig(f"{path}: after must be one of {', '.join(AFTER)}")
     if any(outcome not in OUTCOMES for outcome in config.exit_codes.values()):
         raise BadConfig(f"{path}: exit_codes: must be one of {', '.join(OUTCOMES)}")

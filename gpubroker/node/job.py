@@ -146,6 +146,7 @@ def _keep(task: Task, lock: int, hear: int, tell: int) -> int:
         return 0
     out, into = os.pipe()
     log = _Log(task)
+    spare_from_oom(False)  # the job inherits it
     try:
         child = subprocess.Popen(
             list(task.command),
@@ -161,6 +162,7 @@ def _keep(task: Task, lock: int, hear: int, tell: int) -> int:
         log.write(f"gpubroker: the command did not start: {error}\n".encode())
         _write_exit(task, Exit(127, None))
         return 127
+    spare_from_oom(True)
     os.close(into)
     os.close(lock)
     _write_record(task, child.pid)
@@ -378,6 +380,12 @@ def read_json(path: str) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return told if isinstance(told, dict) else None
+
+
+def spare_from_oom(is_spared: bool) -> None:
+    """Whether the kernel takes others first when memory runs out; only root may ask for that."""
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
+        file.write("-900" if is_spared else "0")
 
 
 def say(text: str) -> None:

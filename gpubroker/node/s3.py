@@ -224,13 +224,18 @@ class S3Store:
         return digest.hexdigest()
 
     def _chunks(self, key: str) -> Iterator[bytes]:
-        got, tag, tries = 0, "", 0
-        while True:
+        got, tag = 0, ""
+        for attempt in range(_TRIES):
+            if attempt:
+                time.sleep(self._pause_s * 2**attempt)
             headers = {"Range": f"bytes={got}-", "If-Match": tag} if got else {}
-            connection, answer = self._open("GET", key, headers=headers)
+            try:
+                connection, answer = self._open("GET", key, headers=headers)
+            except (http.client.HTTPException, OSError):
+                continue
             try:
                 if answer.status in _BUSY:
-                    raise ConnectionError(str(answer.status))
+                    continue
                 if answer.status >= 300:
                     self._refuse(key, Answer(answer.status, {}, answer.read()))
                 tag = answer.getheader("ETag") or ""
@@ -242,14 +247,11 @@ class S3Store:
                     yield chunk
                 if not answer.length:
                     return
-                raise http.client.IncompleteRead(b"")
-            except (http.client.HTTPException, ConnectionError, TimeoutError) as error:
-                tries += 1
-                if tries >= _TRIES:
-                    raise StoreFailed(f"{key}: {type(error).__name__}") from error
-                time.sleep(self._pause_s * 2**tries)
+            except (http.client.HTTPException, OSError):
+                continue
             finally:
                 connection.close()
+        raise StoreFailed(f"{self._name(key)}: the connection broke {_TRIES} times")
 
     def delete(self, key: str) -> None:
         """See Store."""
