@@ -166,10 +166,10 @@ def _serve(zones: Mapping[str, str]) -> Any:
 async def _stream(
     request: web.Request, answer: aiohttp.ClientResponse, headers: Mapping[str, str]
 ) -> web.StreamResponse:
-    """As it comes. What breaks once the answer has begun can only break the connection."""
+    """As it comes. What breaks once the answer has begun, or whose client has gone, breaks the connection."""
     response = web.StreamResponse(status=answer.status, headers=headers)
-    await response.prepare(request)
     try:
+        await response.prepare(request)
         async for chunk in answer.content.iter_chunked(_CHUNK_BYTES):
             await response.write(chunk)
         await response.write_eof()
