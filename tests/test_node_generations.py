@@ -1,5 +1,6 @@
 """Checkpoints in a folder: what is good is found, what is not is noticed and named."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -11,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpubroker.node import generations
-from gpubroker.node.generations import Changed, StaleEpoch
-from gpubroker.node.store import FolderStore, Missing, StoreFailed, Taken, Unreadable
+from gpubroker.node.generations import StaleEpoch
+from gpubroker.node.store import Changed, FolderStore, Missing, StoreFailed, Taken, Unreadable
 from tests.checkpoint_support import JOB, a_checkpoint, ids, publish, two_generations
 from tests.support import EXAMPLES_FACTOR
 
@@ -435,7 +436,13 @@ def write(fd, data):
 def fsync(fd):
     step("fsync")
     return real_fsync(fd)
-os.write, os.fsync = write, fsync
+real_sendfile = os.sendfile
+def sendfile(out, into, at, count):
+    if left[0] == 1:
+        real_sendfile(out, into, at, 3000)
+    step("sendfile")
+    return real_sendfile(out, into, at, count)
+os.write, os.fsync, os.sendfile = write, fsync, sendfile
 sys.addaudithook(lambda event, args: step(event) if event in EVENTS else None)
 
 found = []
@@ -517,14 +524,28 @@ def test_a_full_disk_is_said_and_publishes_nothing(tmp_path: Path, monkeypatch) 
     store = two_generations(tmp_path)
     path = a_checkpoint(tmp_path / "work", 300)
 
-    def full(fd, data):
+    def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "write", full)
+    monkeypatch.setattr(os, "sendfile", full)
     with pytest.raises(StoreFailed, match="No space left"):
         publish(store, path)
     monkeypatch.undo()
     assert ("00000001/000002", []) == ids(generations.pick(store, JOB))
+
+
+def test_a_system_without_sendfile_between_files_copies_by_hand(tmp_path: Path, monkeypatch) -> None:
+    """With the same hash and bytes."""
+
+    def none(*_):
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(os, "sendfile", none)
+    data = os.urandom(3_000_000)
+    (tmp_path / "file").write_bytes(data)
+    store = FolderStore(str(tmp_path / "store"))
+    assert (hashlib.sha256(data).hexdigest(), len(data)) == store.upload("a", str(tmp_path / "file"))
+    assert data == store.get("a")
 
 
 def test_what_is_not_there_is_missing(tmp_path: Path) -> None:

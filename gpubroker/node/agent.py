@@ -45,7 +45,7 @@ from gpubroker.node.job import (
     strike,
 )
 from gpubroker.node.lease import Lease
-from gpubroker.node.store import Missing, Store, StoreFailed, write_atomically
+from gpubroker.node.store import Changed, Missing, Store, StoreFailed, write_atomically
 from gpubroker.node.watch import Imds, Scanner
 
 _PROBLEMS = 5
@@ -485,7 +485,7 @@ class Agent:
             self._note(str(result))
             self._store = None
             self._begin_stop("fenced", str(result), steady_s(), save=False)
-        elif not isinstance(result, generations.Changed):
+        elif not isinstance(result, Changed):
             self._note(f"publishing {name}: {result}")
             self._due["publish"] = steady_s() + self._config.retry_s
 

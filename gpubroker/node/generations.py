@@ -22,7 +22,7 @@ import re
 import shutil
 from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
-from gpubroker.node.store import Missing, Store, Taken, Unreadable, sync_folder
+from gpubroker.node.store import Changed, Missing, Store, Taken, Unreadable, sync_folder
 
 VERSION = 1
 LEAST_KEPT = 2
@@ -35,10 +35,6 @@ _HEX = re.compile(r"[0-9a-f]{64}\Z")
 
 class StaleEpoch(Exception):
     """A later attempt has taken over: this one must stop publishing."""
-
-
-class Changed(Exception):
-    """The job went on writing what was being published."""
 
 
 class Bad(Exception):
@@ -131,6 +127,9 @@ def publish(
         for relative, source in files_of(path):
             digest, size = store.upload(base + relative, source)
             files.append((relative, size, digest))
+    except Changed:
+        remove_tree(store, base)
+        raise
     except (Missing, FileNotFoundError) as error:
         raise Changed(f"{name} went away while it was read") from error
     if not files or not _is_same(path, before):

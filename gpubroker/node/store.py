@@ -12,15 +12,14 @@ import contextlib
 import errno
 import hashlib
 import os
-import queue
 import threading
 from pathlib import Path
 from typing import BinaryIO, Iterator, Protocol
 
 CHUNK_BYTES = 1 << 20
-_BUFFERS = 16
-_SYNC_BYTES = 32 << 20
+_STRIDE_BYTES = 32 << 20
 _sync_data = getattr(os, "fdatasync", os.fsync)
+_NO_SENDFILE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.ENOTSOCK)
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 
 
@@ -34,6 +33,10 @@ class Unreadable(StoreFailed):
 
 class Missing(Exception):
     """There is no such object."""
+
+
+class Changed(Exception):
+    """The job went on writing what was being read."""
 
 
 class Taken(Exception):
@@ -130,7 +133,15 @@ class FolderStore:
         with _store_errors():
             target.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "rb", buffering=0) as source, open(str(target), "wb", buffering=0) as copy:
-                return copy_hashed(source, copy)
+                copier = _Copier(source.fileno(), copy.fileno())
+                try:
+                    with open(path, "rb", buffering=0) as again:
+                        done = copy_hashed(again, None)
+                finally:
+                    copied = copier.size()
+        if copied != done[1]:
+            raise Changed(f"{path} changed while it was read")
+        return done
 
     def download(self, key: str, path: str | None) -> str:
         """See Store."""
@@ -138,7 +149,9 @@ class FolderStore:
             if path is None:
                 return copy_hashed(source, None)[0]
             with open(path, "wb", buffering=0) as copy:
-                return copy_hashed(source, copy)[0]
+                digest = copy_hashed(source, copy)[0]
+                os.fsync(copy.fileno())
+        return digest
 
     def delete(self, key: str) -> None:
         """See Store. Folders that it leaves empty go too."""
@@ -169,76 +182,58 @@ class FolderStore:
 
 
 def copy_hashed(source: BinaryIO, copy: BinaryIO | None) -> tuple[str, int]:
-    """(SHA-256, bytes) of what is read; written to `copy` meanwhile, by a second thread, and synced.
-
-    Hashing and writing both let go of the interpreter, so the slower of the two is what it takes.
-    """
+    """(SHA-256, bytes) of what is read, which is what is written to `copy`."""
     digest, size = hashlib.sha256(), 0
-    writer = None if copy is None else _Writer(copy.fileno())
-    spare = memoryview(bytearray(CHUNK_BYTES))
-    try:
-        while True:
-            buffer = spare if writer is None else writer.buffers.get()
-            count = source.readinto(buffer)  # type: ignore[attr-defined]
-            if not count:
-                break
-            if writer is not None:
-                writer.put(buffer, count)
-            digest.update(buffer[:count])
-            size += count
-    finally:
-        if writer is not None:
-            writer.close()
-    if writer is not None and writer.error is not None:
-        raise writer.error
-    return digest.hexdigest(), size
+    buffer = memoryview(bytearray(CHUNK_BYTES))
+    while True:
+        count = source.readinto(buffer)  # type: ignore[attr-defined]
+        if not count:
+            return digest.hexdigest(), size
+        digest.update(buffer[:count])
+        size += count
+        if copy is not None:
+            write_whole(copy.fileno(), buffer[:count])
 
 
-class _Writer:
-    """Writes in a thread, and syncs now and then, so that little is left to be synced at the end.
+class _Copier:
+    """Copies a file in the kernel, by a second thread, while the first hashes it: the slower one counts.
 
-    A buffer comes back when it is written; who reads and hashes takes it again only when done with it.
+    It syncs as it goes, so that little is left for the end. Both read the same pages; a file that changes
+    between the two is found out by whoever looks at its size and times before and after.
     """
 
-    def __init__(self, fd: int) -> None:
-        self.error: OSError | None = None
-        self.buffers: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
-        for _ in range(_BUFFERS):
-            self.buffers.put(memoryview(bytearray(CHUNK_BYTES)))
-        self._fd = fd
-        self._todo: queue.SimpleQueue[tuple[memoryview, int] | None] = queue.SimpleQueue()
+    def __init__(self, source: int, copy: int) -> None:
+        self._source, self._copy = source, copy
+        self._size = 0
+        self._error: OSError | None = None
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
-    def put(self, buffer: memoryview, count: int) -> None:
-        """Raises what an earlier write did."""
-        if self.error is not None:
-            raise self.error
-        self._todo.put((buffer, count))
-
-    def close(self) -> None:
-        """All is written, and synced, or there is an error."""
-        self._todo.put(None)
+    def size(self) -> int:
+        """Bytes copied and synced, when all are. Raises OSError."""
         self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._size
 
     def _work(self) -> None:
-        unsynced = 0
-        while True:
-            todo = self._todo.get()
-            try:
-                if todo is None:
-                    os.fsync(self._fd)
-                elif unsynced >= _SYNC_BYTES:
-                    _sync_data(self._fd)
-                    unsynced = 0
-                if todo is not None and self.error is None:
-                    write_whole(self._fd, todo[0][: todo[1]])
-                    unsynced += todo[1]
-            except OSError as error:
-                self.error = error
-            if todo is None:
-                return
-            self.buffers.put(todo[0])
+        try:
+            while count := self._some():
+                self._size += count
+                _sync_data(self._copy)
+            os.fsync(self._copy)
+        except OSError as error:
+            self._error = error
+
+    def _some(self) -> int:
+        try:
+            return os.sendfile(self._copy, self._source, self._size, _STRIDE_BYTES)
+        except OSError as error:
+            if error.errno not in _NO_SENDFILE:
+                raise
+        data = os.pread(self._source, CHUNK_BYTES, self._size)
+        write_whole(self._copy, data)
+        return len(data)
 
 
 def write_whole(fd: int, data: bytes | memoryview) -> None:
