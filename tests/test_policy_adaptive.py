@@ -200,6 +200,35 @@ def test_costs_less_than_the_rules_over_markets_that_flap():
     assert usd(Adaptive) < 0.98 * min(usd(Greedy), usd(UniformProgress))
 
 
+@pytest.mark.parametrize("grace_h", [pytest.param(0.0, id="work is lost"), pytest.param(0.1, id="warned")])
+def test_costs_less_than_the_rules_where_checkpoints_take_time(grace_h):
+    """Checkpoints eat slack, and so does work that is lost: both are part of the plan."""
+
+    def usd(policy):
+        total = 0.0
+        for seed in range(40):
+            line = timeline([zone(flaps(seed, 144, 0.03))])
+            setting = Setting(
+                work_h=14.0,
+                deadline_h=24.0,
+                restart_delay_h=0.1,
+                checkpoint="periodic",
+                ckpt_interval_h=0.25,
+                ckpt_cost_h=0.02,
+                grace_h=grace_h,
+            )
+            total += replay(policy(), setting.job(line), line, 0).usd
+        return total
+
+    assert usd(Adaptive) < 0.99 * min(usd(Greedy), usd(UniformProgress))
+
+
+def test_does_not_wait_for_a_market_that_is_there():
+    """Nothing is gained by starting later, with or without checkpoints."""
+    job = replace(JOB, checkpoint="periodic", ckpt_interval_h=0.25, ckpt_cost_h=0.02)
+    assert ("spot", 0) == answer(job, zone_available=[True, True])
+
+
 class Interrupted:
     """Adaptive that is stored as JSON and restored into a new object before every step."""
 

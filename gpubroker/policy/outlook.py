@@ -147,7 +147,9 @@ def _solve(terms: Terms, slack: NDArray[np.float64], dt: float) -> Table:
     """[time, node, slack, phase, price, regime]."""
     chances = _Chances(dt, terms.has_zones)
     delay, save = terms.delay_h, terms.save_h
-    begun = min(delay, dt)  # of a launch's delay, when the node is lost within the first step
+    worked = max(0.0, dt - delay)  # in the first step of a node
+    begun = min(delay, dt) + terms.written * worked + min(terms.loss_h, worked)  # when it is the last as well
+    started = delay + terms.written * worked
     drain, loss = terms.written * dt, terms.loss_h
     down_to = {
         name: _lowered(slack, by)
@@ -158,9 +160,9 @@ def _solve(terms: Terms, slack: NDArray[np.float64], dt: float) -> Table:
             "die": drain + loss,
             "leave": save,
             "leave and wait": save + dt,
-            "launch": delay,
+            "launch": started,
             "launch, die": begun,
-            "change": 2 * delay + save,
+            "change": delay + save + started,
             "change, die": delay + save + begun,
         }.items()
     }
