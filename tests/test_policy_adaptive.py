@@ -130,6 +130,12 @@ def test_a_zone_without_a_known_price_is_not_used():
     assert "none" == answer(zone_available=[None, True], zone_price=[nan, nan])
 
 
+def test_a_deadline_that_has_passed_is_a_job_that_cannot_be_in_time():
+    """Whoever drives it may ask late, and of a job without any time."""
+    assert "on_demand" == answer(time_left_h=-1.0)
+    assert "on_demand" == answer(replace(JOB, deadline_h=0.0), time_left_h=0.0)
+
+
 @pytest.mark.parametrize(
     ("state", "delay_left_h", "expected"),
     [

@@ -109,13 +109,14 @@ class Adaptive:
         self._seen_h = obs.t_h
         if hours > self._gap_h + _EPSILON:
             self._gap_h = hours
+        there = self._there = [None if is_up is None else bool(is_up) for is_up in obs.zone_available]
         for index, zone in enumerate(self._zones):
-            zone.see(obs.zone_available[index], hours)
+            zone.see(there[index], hours)
             if isfinite(obs.zone_price[index]):
-                self._prices[index] = obs.zone_price[index]
-        is_known = None not in obs.zone_available
-        self._market.see(True if any(obs.zone_available) else False if is_known else None, hours)
-        self._has_choice = sum(is_up is True for is_up in obs.zone_available) > 1
+                self._prices[index] = float(obs.zone_price[index])
+        is_dark = not any(there) and None in there
+        self._market.see(None if is_dark else any(there), hours)
+        self._has_choice = there.count(True) > 1
         self._choice_h += hours * self._has_choice
         self._history_h += hours
         if obs.state != "none" or obs.preempted:
@@ -128,8 +129,8 @@ class Adaptive:
             is_faster = obs.state == "spot" and obs.delay_left_h < self._job.restart_delay_h
             return "spot" if is_faster else "on_demand"
         likely = self._regimes()
-        there = [index for index, is_up in enumerate(obs.zone_available) if is_up]
-        spots = self._spots(ways, likely, {index: self._zones[index].phase for index in there})
+        up = [index for index, is_up in enumerate(self._there) if is_up]
+        spots = self._spots(ways, likely, {index: self._zones[index].phase for index in up})
         if spots:
             cost, zone, belief = min(spots, key=itemgetter(0))
         else:
@@ -152,7 +153,7 @@ class Adaptive:
         """The best zone that nobody knows, as if its spell began: asking in vain costs what waiting costs."""
         if obs.state != "none":
             return None
-        unknown = [index for index, is_up in enumerate(obs.zone_available) if is_up is None]
+        unknown = [index for index, is_up in enumerate(self._there) if is_up is None]
         spots = self._spots(ways, likely, dict.fromkeys(unknown, 0))
         cost, zone, _ = min(spots, key=itemgetter(0), default=(inf, -1, None))
         return ("spot", zone) if cost <= wait else None

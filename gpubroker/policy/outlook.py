@@ -136,7 +136,7 @@ def outlook(terms: Terms) -> Outlook:
 
 def _slack_grid(deadline_h: float, dt: float) -> NDArray[np.float64]:
     points, width = [0.0], dt
-    while points[-1] < deadline_h:
+    while points[-1] < max(deadline_h, dt):
         if points[-1] > _FINE_H:
             width *= _GROWTH
         points.append(points[-1] + width)
@@ -167,7 +167,7 @@ def _solve(terms: Terms, slack: NDArray[np.float64], dt: float) -> Table:
         }.items()
     }
     price = np.array(PRICES, np.float32)[:, None]
-    steps = ceil(terms.deadline_h / dt - _EPSILON)
+    steps = max(1, ceil(terms.deadline_h / dt - _EPSILON))
     count = len(cover_of(terms.has_zones))
     table = np.zeros((steps + 1, 3, len(slack), 2 * STAGES, len(PRICES), count), np.float32)
     change = _changes(dt, terms.has_zones).T.astype(np.float32)

@@ -3,12 +3,18 @@
 A zone alternates between spells up and spells down. A spell's hazard (its chance to end, per hour) falls with
 its age: the young ones flap, the old ones last. Pooled over the public traces it is 1.29, 0.35 and 0.081 per
 hour for spells up and 1.64, 0.31 and 0.10 for spells down, in the first hour, until the fourth, and later
-(docs of the traces and the literature: Wu et al., "Can't Be Late", NSDI'24).
+(the traces: Wu et al., "Can't Be Late", NSDI'24; SkyNomad, 2026).
 
 A zone's own hazards are the pooled ones times two factors, one for spells up and one for spells down. The
 run's own observations say how likely each pair of factors is: with n ends seen where the pooled hazards
 expect e, the likelihood of a factor f is f**n * exp(-f * e). That needs four numbers a zone, whatever the
 spacing of the observations.
+
+What rests on these constants was measured on the public traces. With hazards pooled from all but a trace's
+own group, the mean cost over the optimum is 1.0383 where it is 1.0381 with those above (600 settings of one
+zone), and 1.0230 where it is 1.0227 (150 of several). More stages change less than 0.2%. The factors change
+nothing on these traces; in simulated markets that flap five times as fast they save 1 to 3%. Factors that
+are remembered for good cost 0.3%: markets change within a day.
 """
 
 from __future__ import annotations
