@@ -282,7 +282,7 @@ def _store(held: dict[str, Any], path: str) -> None:
         if torch is not None:
             torch.save(held, file)
         else:
-            pickle.dump(held, file, protocol=4)
+            pickle.dump(held, file, protocol=5)
         file.flush()
         _sync(file.fileno())
 
