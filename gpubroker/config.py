@@ -20,7 +20,7 @@ from gpubroker.gpus import catalogue, parse_request
 from gpubroker.units import parse_duration_s
 
 # Variables that have a meaning of their own and are not settings.
-_NOT_SETTINGS = re.compile(r"GPUBROKER_(CONFIG|DB_URL|\w+_URL|TEST_\w+)")
+_NOT_SETTINGS = re.compile(r"GPUBROKER_(CONFIG|DB_URL|\w+_URL|TEST_\w+|AWS_SSH_PORT|STORE_\w+)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +46,7 @@ class Settings:
     cpu_cores_per_gpu: Decimal = Decimal(2)  # where CPU and RAM are billed apart (Modal)
     ram_gib_per_gpu: Decimal = Decimal(16)
     egress_gb_this_month: Decimal = Decimal(0)  # already used: where a tier is account-monthly
+    usd_per_day: Decimal | None = Decimal(100)  # over all jobs, by UTC day; 0 in the config = no such cap
     fees: Mapping[tuple[str, str], Decimal] = field(default_factory=dict)  # (provider, item) -> override
 
     @property
@@ -87,6 +88,7 @@ def load(env: Mapping[str, str] | None = None) -> Settings:
         cpu_cores_per_gpu=values.decimal("cpu_cores_per_gpu", Decimal(2)) or Decimal(0),
         ram_gib_per_gpu=values.decimal("ram_gib_per_gpu", Decimal(16)) or Decimal(0),
         egress_gb_this_month=values.decimal("egress_gb_this_month", Decimal(0)) or Decimal(0),
+        usd_per_day=values.decimal("usd_per_day", Decimal(100)) or None,
         fees=values.fees(),
     )
     values.refuse_leftovers()

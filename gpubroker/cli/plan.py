@@ -82,9 +82,9 @@ def plan(
     settings, clock = config.load(), SystemClock()
     now = clock.now()
     if job_file is not None:
-        _refuse_both(context)
-        job = _read(job_file, now)
-        ask, known, limits = _ask_of(job, settings), _known_of(job), _limits_of(job, now, confidence)
+        refuse_both(context, {"job_file", "confidence", "max_age", "offline", "top", "explain", "output"})
+        job = read_job(job_file, now)
+        ask, known, limits = ask_of(job, settings), known_of(job), _limits_of(job, now, confidence)
     else:
         ask, known = ask_from(asked, settings), knowledge_from(asked)
         ends = None if deadline is None else parse_deadline(deadline, now, "--deadline")
@@ -113,8 +113,8 @@ def plan(
         raise NoFeasibleOffer(plan_view.what_would_do(found, limits))
 
 
-def _refuse_both(context: click.Context) -> None:
-    own = {"job_file", "confidence", "max_age", "offline", "top", "explain", "output"}
+def refuse_both(context: click.Context, own: set[str]) -> None:
+    """Raise UsageError for an option of the job beside a job file; `own` are the command's other options."""
     given = [
         parameter.opts[0]
         for parameter in context.command.params
@@ -125,7 +125,8 @@ def _refuse_both(context: click.Context) -> None:
         raise click.UsageError(f"the job is in the file: {given[0]} belongs there")
 
 
-def _read(path: Path, now: datetime) -> JobSpec:
+def read_job(path: Path, now: datetime) -> JobSpec:
+    """A job.toml. Raises ConfigError."""
     try:
         with path.open("rb") as file:
             text = file.read(_LARGEST_JOB_FILE + 1)
@@ -136,7 +137,8 @@ def _read(path: Path, now: datetime) -> JobSpec:
         raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or 'not text'}") from None
 
 
-def _ask_of(job: JobSpec, settings: Settings) -> Ask:
+def ask_of(job: JobSpec, settings: Settings) -> Ask:
+    """What the job needs, as the planner asks for it."""
     work = Work(
         hours=job.work.hours or Decimal(1),
         disk_gb=job.disk,
@@ -178,7 +180,8 @@ def _store_of(where: str, key: str) -> str:
     return owners[scheme.lower()]
 
 
-def _known_of(job: JobSpec) -> Knowledge:
+def known_of(job: JobSpec) -> Knowledge:
+    """How its work is converted."""
     return Knowledge(bound=job.work.bound, job=job.work.measured_as)
 
 

@@ -49,6 +49,8 @@ class Attempt:
     provider: str
     sku: str
     gpu: str
+    form_factor: str
+    vram_gib: int
     gpu_count: int
     market: str
     region: str
@@ -117,6 +119,8 @@ class Records:
                 "provider": offer.provider,
                 "sku": offer.sku,
                 "gpu": offer.gpu,
+                "form_factor": offer.form_factor,
+                "vram_gib": offer.vram_gib,
                 "gpu_count": offer.gpu_count,
                 "market": offer.market,
                 "region": offer.region,
@@ -151,6 +155,13 @@ class Records:
     def settled(self, attempt: Attempt, usd: Decimal) -> Attempt:
         """The vendor's own figure."""
         return self._change(attempt, usd_settled=usd)
+
+    def job(self, job_id: str) -> tuple[str, str, str] | None:
+        """State, reason and description of a job; None for one that is unknown."""
+        found = tables.jobs
+        with self._database.read() as connection:
+            row = connection.execute(select(found).where(found.c.id == job_id)).first()
+            return None if row is None else (row.state, row.reason, row.spec)
 
     def attempts(self, job_id: str) -> list[Attempt]:
         """Of one job, the first first."""

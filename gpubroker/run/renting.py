@@ -15,7 +15,7 @@ from datetime import timedelta
 from decimal import Decimal
 
 from gpubroker.doors import Clock
-from gpubroker.errors import LaunchUncertain, ProviderError
+from gpubroker.errors import BrokerError, LaunchUncertain
 from gpubroker.model import Offer
 from gpubroker.provider import Compute, NodeSpec, NodeView
 from gpubroker.run.records import Attempt, Caps, Records
@@ -81,7 +81,7 @@ class Renting:
             )
         except LaunchUncertain:
             raise
-        except (ProviderError, ValueError) as error:
+        except (BrokerError, ValueError) as error:
             self._records.ended(attempt, f"not created: {error}")
             raise
         return self._records.created(attempt, node_id)
@@ -119,7 +119,7 @@ class Renting:
         for name in sorted(set(providers)):
             try:
                 listed[name] = self._computes[name].list_nodes(_CALL_S)
-            except ProviderError as error:
+            except BrokerError as error:
                 problems[name] = str(error)
         return listed, problems
 
@@ -151,6 +151,6 @@ class Renting:
         for stray in strays:
             try:
                 self._computes[stray.provider].terminate(stray.node.id, _CALL_S)
-            except ProviderError:
+            except BrokerError:
                 left.append(stray)
         return left

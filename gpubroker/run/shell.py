@@ -38,6 +38,11 @@ def make_key() -> tuple[str, str]:
     return key.export_private_key().decode(), key.export_public_key().decode().strip()
 
 
+def public_of(private_key: str) -> str:
+    """The public half, one line."""
+    return asyncssh.import_private_key(private_key).export_public_key().decode().strip()
+
+
 class SshShell:
     """See Shell. `host_key` is what the host showed: pin it."""
 
@@ -53,7 +58,7 @@ class SshShell:
         """See Shell. A file is moved into place when it is whole; a folder's files appear one by one."""
         place = quoted(remote)
         if local.is_file():
-            command = f"mkdir -p $(dirname {place}) && cat > {place}.part && mv {place}.part {place}"
+            command = f'mkdir -p "$(dirname {place})" && cat > {place}.part && mv {place}.part {place}'
             with local.open("rb") as file:
                 ran = _wait(self._run(command, _blocks(file)), deadline_s, self._name, "put")
         else:
@@ -75,7 +80,7 @@ class SshShell:
     def get(self, remote: str, local: Path, *, deadline_s: float) -> None:
         """See Shell. What would be written outside `local`, and links out of it, are refused."""
         place = quoted(remote)
-        whole, alone = f"tar -C {place} -c .", f"tar -C $(dirname {place}) -c $(basename {place})"
+        whole, alone = f"tar -C {place} -c .", f'tar -C "$(dirname {place})" -c "$(basename {place})"'
         ran = self.run(f"if [ -d {place} ]; then {whole}; else {alone}; fi", deadline_s=deadline_s)
         self._check(ran, "get")
         with tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES) as spool:

@@ -41,6 +41,8 @@ def upgrade():
         _needed("provider"),
         _needed("sku"),
         _needed("gpu"),
+        _needed("form_factor"),
+        _needed("vram_gib", sa.Integer),
         _needed("gpu_count", sa.Integer),
         _needed("market"),
         _needed("region"),

@@ -1,0 +1,170 @@
+"""What is sent to a node, as one tar: the agent, its configuration, the job's secrets, the working folder.
+
+Pure but for reading the folder. Secrets go into files of mode 0600 of their own; no key of the user's account
+is ever among them.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shlex
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import IO, Any
+
+from gpubroker.errors import ConfigError
+from gpubroker.jobspec import JobSpec
+from gpubroker.node.bundle import NAME, bundle
+
+CONFIG, SECRETS, STORE_KEYS, WORK = "config.json", "secrets.json", "store.json", "work"
+# Never sent, whatever the job says: they are large, private, or another machine's.
+_ALWAYS_IGNORED = (
+    ".git",
+    "__pycache__",
+    "*.pyc",
+    ".venv",
+    "venv",
+    "node_modules",
+    ".DS_Store",
+    "gpubroker-out",
+)
+_LARGEST_FOLDER_BYTES = 2 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreKeys:
+    """Where checkpoints go, and keys that may be on a node: made for this store, not the account's."""
+
+    where: str  # s3://bucket/prefix or a folder on the node
+    endpoint: str | None = None  # None = AWS
+    region: str = "us-east-1"
+    access_key: str = ""
+    secret_key: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Errand:
+    """One attempt of a job, as its node has to know it."""
+
+    job_id: str
+    spec: JobSpec
+    epoch: int
+    tag: str
+    usd_per_hour: float
+    max_usd: float | None  # left of the budget
+    max_s: float | None  # until the node must be over
+    renew_within_s: float
+    spent_s: float  # billed before the agent begins
+    has_imds: bool  # AWS's two-minute notice
+    ends_by_shutdown: bool  # the machine's own shutdown ends its billing
+    store: StoreKeys | None
+
+
+def agent_config(errand: Errand) -> dict[str, Any]:
+    """The agent's configuration: paths are relative to the job's folder on the node."""
+    spec = errand.spec
+    config: dict[str, Any] = {
+        "folder": ".",
+        "command": script(spec),
+        "job": errand.job_id,
+        "epoch": errand.epoch,
+        "attempt": errand.epoch,
+        "node": errand.tag,
+        "cwd": WORK,
+        "env": dict(spec.env),
+        "env_file": SECRETS,
+        "checkpoint_dir": spec.checkpoint.folder,
+        "usd_per_hour": errand.usd_per_hour,
+        "max_usd": errand.max_usd,
+        "max_s": errand.max_s,
+        "renew_within_s": errand.renew_within_s,
+        "spent_s": errand.spent_s,
+        "imds": errand.has_imds,
+        "after": "linger",
+        "exit_codes": dict(spec.exit_codes),
+    }
+    if errand.ends_by_shutdown:
+        config["end"] = {"command": ["sudo", "-n", "shutdown", "-h", "now"]}
+    if errand.store is not None:
+        config["store"] = _store(errand.store)
+    return config
+
+
+def _store(keys: StoreKeys) -> dict[str, Any]:
+    if not keys.where.startswith("s3://"):
+        return {"kind": "folder", "path": keys.where}
+    bucket, _, prefix = keys.where.removeprefix("s3://").partition("/")
+    endpoint = keys.endpoint or f"https://s3.{keys.region}.amazonaws.com"
+    return {
+        "kind": "s3",
+        "endpoint": endpoint,
+        "region": keys.region,
+        "bucket": bucket,
+        "prefix": prefix,
+        "credentials_file": STORE_KEYS,
+    }
+
+
+def script(spec: JobSpec) -> list[str]:
+    """Setup, then the command in the shell's place, so that signals and the exit status are its own."""
+    if spec.command is None:
+        raise ConfigError("command is missing: what is to be run?")
+    last = spec.command if isinstance(spec.command, str) else shlex.join(spec.command)
+    steps = [*spec.setup]
+    if spec.requirements:
+        steps.append(f"python3 -m pip install -q -r {shlex.quote(spec.requirements)}")
+    if isinstance(spec.command, tuple):
+        last = f"exec {last}"
+    return ["/bin/sh", "-c", "\n".join(["set -e", *steps, last])]
+
+
+def files_of(folder: Path, ignore: Sequence[str]) -> Iterator[tuple[Path, str]]:
+    """(file, name on the node) of all that is sent, in order. Raises ConfigError for more than 2 GB."""
+    if not folder.is_dir():
+        raise ConfigError(f"folder: {folder} is not a folder")
+    patterns = (*_ALWAYS_IGNORED, *ignore)
+    total = 0
+    for place, folders, names in os.walk(folder):
+        at = Path(place).relative_to(folder)
+        folders[:] = sorted(name for name in folders if not _is_ignored(at / name, patterns))
+        for name in sorted(names):
+            path = Path(place, name)
+            if _is_ignored(at / name, patterns) or not (path.is_file() or path.is_symlink()):
+                continue
+            total += path.lstat().st_size
+            if total > _LARGEST_FOLDER_BYTES:
+                raise ConfigError(
+                    f"folder: more than {_LARGEST_FOLDER_BYTES >> 30} GB in {folder}: put data into a bucket,"
+                    " or name what to ignore"
+                )
+            yield path, str(at / name)
+
+
+def _is_ignored(path: Path, patterns: Sequence[str]) -> bool:
+    """A pattern names a path from the folder on, or a single name anywhere."""
+    text = str(path)
+    return any(fnmatch(text, p.rstrip("/")) or fnmatch(path.name, p.rstrip("/")) for p in patterns)
+
+
+def write(file: IO[bytes], errand: Errand, folder: Path, secrets: Mapping[str, str]) -> None:
+    """The tar. Links are sent as links."""
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        _add(tar, NAME, bundle(), 0o755)
+        _add(tar, CONFIG, json.dumps(agent_config(errand)).encode(), 0o644)
+        _add(tar, SECRETS, json.dumps(dict(secrets)).encode(), 0o600)
+        if errand.store is not None and errand.store.access_key:
+            keys = {"access_key": errand.store.access_key, "secret_key": errand.store.secret_key}
+            _add(tar, STORE_KEYS, json.dumps(keys).encode(), 0o600)
+        for path, name in files_of(folder, errand.spec.ignore):
+            tar.add(path, f"{WORK}/{name}", recursive=False)
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes, mode: int) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size, entry.mode = len(data), mode
+    tar.addfile(entry, io.BytesIO(data))

@@ -1,0 +1,329 @@
+"""One job to its end: rent, prove, start, watch, replace, bring back.
+
+    tick: open attempt? no  -> rent the next offer
+                        yes -> observe (vendor's list, the node's agent) -> decide -> apply
+
+The truth is at the vendors, on the node and in the records: a supervisor that is killed anywhere is replaced
+by another that ticks. Only connections and what was said to the person live in this object.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from decimal import Decimal
+from pathlib import Path
+
+from gpubroker.doors import Clock, Shell
+from gpubroker.errors import (
+    AuthFailed,
+    BrokerError,
+    LaunchUncertain,
+    MissingCredentials,
+    NoCapacity,
+    OverBudget,
+    ProviderError,
+    QuotaExceeded,
+    Refused,
+)
+from gpubroker.jobspec import JobSpec
+from gpubroker.model import Offer
+from gpubroker.provider import Compute, NodeSpec, NodeView
+from gpubroker.run.decide import Action, Finish, Observed, Prepare, Replace, Wait, decide
+from gpubroker.run.on_node import Look, OnNode
+from gpubroker.run.payload import Errand, StoreKeys
+from gpubroker.run.records import Attempt, Caps, JobState, Records
+from gpubroker.run.renting import Order, Renting
+from gpubroker.run.verdict import Verdict, Wanted, judge
+
+# A machine that failed its preflight, and one that nobody could reach, are left alone for so long.
+AVOID_S = 24 * 3600
+# A node that nobody has looked at for so long ends its job by itself.
+RENEW_WITHIN_S = 1800.0
+_DISK_MARGIN_GB = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """An offer worth trying, the best first."""
+
+    offer: Offer
+    usd_per_hour: Decimal  # all that is billed by the hour
+    bid_usd_per_hour: Decimal | None
+    name: str  # for people
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What is to be done, with everything that is not in its description."""
+
+    id: str
+    spec: JobSpec
+    folder: Path  # what is sent
+    out: Path  # where artifacts go
+    secrets: Mapping[str, str]
+    store: StoreKeys | None
+    private_key: str
+    public_key: str
+    caps: Caps
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How the job ended."""
+
+    state: JobState
+    reason: str
+
+
+@dataclass(slots=True)
+class _Contact:
+    """With one attempt's node."""
+
+    shell: Shell | None = None
+    host_key: str | None = None
+    last_reached_at: datetime | None = None
+    log_bytes: int = 0
+
+
+Connect = Callable[[Compute, NodeView, str, str | None], tuple[Shell, str | None]]
+
+
+@dataclass(kw_only=True)
+class Supervisor:
+    """See the module. `say` hears what a person should know, `log` the job's own output."""
+
+    job: Job
+    records: Records
+    renting: Renting
+    computes: Mapping[str, Compute]
+    candidates: Callable[[], Iterable[Candidate]]
+    connect: Connect
+    clock: Clock
+    say: Callable[[str], None]
+    log: Callable[[bytes], None]
+    _contacts: dict[int, _Contact] = field(default_factory=dict)
+    _said: str = ""
+
+    def tick(self) -> Outcome | None:
+        """One step; the outcome once the job is over. Raises OverBudget and AuthFailed: a person must act."""
+        attempt = self._open_attempt()
+        if attempt is None:
+            self._rent()
+            return None
+        listed, problems = self.renting.list_all([attempt.provider])
+        if attempt.node_id is None:
+            self.renting.settle_doubts(listed)
+            return None
+        nodes = listed.get(attempt.provider, [])
+        node = next((n for n in nodes if n.id == attempt.node_id), None)
+        seen, look = self._observe(attempt, node, is_listed=not problems)
+        if node is not None and node.status == "running":
+            attempt = self.records.running(attempt)
+        return self._apply(attempt, decide(attempt, seen, self.clock.now()), look)
+
+    def stop(self, reason: str) -> None:
+        """End everything that the job has rented. Raises what a vendor does not confirm."""
+        for attempt in self._open_attempts():
+            if attempt.node_id is None:
+                listed, _ = self.renting.list_all([attempt.provider])
+                self.renting.settle_doubts(listed)
+        for attempt in self._open_attempts():
+            if attempt.node_id is not None:
+                self._drop(attempt)
+                self.renting.end(attempt, reason)
+
+    def close(self) -> None:
+        """Let go of all connections."""
+        for contact in self._contacts.values():
+            if contact.shell is not None:
+                contact.shell.close()
+
+    # Looking
+
+    def _open_attempts(self) -> list[Attempt]:
+        return [a for a in self.records.open_attempts() if a.job_id == self.job.id]
+
+    def _open_attempt(self) -> Attempt | None:
+        """The newest. An older one that is still open was doubtful: it is settled by its tag, then ended."""
+        found = self._open_attempts()
+        return found[-1] if found else None
+
+    def _observe(
+        self, attempt: Attempt, node: NodeView | None, *, is_listed: bool
+    ) -> tuple[Observed, Look | None]:
+        contact = self._contacts.setdefault(attempt.id, _Contact())
+        look = None
+        if node is not None and node.status == "running":
+            try:
+                look = OnNode(self._shell(attempt, node), self.job.id).look(contact.log_bytes)
+            except ProviderError as error:  # a node may refuse the key until its start script has run
+                self._drop(attempt)
+                self._once(f"not reached yet: {error.detail}")
+        if look is not None:
+            contact.last_reached_at = self.clock.now()
+            contact.log_bytes += len(look.log)
+            self.log(look.log)
+        seen = Observed(
+            is_listed=is_listed,
+            node=node,
+            is_reached=look is not None,
+            state=None if look is None else look.state,
+            last_reached_at=contact.last_reached_at,
+        )
+        return seen, look
+
+    def _shell(self, attempt: Attempt, node: NodeView) -> Shell:
+        contact = self._contacts.setdefault(attempt.id, _Contact())
+        if contact.shell is None:
+            compute = self.computes[attempt.provider]
+            contact.shell, contact.host_key = self.connect(
+                compute, node, self.job.private_key, contact.host_key
+            )
+        return contact.shell
+
+    def _drop(self, attempt: Attempt) -> None:
+        contact = self._contacts.get(attempt.id)
+        if contact is not None and contact.shell is not None:
+            contact.shell.close()
+            contact.shell = None
+
+    # Acting
+
+    def _apply(self, attempt: Attempt, action: Action, look: Look | None) -> Outcome | None:
+        if isinstance(action, Wait):
+            self._once(f"{attempt.provider}: {action.why}")
+        elif isinstance(action, Prepare):
+            self._prepare(attempt)
+        elif isinstance(action, Replace):
+            self._end(attempt, action.reason)
+        else:
+            return self._finish(attempt, action)
+        return None
+
+    def _finish(self, attempt: Attempt, action: Finish) -> Outcome:
+        node = NodeView(id=str(attempt.node_id), tag=attempt.tag, status="running")
+        contact = self._contacts.get(attempt.id)
+        reason = action.reason
+        if contact is not None and contact.shell is not None:
+            missing = OnNode(self._shell(attempt, node), self.job.id).bring_back(
+                self.job.spec.artifacts.paths, self.job.out
+            )
+            if missing:
+                reason += f"; not there: {', '.join(missing)}"
+        self._end(attempt, action.state)
+        self.records.end_job(self.job.id, action.state, reason)
+        return Outcome(state=action.state, reason=reason)
+
+    def _end(self, attempt: Attempt, reason: str) -> None:
+        self._drop(attempt)
+        ended = self.renting.end(attempt, reason)
+        self.say(f"{attempt.provider} {attempt.node_id}: {reason}; about ${ended.usd_estimated or 0:.4f}")
+
+    def _prepare(self, attempt: Attempt) -> None:
+        """Prove the node, then send and start the job; a node that lies is ended and kept away from."""
+        shell = self._contacts[attempt.id].shell
+        assert shell is not None  # noqa: S101  it was just looked at
+        on_node = OnNode(shell, self.job.id)
+        verdict = self._judge(on_node, attempt)
+        if not verdict.is_trusted:
+            worst = verdict.reasons[0]
+            text = "; ".join(reason.text for reason in verdict.reasons)
+            self.records.avoid(attempt.provider, attempt.machine_id, worst.code, text, for_s=AVOID_S)
+            self._end(attempt, f"preflight: {text}")
+            return
+        for text in verdict.unchecked:
+            self._once(f"preflight: not checked: {text}")
+        on_node.start(self._errand(attempt), self.job.folder, self.job.secrets)
+        self.say(f"{attempt.provider} {attempt.node_id}: attempt {attempt.epoch} started")
+
+    def _judge(self, on_node: OnNode, attempt: Attempt) -> Verdict:
+        wanted = Wanted(
+            gpu=attempt.gpu,
+            form_factor=attempt.form_factor,
+            gpu_count=attempt.gpu_count,
+            vram_gib=attempt.vram_gib,
+            disk_gb=_DISK_MARGIN_GB,
+        )
+        return judge(on_node.preflight(), wanted)
+
+    def _errand(self, attempt: Attempt) -> Errand:
+        now, limits = self.clock.now(), self.job.spec.limits
+        spent = sum((a.usd_so_far(now) for a in self.records.attempts(self.job.id)), Decimal(0))
+        left = None if limits.budget_usd is None else max(Decimal("0.01"), limits.budget_usd - spent)
+        running_s = 0.0 if attempt.running_at is None else (now - attempt.running_at).total_seconds()
+        capabilities = self.computes[attempt.provider].capabilities
+        return Errand(
+            job_id=self.job.id,
+            spec=self.job.spec,
+            epoch=attempt.epoch,
+            tag=attempt.tag,
+            usd_per_hour=float(attempt.usd_per_hour),
+            max_usd=None if left is None else float(left + attempt.usd_so_far(now)),
+            max_s=None if limits.max_hours is None else float(limits.max_hours) * 3600,
+            renew_within_s=RENEW_WITHIN_S,
+            spent_s=running_s,
+            has_imds=attempt.provider == "aws",
+            ends_by_shutdown=attempt.provider == "aws" and capabilities.self_terminate,
+            store=self.job.store,
+        )
+
+    def _rent(self) -> None:
+        """The first candidate that can be had. Raises OverBudget; AuthFailed when it is all that is left."""
+        avoided = self.records.avoided()
+        tried = 0
+        for candidate in self.candidates():
+            offer = candidate.offer
+            why = avoided.get((offer.provider, offer.machine_id))
+            if why is not None or offer.provider not in self.computes:
+                continue
+            tried += 1
+            order = Order(
+                job_id=self.job.id,
+                offer=offer,
+                spec=self._node_spec(),
+                usd_per_hour=candidate.usd_per_hour,
+                bid_usd_per_hour=candidate.bid_usd_per_hour,
+            )
+            try:
+                attempt = self.renting.rent(order, self.job.caps)
+            except LaunchUncertain as error:
+                self.say(f"{candidate.name}: {error.detail}")
+                return
+            except (NoCapacity, QuotaExceeded, Refused, AuthFailed, MissingCredentials) as error:
+                self._once(f"{candidate.name}: {error}")
+                continue
+            except OverBudget:
+                raise
+            except BrokerError as error:
+                self._once(f"{candidate.name}: {error}")
+                continue
+            self.say(f"renting {candidate.name} at ${candidate.usd_per_hour:.4f}/h: {attempt.node_id}")
+            return
+        self._once("nobody has one now" if tried else "no offer is left to try")
+
+    def _node_spec(self) -> NodeSpec:
+        limits = self.job.spec.limits
+        return NodeSpec(
+            image=self.job.spec.image or "",
+            disk_gb=int(self.job.spec.disk),
+            ssh_public_key=self.job.public_key,
+            lifetime_s=None if limits.max_hours is None else int(limits.max_hours * 3600),
+        )
+
+    def _once(self, text: str) -> None:
+        """Not the same thing at every tick."""
+        if text != self._said:
+            self._said = text
+            self.say(text)
+
+
+@contextlib.contextmanager
+def closing(supervisor: Supervisor) -> Iterator[Supervisor]:
+    """Connections are let go of, however it ends."""
+    try:
+        yield supervisor
+    finally:
+        supervisor.close()

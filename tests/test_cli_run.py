@@ -1,0 +1,121 @@
+"""`gpubroker run` over the vendors' APIs on loopback, with real processes behind real SSH as nodes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("aiohttp", reason="needs the extra [testcloud]")
+
+from gpubroker.cli import main
+from gpubroker.testcloud.client import running
+
+TRAIN = """
+import json, os, time
+folder = os.environ["GPUBROKER_CHECKPOINT_DIR"]
+start = 0
+if os.environ.get("GPUBROKER_RESUME_FROM"):
+    start = json.load(open(os.environ["GPUBROKER_RESUME_FROM"] + "/state.json"))["step"]
+print("attempt", os.environ["GPUBROKER_ATTEMPT"], "from", start, flush=True)
+total = start * (start + 1) // 2
+for step in range(start + 1, 31):
+    time.sleep(0.3)
+    total += step
+    part = f"{folder}/step-{step}.tmp"
+    os.makedirs(part)
+    json.dump({"step": step}, open(part + "/state.json", "w"))
+    open(part + "/.complete", "w")
+    os.rename(part, f"{folder}/step-{step}")
+    print("step", step, flush=True)
+os.makedirs("out")
+open("out/result.txt", "w").write(str(total))
+"""
+
+
+@pytest.fixture
+def job(tmp_path):
+    """A folder with a job, the environment of its user, and the command line."""
+    folder = tmp_path / "job"
+    folder.mkdir()
+    (folder / "train.py").write_text(TRAIN)
+
+    def _job(cloud, *words, **more):
+        homes = {f"XDG_{kind}_HOME": str(tmp_path / kind) for kind in ("DATA", "CACHE", "CONFIG")}
+        kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+        env = {**kept, **cloud.env, **homes, "GPUBROKER_DB_URL": f"sqlite:///{tmp_path}/p.db", **more}
+        command = [
+            sys.executable, "-m", "gpubroker", "run", "--gpu", "4090", "--hours", "1", "--max-usd", "5",
+            "--folder", str(folder), "--artifact", "out", "--out", str(tmp_path / "back"), "--format", "json",
+            *words, "--", "python3", "train.py",
+        ]  # fmt: skip
+        return subprocess.Popen(
+            command, env=env, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    return _job
+
+
+def heard(process, text):
+    """Read what it says until a line begins so; the lines."""
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if line.startswith(text):
+            return lines
+    raise AssertionError(f"{text!r} was never said: {lines[-20:]}")
+
+
+def ended(process):
+    out, err = process.communicate(timeout=240)
+    return process.returncode, json.loads(out), err
+
+
+def test_a_preempted_job_goes_on_from_its_checkpoint_and_its_artifacts_come_back(job, tmp_path):
+    """A vast bid is lost at step 12 or later; the second node begins where the first one saved."""
+    import boto3
+
+    with running(speed=10) as cloud:
+        keys = {name: cloud.env[f"AWS_{name}"] for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY")}
+        endpoint = cloud.env["AWS_ENDPOINT_URL"]
+        boto3.client(
+            "s3",
+            endpoint_url=endpoint,
+            region_name="us-east-1",
+            aws_access_key_id=keys["ACCESS_KEY_ID"],
+            aws_secret_access_key=keys["SECRET_ACCESS_KEY"],
+        ).create_bucket(Bucket="jobs")
+        store = {f"GPUBROKER_STORE_{name}": value for name, value in keys.items()}
+        process = job(
+            cloud, "--provider", "vast", "--market", "spot", "--store", "s3://jobs/sft",
+            **store, GPUBROKER_STORE_URL=endpoint,
+        )  # fmt: skip
+        heard(process, "step 12")
+        (node,) = [node for node in cloud.nodes() if node["state"] == "running"]
+        cloud.preempt(node["id"])
+        lines = heard(process, "attempt 2 from")
+        code, record, _ = ended(process)
+        left = [node["state"] for node in cloud.nodes()]
+    assert int(lines[-1].split()[-1]) >= 10
+    assert (0, "done", ["ended", "ended"]) == (code, record["state"], left)
+    assert ["preempted", "done"] == [a["end_reason"].partition(":")[0] for a in record["attempts"]]
+    assert str(sum(range(31))) == (tmp_path / "back" / "out" / "result.txt").read_text()
+
+
+def test_a_job_that_fails_is_exit_6_and_leaves_nothing_that_bills(job, tmp_path):
+    """Its log comes back all the same."""
+    with running(speed=10) as cloud:
+        (tmp_path / "job" / "train.py").write_text("print('hello'); raise SystemExit(3)")
+        code, record, _ = ended(job(cloud, "--provider", "runpod"))
+        left = [node["state"] for node in cloud.nodes()]
+    assert (6, "failed", ["ended"]) == (code, record["state"], left)
+    assert "hello" in (tmp_path / "back" / "job.log").read_text()
+
+
+def test_a_run_that_says_too_little_is_exit_2(capsys):
+    """What to run, and how much work it is."""
+    assert 2 == main(["run"])
+    assert "say what to run" in capsys.readouterr().err
+    assert 2 == main(["run", "--gpu", "4090", "--", "true"])
+    assert "say how much work" in capsys.readouterr().err

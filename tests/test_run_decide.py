@@ -1,0 +1,84 @@
+"""What to do about a job's node, case by case."""
+
+from dataclasses import replace
+from datetime import timedelta
+from decimal import Decimal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpubroker.provider import NodeView
+from gpubroker.run.decide import Finish, Observed, Prepare, Replace, Wait, decide
+from gpubroker.run.records import Attempt
+from tests.support import NOW
+
+ATTEMPT = Attempt(
+    id=1, job_id="job", epoch=1, tag="gpubroker-a-1", provider="vast", sku="RTX 4090", gpu="RTX4090",
+    form_factor="PCIe", vram_gib=24, gpu_count=1, market="spot", region="US", zone="", machine_id="7",
+    usd_per_hour=Decimal(1), bid_usd_per_hour=Decimal(1), billing_increment_s=1, minimum_s=0,
+    intended_at=NOW - timedelta(minutes=2), node_id="n1", running_at=NOW - timedelta(minutes=1), ended_at=None,
+    end_reason="", usd_estimated=None, usd_settled=None,
+)  # fmt: skip
+RUNNING = NodeView(id="n1", tag=ATTEMPT.tag, status="running")
+SEEN = Observed(
+    is_listed=True,
+    node=RUNNING,
+    is_reached=True,
+    state={"state": "running", "result": None},
+    last_reached_at=NOW,
+)
+
+
+def result(outcome, reason="exit code 0"):
+    return {"state": outcome, "result": {"outcome": outcome, "reason": reason}}
+
+
+OLD = NOW - timedelta(hours=2)
+
+
+@pytest.mark.parametrize(
+    ("attempt", "seen", "action"),
+    [
+        pytest.param({}, {}, Wait(why="running"), id="runs"),
+        pytest.param({}, {"state": None}, Prepare(), id="idle node"),
+        pytest.param({}, {"state": result("done")}, Finish(state="done", reason="exit code 0"), id="done"),
+        pytest.param({}, {"state": result("failed", "exit code 1")}, Finish(state="failed", reason="exit code 1"), id="failed"),
+        pytest.param({}, {"state": result("retry", "exit code 75")}, Replace(reason="retry: exit code 75"), id="asks for another try"),
+        pytest.param({}, {"state": result("lease_ended", "its time is over")}, Replace(reason="lease ended: its time is over"), id="lease"),
+        pytest.param({}, {"is_listed": False, "node": None, "is_reached": False, "state": None}, Wait(why="the vendor does not answer"), id="silent vendor"),
+        pytest.param({}, {"is_listed": False, "node": None, "state": result("done")}, Finish(state="done", reason="exit code 0"), id="done and a silent vendor"),
+        pytest.param({"running_at": None}, {"node": None, "is_reached": False, "state": None}, Wait(why="not yet in the vendor's list"), id="list lags"),
+        pytest.param({"running_at": None, "intended_at": OLD}, {"node": None, "is_reached": False, "state": None}, Replace(reason="gone"), id="never came"),
+        pytest.param({}, {"node": None, "is_reached": False, "state": None}, Replace(reason="gone"), id="ran and is gone"),
+        pytest.param({}, {"node": replace(RUNNING, status="gone", reason="reclaimed", is_preempted=True), "is_reached": False, "state": None}, Replace(reason="preempted: reclaimed"), id="reclaimed"),
+        pytest.param({}, {"node": replace(RUNNING, status="stopped", reason="outbid"), "is_reached": False, "state": None}, Replace(reason="preempted: outbid"), id="outbid"),
+        pytest.param({"running_at": None}, {"node": replace(RUNNING, status="starting"), "is_reached": False, "state": None}, Wait(why="starting"), id="starts"),
+        pytest.param({"running_at": None, "intended_at": OLD}, {"node": replace(RUNNING, status="starting", reason="loading"), "is_reached": False, "state": None}, Replace(reason="did not start in time: loading"), id="starts for ever"),
+        pytest.param({}, {"is_reached": False, "state": None}, Wait(why="not reached"), id="unreachable for a moment"),
+        pytest.param({}, {"is_reached": False, "state": None, "last_reached_at": OLD}, Replace(reason="cannot be reached, though its vendor says that it runs"), id="unreachable for long"),
+    ],
+)  # fmt: skip
+def test_each_case_has_its_action(attempt, seen, action):
+    """A lost connection alone kills nothing; what the agent says of the end counts before all else."""
+    assert action == decide(replace(ATTEMPT, **attempt), replace(SEEN, **seen), NOW)
+
+
+@given(
+    status=st.sampled_from(["starting", "running"]),
+    minutes=st.integers(0, 9),
+    is_listed=st.booleans(),
+    is_reached=st.booleans(),
+)
+def test_a_node_that_lives_is_not_replaced_within_ten_minutes_of_its_last_word(
+    status, minutes, is_listed, is_reached
+):
+    """Whatever else is seen."""
+    seen = Observed(
+        is_listed=is_listed,
+        node=replace(RUNNING, status=status) if is_listed else None,
+        is_reached=is_reached,
+        state={"state": "running", "result": None} if is_reached else None,
+        last_reached_at=NOW - timedelta(minutes=minutes),
+    )
+    assert not isinstance(decide(ATTEMPT, seen, NOW), Replace)
