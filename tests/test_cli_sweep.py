@@ -98,7 +98,10 @@ def test_a_vendor_that_does_not_answer_is_told_with_exit_4(cloud, capsys, monkey
     """The others are looked at all the same."""
     monkeypatch.setenv("GPUBROKER_RUNPOD_URL", "http://127.0.0.1:9")
     code, found = run(capsys, "sweep")
-    assert (4, ["runpod"]) == (code, [problem["provider"] for problem in found["problems"]])
+    problems = {problem["provider"]: problem["reason"] for problem in found["problems"]}
+    assert (4, {"aws", "modal", "local", "runpod"}) == (code, set(problems))
+    assert "not looked at: disabled" in problems["aws"]
+    assert problems["runpod"].startswith("runpod: ")
 
 
 def test_a_provider_nobody_knows_is_exit_2(cloud, capsys):

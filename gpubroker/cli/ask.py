@@ -16,7 +16,7 @@ from gpubroker.doors import Clock, SystemClock
 from gpubroker.errors import ConfigError
 from gpubroker.gpus import catalogue
 from gpubroker.model import Offer, Priced
-from gpubroker.plan.course import NO_RISK, Risk, risk_of
+from gpubroker.plan.course import Risk, risk_of
 from gpubroker.plan.fees import FeeTable
 from gpubroker.plan.hazard import Exposure, Hazards
 from gpubroker.plan.rank import Ask, LeftOut, Pricing, merge
@@ -44,7 +44,9 @@ def ask_from(asked: Mapping[str, Any], settings: Settings) -> Ask:
     """The options of `filter_options` and `work_options` as an Ask. Raises UsageError."""
     if not asked["gpus"] and asked["min_vram"] is None:
         raise click.UsageError("say which GPU: --gpu h100, or --min-vram 48 for any with that much memory")
-    if (asked["hours"] is None) == (asked["amount"] is None):
+    if asked["hours"] is not None and asked["amount"] is not None:
+        raise click.UsageError("--hours and --work exclude each other: say how much work by one of them")
+    if asked["hours"] is None and asked["amount"] is None:
         raise click.UsageError(
             "say how much work: --hours 8, or --work 8h@h100-sxm to convert it to each card"
         )
@@ -115,11 +117,11 @@ def pricing_for(
 
 def _risks(exposures: Iterable[Exposure], asked_rate: Decimal | None) -> Callable[[Offer, Decimal], Risk]:
     """What is known of each offer, or the rate that was asked for."""
+    hazards = Hazards(exposures)
     if asked_rate is None:
-        hazards = Hazards(exposures)
         return lambda offer, hours: risk_of(hazards.of(offer), hours)
     rate = Risk(per_hour=float(asked_rate), source=ASKED_RATE)
-    return lambda offer, hours: rate if offer.preemptible else NO_RISK
+    return lambda offer, hours: rate if offer.preemptible else risk_of(hazards.of(offer), hours)
 
 
 def _at_pace(pricing: Pricing, ask: Ask, settings: Settings, known: Knowledge) -> Pricing:

@@ -11,7 +11,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from gpubroker.cli.quote import flip_record
-from gpubroker.cli.render import console, dollars_of, table
+from gpubroker.cli.render import console, dollars_of, hours_of, table
 from gpubroker.money import round_usd, usd_text
 from gpubroker.plan.breakeven import Flip
 from gpubroker.plan.rank import Ask, Pricing, Quote
@@ -20,6 +20,7 @@ from gpubroker.plan.simulate import Quantiles
 from gpubroker.plan.strategy import Limits, Strategy
 from gpubroker.prices.market import Problem
 
+_AS_NEAR = 1.02
 CSV = (
     "kind", "text", "expected_usd", "p50_usd", "p90_usd", "p99_usd", "finish_p50_h", "finish_p90_h",
     "finish_p99_h", "preemptions", "bid_usd_per_hour", "checkpoint_every_s", "switch_h_before_deadline",
@@ -41,8 +42,8 @@ def show(found: Sequence[Strategy], ask: Ask, limits: Limits, pricing: Pricing) 
             headline(s),
             dollars_of(s.usd_mean),
             dollars_of(usd.p90),
-            f"{finish.p50:.1f} h",
-            f"{finish.p90:.1f} h",
+            hours_of(finish.p50),
+            hours_of(finish.p90),
             *[_percent(s.chances(limits)[2])][: int(has_limits)],
         )
     out = console()
@@ -62,7 +63,7 @@ def show(found: Sequence[Strategy], ask: Ask, limits: Limits, pricing: Pricing) 
 
 def headline(s: Strategy) -> str:
     """The strategy in a few words."""
-    text = name_of(s.first)
+    text = name_of(s.first) + ("" if s.bid is None else f", bid ${s.bid.usd_per_hour.normalize():f}")
     if s.others:
         text += "".join(f", or {_place(q, s.first)}" for q in s.others)
     if s.fallback is not None:
@@ -103,7 +104,7 @@ def explain(found: Sequence[Strategy], limits: Limits) -> None:
 def _details(s: Strategy, limits: Limits) -> Iterable[str]:
     usd, finish = s.usd_quantiles, s.finish_quantiles
     yield f"cost p50 {dollars_of(usd.p50)}, p90 {dollars_of(usd.p90)}, p99 {dollars_of(usd.p99)}"
-    yield f"done after p50 {finish.p50:.1f} h, p90 {finish.p90:.1f} h, p99 {finish.p99:.1f} h"
+    yield f"done after p50 {hours_of(finish.p50)}, p90 {hours_of(finish.p90)}, p99 {hours_of(finish.p99)}"
     if s.bid is not None:
         yield f"bid ${s.bid.usd_per_hour:f}/h: {s.bid.basis}"
         lost = s.bid.outbid
@@ -153,14 +154,18 @@ def _least(
     found: Sequence[Strategy], what: str, limits: Limits, other: str, most: float | None
 ) -> tuple[Strategy | None, float]:
     """The strategy with the least quantile of `what` among those that keep the other limit."""
-    best, least = None, np.inf
+    found_at: list[tuple[float, Strategy]] = []
     for s in found:
         kept = getattr(s, other) <= (np.inf if most is None else most)
         values = np.where(kept, getattr(s, what), np.inf)
-        at = float(np.quantile(values, limits.confidence, method="inverted_cdf"))
-        if at < least:
-            best, least = s, at
-    return best, float(least)
+        found_at.append((float(np.quantile(values, limits.confidence, method="inverted_cdf")), s))
+    least = min(at for at, _ in found_at)
+    if not np.isfinite(least):
+        return None, least
+    # Of those that come as near, the cheapest.
+    near = [(s.usd_mean, at, s) for at, s in found_at if at <= least * _AS_NEAR]
+    _, at, best = min(near, key=lambda one: one[:2])
+    return best, at
 
 
 def record(
@@ -255,9 +260,7 @@ def _limits_text(limits: Limits) -> str:
 
 
 def _usd_text(value: float | None) -> str | None:
-    return (
-        None if value is None or not np.isfinite(value) else usd_text(round_usd(Decimal(repr(value))))
-    )
+    return None if value is None or not np.isfinite(value) else usd_text(round_usd(Decimal(repr(value))))
 
 
 def _percent(share: float) -> str:

@@ -50,7 +50,7 @@ Examples:
     type=click.IntRange(1, 1000),
     default=10,
     show_default=True,
-    help="Rows of the table; json and csv hold all.",
+    help="Rows of the table, each vendor's best among them; json and csv hold all.",
 )
 @click.option("--max-age", type=Duration(), help="Refresh prices older than this first.  [default: 30m]")
 @click.option("--offline", is_flag=True, help="Never ask a vendor: stored prices and the price book.")

@@ -10,7 +10,7 @@ from decimal import Decimal
 from rich.padding import Padding
 from rich.text import Text
 
-from gpubroker.cli.render import age, console, dollars, dollars_of, table
+from gpubroker.cli.render import age, console, dollars, dollars_of, hours_of, table
 from gpubroker.money import usd_text
 from gpubroker.plan.breakeven import Flip
 from gpubroker.plan.preempt import daly_interval_h
@@ -41,10 +41,11 @@ def print_table(
 ) -> None:
     """The rows of `shown` with their places among `quotes`; `spreads` by id() of a quote."""
     out = console()
-    plus = int(out.width >= _WIDE)
+    plus, hours = int(out.width >= _WIDE), int(bool(pricing.assumption))
     made = table(
-        "#", "provider", "GPU", "market", "region", "$/h", "total", "p90", "price", *["plus"][:plus],
-        right=("#", "$/h", "total", "p90"), whole=("provider", "GPU", "market", "region", "price"),
+        "#", "provider", "GPU", "market", "region", *["hours"][:hours], "$/h", "total", "p90", "price",
+        *["plus"][:plus],
+        right=("#", "hours", "$/h", "total", "p90"), whole=("provider", "market"),
     )  # fmt: skip
     place = {id(q): i for i, q in enumerate(quotes, 1)}
     for q in shown:
@@ -54,6 +55,7 @@ def print_table(
             gpu_text(q, ask.gpu_count),
             q.offer.market.replace("_", "-"),
             q.offer.zone or q.offer.region or q.offer.cloud or "any",
+            *[f"{q.work.hours:.1f}"][:hours],
             dollars(q.offer.usd_per_hour),
             dollars(q.bill.total_usd),
             dollars_of(spreads[id(q)].usd.p90),
@@ -66,7 +68,7 @@ def print_table(
     out.print(
         f"total is what to expect, preemptions included; 9 of 10 runs cost at most p90.{note}", style="dim"
     )
-    if ask.work.checkpoints.gb == 0 and any(q.bill.course.preemptions > 1 for q in shown):
+    if ask.work.checkpoints.gb == 0 and any(q.offer.preemptible for q in shown):
         out.print(
             "No --checkpoint-gb was given: checkpoints are taken to cost 10 s and no transfer.", style="dim"
         )
@@ -144,7 +146,7 @@ def _facts(q: Quote, spread: Distribution) -> list[str]:
     usd, finish = spread.usd, spread.finish_h
     facts.append(
         f"cost p50 {dollars_of(usd.p50)}, p90 {dollars_of(usd.p90)}, p99 {dollars_of(usd.p99)}; "
-        f"done after p50 {finish.p50:.1f} h, p90 {finish.p90:.1f} h, p99 {finish.p99:.1f} h"
+        f"done after p50 {hours_of(finish.p50)}, p90 {hours_of(finish.p90)}, p99 {hours_of(finish.p99)}"
     )
     return facts
 

@@ -78,6 +78,11 @@ def dollars_of(value: float) -> str:
     return dollars(round_usd(Decimal(repr(value)))) if math.isfinite(value) else "-"
 
 
+def hours_of(value: float) -> str:
+    """A statistic in hours; a dash where it is not finite."""
+    return f"{value:.1f} h" if math.isfinite(value) else "-"
+
+
 def age(moment: datetime | None, now: datetime) -> str:
     """How old, in one unit."""
     if moment is None:

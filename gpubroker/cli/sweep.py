@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,7 +51,7 @@ def sweep(*, providers: tuple[str, ...], is_ending: bool, output: str) -> None:
         found = renting.strays(listed)
         left = renting.sweep(found) if is_ending else []
     ended = {id(stray) for stray in found if is_ending} - {id(stray) for stray in left}
-    _print(found, ended, {**problems, **silent}, output, is_ending=is_ending)
+    _print(found, ended, {**problems, **silent}, listed, output, is_ending=is_ending)
     if silent or left:
         raise click.exceptions.Exit(_FAILED)
 
@@ -81,7 +81,7 @@ def stop_all(*, providers: tuple[str, ...], yes: bool, output: str) -> None:
         gone = {(s.provider, s.node.id) for s in found} - {(s.provider, s.node.id) for s in left}
         renting.forget(gone, "stop-all")
     ended = {id(stray) for stray in found} - {id(stray) for stray in left}
-    _print(found, ended, {**problems, **silent}, output, is_ending=True)
+    _print(found, ended, {**problems, **silent}, listed, output, is_ending=True)
     if silent or left:
         raise click.exceptions.Exit(_FAILED)
 
@@ -96,12 +96,18 @@ def _renting(providers: tuple[str, ...]) -> Iterator[tuple[Renting, dict[str, st
     clock = SystemClock()
     with open_context(config.load(), os.environ, clock) as (store, context):
         found, without = computes(context, providers or None)
-        told = {name: reason for name, reason in without.items() if name in providers}
+        told = {name: f"not looked at: {reason}" for name, reason in without.items()}
         yield Renting(Records(store.database, clock), found, clock), told
 
 
 def _print(
-    found: list[Stray], ended: set[int], problems: Mapping[str, str], output: str, *, is_ending: bool
+    found: list[Stray],
+    ended: set[int],
+    problems: Mapping[str, str],
+    looked_at: Iterable[str],
+    output: str,
+    *,
+    is_ending: bool,
 ) -> None:
     rows = [_record(stray, id(stray) in ended) for stray in found]
     if output == "json":
@@ -111,7 +117,7 @@ def _print(
     if output == "csv":
         print_csv(_CSV, ([row[name] for name in _CSV] for row in rows))
     elif not found:
-        say("Nothing bills that nobody wants." if not is_ending else "Nothing was left to end.")
+        say(f"Nothing to {'end' if is_ending else 'tell'} at {', '.join(looked_at) or 'any vendor'}.")
     else:
         made = table("provider", "node", "tag", "status", "$/h", "since", "", right=("$/h",))
         for stray in found:

@@ -254,11 +254,9 @@ def _paused_disk(offer: Offer, work: Work, course: Course, fees: FeeTable) -> It
         return
     stopped = fees.storage_usd_per_gb_month(offer.provider, "storage_stopped")
     rate, source = stopped.usd, stopped.source_text
-    if stopped.status == UNKNOWN and offer.storage_usd_per_gb_month is not None:
-        rate, source = (
-            offer.storage_usd_per_gb_month,
-            "the offer's running rate; a stopped disk may cost more",
-        )
+    if stopped.status == UNKNOWN:
+        rate, running, _ = _disk_rate(offer, fees)
+        source = f"the running rate ({running}); a stopped disk may cost more"
     gb, month_h = work.disk_gb, fees.hours_per_month(offer.provider)
     yield _disk_line("disk while waiting", gb, f"{gb:f}", rate, course.wait_h, month_h, source)
 

@@ -10,6 +10,7 @@ from gpubroker.plan.rank import OWN, Ask, Quote
 
 # A listed price older than this is named in the sentence: list prices moved six times a year.
 _OLD_DAYS = 30
+_DAY_S = 86_400
 
 
 def advice(quotes: Sequence[Quote], ask: Ask, now: datetime) -> str:
@@ -29,6 +30,8 @@ def advice(quotes: Sequence[Quote], ask: Ask, now: datetime) -> str:
         return f"{text}.{_caution(own, now)}"
     best = rented[0]
     text = f"Take {name_of(best)}: {_usd(best.bill.total_usd)} for {ask.work_text}, {_why(rented)}"
+    if best.offer.minimum_s >= _DAY_S:
+        text += f". That pays its whole term of {best.offer.minimum_s // _DAY_S} days"
     firm = next((q for q in rented if not q.offer.preemptible), None)
     if best.offer.preemptible:
         text += ". It can be taken away at any time"

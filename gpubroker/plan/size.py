@@ -32,6 +32,8 @@ _DEVICES = {"MI250X": 2}
 
 _FRAMEWORK_BYTES = GIB
 _NCCL_BYTES = GIB // 2
+# Less to spare than this is within the error of the estimate.
+_TIGHT_BYTES = GIB
 _STEP_TOKENS = 8192
 _GGUF_STEP_TOKENS = 512
 _ADAPTER_BYTES = 16
@@ -457,7 +459,8 @@ def _take(holding: Sequence[Fit]) -> str:
         if best.count == 1
         else f"{best.count} cards of {best.vram_gib} GB hold"
     )
-    return f"{what} it ({some}), with {gib_text(best.headroom_bytes)} a card to spare"
+    tight = ", which is tight" if best.headroom_bytes < _TIGHT_BYTES else ""
+    return f"{what} it ({some}), with {gib_text(best.headroom_bytes)} a card to spare{tight}"
 
 
 def ways_out(shape: Shape, use: Use, cards: Sequence[Gpu], every: Sequence[Gpu]) -> list[str]:
