@@ -112,7 +112,7 @@ class _Periodic:
 @click.command(
     context_settings={"max_content_width": 100},
     epilog="""\b
-Examples:
+The format of traces: docs/traces.md. Examples:
   gpubroker backtest --traces ../shared/traces --starts 4
   gpubroker backtest --traces traces --mode multi --policy greedy,mine:Policy --plot out.png
   gpubroker backtest --history h100-sxm --deadline-hours 24""",
