@@ -60,8 +60,6 @@ def up(*, seed: int, traces: tuple[Path, ...], faults: str, speed: float, liars:
             click.echo(f"export {name}={value}")
         click.echo(f"# control: {cloud.control}")
         click.echo("The test cloud is up; Ctrl-C ends it.", err=True)
-        click.echo(
-            "What is polled from it stays in your store: set GPUBROKER_DB_URL to another file.", err=True
-        )
+        click.echo("What is polled from it stays in your store: set GPUBROKER_DB_URL, too.", err=True)
 
     run(Options(seed=seed, traces=traces, faults=faults, speed=speed, liars=liars), ready)
