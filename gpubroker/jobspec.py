@@ -71,7 +71,10 @@ def _decimal(value: object) -> object:
     """TOML floats by their text, so that 0.1 is 0.1; nothing else may pass for a number."""
     if isinstance(value, bool) or not isinstance(value, int | float | str | Decimal):
         raise ValueError("must be a number")
-    return str(value)
+    text = str(value)
+    if not text.isascii() or "_" in text:
+        raise ValueError(f"{text[:40]!r} is not a number")
+    return text
 
 
 DurationS = Annotated[int, BeforeValidator(_duration)]
@@ -100,7 +103,9 @@ class GpuNeed(_Part):
 class WorkNeed(_Part):
     """How much there is to do."""
 
-    hours: Annotated[Figure, Field(gt=0, le=100_000)] | None = None  # on whichever card is rented
+    hours: Annotated[Figure, Field(ge=Decimal("0.000001"), le=100_000)] | None = (
+        None  # on whichever card is rented
+    )
     amount: str | None = None  # 8h@h100-sxm or 3e21flop: converted to each card
     bound: str = ""  # compute, memory, or the share of compute from 0 to 1; "" = the usual 0.7
     measured_as: str = ""  # the job whose calibrated speed converts the amount; "" = published figures
@@ -109,6 +114,8 @@ class WorkNeed(_Part):
     def _one_of_them(self) -> WorkNeed:
         if (self.hours is None) == (self.amount is None):
             raise ValueError("give either hours, or amount such as 8h@h100-sxm")
+        if self.hours is not None and (self.bound or self.measured_as):
+            raise ValueError("bound and measured_as go with amount: hours are hours on any card")
         return self
 
 
@@ -217,6 +224,13 @@ class JobSpec(_Part):
             if not (code.isdecimal() and int(code) <= 255):
                 raise ValueError(f"{code[:40]!r} is not an exit code from 0 to 255")
         return value
+
+    @model_validator(mode="after")
+    def _hours_fit(self) -> JobSpec:
+        most, hours = self.limits.max_hours, self.work.hours
+        if most is not None and hours is not None and most < hours:
+            raise ValueError(f"limits.max_hours: {most} h are less than the {hours} h of work")
+        return self
 
     @model_validator(mode="after")
     def _some_gpu(self) -> JobSpec:

@@ -333,3 +333,33 @@ def test_a_bill_rises_with_the_hazard_and_adds_up(hazard, more, hours, size, inc
     assert sum(line.usd for line in high.lines) == high.total_usd
     unit_usd = 2 * Decimal(increment) / 3600
     assert low.total_usd <= high.total_usd + unit_usd + Decimal("0.00002")
+
+
+@pytest.mark.parametrize("usd", ["0.1", "0.3", "0.5", "0.7", "2"])
+def test_the_chosen_interval_is_about_as_cheap_as_any_though_egress_has_tiers(usd):
+    """100 GB free, then $0.09: no interval of a user's choice is cheaper by more than 2%."""
+    fees = FeeTable(
+        [
+            fee("cloud", "egress_usd_per_gb", "0", tier_from="0", tier_to="100"),
+            fee("cloud", "egress_usd_per_gb", "0.09", tier_from="100"),
+        ],
+        [startup("cloud", "180")],
+    )
+    pricing = Pricing(fees=fees, risk_of=lambda of, hours: Risk(per_hour=0.3, source="a test"))
+    priced = Priced(offer=offer(usd_per_hour=Decimal(usd), **SPOT), source="x", as_of=None, live=True)
+
+    def total(every_s):
+        saves = Checkpoints(gb=Decimal(20), store="elsewhere", every_s=every_s)
+        return quote_of(priced, Work(hours=Decimal(8), checkpoints=saves), pricing).bill.total_usd
+
+    others = [total(Decimal(minutes * 60)) for minutes in (5, 10, 20, 40, 60, 80, 120, 160, 240, 480)]
+    assert total(None) <= min(others) * Decimal("1.02")
+
+
+@pytest.mark.parametrize("increment_s", [60, 3600])
+def test_a_rare_failure_does_not_add_a_whole_billing_unit(increment_s):
+    """An hour exactly, lost once in ten thousand: the total is an hour and a hair."""
+    fees = FeeTable([], [startup("cloud", "0")])
+    made = offer(billing_increment_s=increment_s)
+    total = bill_of(made, Work(hours=Decimal(1), disk_gb=Decimal(0)), fees, hazard=0.0001).total_usd
+    assert Decimal(2) <= total < Decimal("2.001")

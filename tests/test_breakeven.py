@@ -72,6 +72,16 @@ def test_a_preemption_rate_flips_the_order_either_way():
     assert pytest.approx(at, rel=0.02) == lost
 
 
+def test_a_dearer_host_of_the_same_market_with_cheaper_egress_wins_first():
+    """Vast's hosts set their own: $1.00 with $0.05/GB against $1.01 with none, from 2 GB on."""
+    rows = [
+        offer(provider="vast", sku="a", usd_per_hour=Decimal(1), egress_usd_per_gb=Decimal("0.05")),
+        offer(provider="vast", sku="b", usd_per_hour=Decimal("1.01"), egress_usd_per_gb=Decimal(0)),
+    ]
+    at, _ = found(rows)["egress_gb", True]
+    assert pytest.approx(2, rel=0.02) == at
+
+
 def test_a_single_row_has_nothing_to_flip():
     """Nobody to lose to."""
     quotes, pricing = ranked([offer(provider="cheap")])

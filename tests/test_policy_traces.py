@@ -86,7 +86,7 @@ def test_a_broken_file_is_refused_in_a_sentence_that_names_it(folder, rows, said
     [
         pytest.param({"step_seconds": 0}, "step_seconds 0 is not between", id="step"),
         pytest.param({"step_seconds": True}, "step_seconds True is not between", id="bool"),
-        pytest.param({"on_demand_price": None}, "'None' is not a price", id="no price"),
+        pytest.param({"on_demand_price": None}, "on_demand_price is missing", id="no price"),
         pytest.param({"on_demand_price": "x"}, "'x' is not a price", id="text"),
         pytest.param(
             {"default_spot_price": ...}, "no price, and the manifest has no default", id="no default"

@@ -85,6 +85,31 @@ def test_several_spot_markets_shorten_the_waits():
     assert found["mixed"].finish_quantiles.p90 < found["spot"].finish_quantiles.p90
 
 
+def test_only_markets_of_one_card_are_mixed():
+    """Hours on one card are not hours on another."""
+    other = offer(sku="spot", gpu="A100-80GB", usd_per_hour=Decimal("1.1"), region="c", **SPOT)
+    assert ["spot", "spot"] == [s.kind for s in planned(quoted(CHEAP_SPOT, other))]
+
+
+def test_a_reserved_term_is_no_fallback():
+    """Three years would be paid for two hours."""
+    term = offer(
+        sku="term", market="reserved", region="b", minimum_s=3 * 365 * 86400, usd_per_hour=Decimal(1)
+    )
+    found = planned(quoted(CHEAP_SPOT, term), deadline_h=14.0)
+    assert "spot, then on demand" not in [s.kind for s in found]
+
+
+def test_a_fallback_is_billed_in_its_own_units():
+    """By the hour: its hours are whole."""
+    hourly = offer(sku="firm", region="b", usd_per_hour=Decimal(3), billing_increment_s=3600)
+    by_second, by_hour = (
+        next(s for s in planned(quoted(CHEAP_SPOT, firm), deadline_h=14.0) if s.fallback)
+        for firm in (FIRM, hourly)
+    )
+    assert by_hour.usd_mean > by_second.usd_mean
+
+
 @pytest.mark.parametrize(
     ("saves", "here", "there", "can"),
     [

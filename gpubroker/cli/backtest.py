@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -346,7 +347,8 @@ def _bar() -> Progress:
 def _serial(
     lines: list[Timeline], chunks: list[list[Case]], policies: Sequence[str], jobs: int
 ) -> Iterator[list[Row]]:
-    return (run_cases(lines, chunk, policies) for chunk in chunks)
+    _begin(lines, policies)
+    return map(_chunk, chunks)
 
 
 def _parallel(
@@ -370,7 +372,8 @@ def _begin(lines: list[Timeline], policies: Sequence[str]) -> None:
 
 def _chunk(cases: list[Case]) -> list[Row]:
     lines, policies = _begun
-    return run_cases(lines, cases, policies)
+    with redirect_stdout(sys.stderr):  # what a policy prints must not end up in our JSON
+        return run_cases(lines, cases, policies)
 
 
 def _say_infeasible(rows: Sequence[Row]) -> None:

@@ -26,7 +26,7 @@ from gpubroker.plan.strategy import Limits, at_best_bid, strategies
 from gpubroker.plan.work import Checkpoints, Work
 from gpubroker.units import parse_deadline
 
-_LARGEST_JOB_FILE = 1_000_000
+_LARGEST_JOB_FILE = 100_000
 # Providers whose spot market takes bids, and how many rows of it are bid for.
 _TAKES_BIDS = frozenset({"vast"})
 _MOST_BIDS = 6
@@ -127,6 +127,8 @@ def refuse_both(context: click.Context, own: set[str]) -> None:
 
 def read_job(path: Path, now: datetime) -> JobSpec:
     """A job.toml. Raises ConfigError."""
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path}: not a file")
     try:
         with path.open("rb") as file:
             text = file.read(_LARGEST_JOB_FILE + 1)
@@ -176,7 +178,7 @@ def _store_of(where: str, key: str) -> str:
         return where.lower()
     owners = {"s3": "aws", "r2": "cloudflare-r2", "hf": "", "https": "", "http": ""}
     if scheme.lower() not in owners:
-        raise ConfigError(f"{key}: {where[:40]!r} is not a place that is known: {', '.join(owners)}")
+        raise ConfigError(f"{key}: {scheme[:20]!r} is not a kind of place that is known: {', '.join(owners)}")
     return owners[scheme.lower()]
 
 

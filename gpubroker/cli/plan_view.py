@@ -207,7 +207,7 @@ def _strategy_record(s: Strategy, limits: Limits) -> dict[str, Any]:
         "bid_usd_per_hour": None if s.bid is None else usd_text(s.bid.usd_per_hour),
         "bid_basis": None if s.bid is None else s.bid.basis,
         "checkpoint_every_s": None if every_h is None else round(float(every_h) * 3600),
-        "preemptions": s.preemptions,
+        "preemptions": s.preemptions if np.isfinite(s.preemptions) else None,
         "expected_usd": _usd_text(s.usd_mean),
         **{f"{name}_usd": _usd_text(value) for name, value in _named(s.usd_quantiles).items()},
         **{f"finish_{name}_h": value for name, value in _named(s.finish_quantiles).items()},

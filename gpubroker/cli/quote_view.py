@@ -160,7 +160,7 @@ def _interval(q: Quote) -> str:
     if asked_s is not None:
         return f"{text}, as asked"
     daly_h = daly_interval_h(q.inputs.hazard_per_hour, q.inputs.checkpoint_h)
-    why = ", fewer as they are charged for leaving" if q.inputs.checkpoint_fee_h else ""
+    why = ", fewer as they are charged for leaving" if q.inputs.interval_h is not None else ""
     return f"{text} (Daly's formula: {daly_h * 60:.0f} min{why})"
 
 

@@ -67,7 +67,7 @@ def bill_for(
     `risk_source` says where the preemptions of the course come from.
     """
     run_s = course.run_h * SECONDS_PER_HOUR
-    billed_s = expected_billed_s(run_s, course.preemptions, offer.billing_increment_s, offer.minimum_s)
+    billed_s = expected_billed_s(course, offer.billing_increment_s, offer.minimum_s)
     billed_h = billed_s / SECONDS_PER_HOUR
     lines = [
         *_node(offer, course, fees, price_source, risk_source),
@@ -131,12 +131,15 @@ def _pauses_text(course: Course) -> str:
     return f"{_hours(course.checkpoints)} saves of {each_s} s{every}"
 
 
-def expected_billed_s(run_s: Decimal, preemptions: Decimal, increment_s: int, minimum_s: int) -> Decimal:
-    """Billing units over all nodes: each lost one ends somewhere in a unit, and wastes half on average."""
-    if not preemptions:
-        return billed_seconds(run_s, increment_s, minimum_s)
-    whole_s = run_s if increment_s == 1 else billed_seconds(run_s, increment_s, 0)
-    return max(whole_s + preemptions * (increment_s - 1) / 2, Decimal(minimum_s))
+def expected_billed_s(course: Course, increment_s: int, minimum_s: int) -> Decimal:
+    """Billing units over all nodes: what is sure to run in whole units, what is expected on top as it is.
+
+    Each lost node ends somewhere in a unit, and wastes half of one on average.
+    """
+    sure_s = (course.useful_h + course.start_h + course.pauses_h) * SECONDS_PER_HOUR
+    lost_s = (course.rework_h + course.restarts_h) * SECONDS_PER_HOUR
+    whole_s = sure_s if increment_s == 1 and lost_s else billed_seconds(sure_s, increment_s, 0)
+    return max(whole_s + lost_s + course.preemptions * (increment_s - 1) / 2, Decimal(minimum_s))
 
 
 def billed_seconds(run_s: Decimal, increment_s: int, minimum_s: int) -> Decimal:

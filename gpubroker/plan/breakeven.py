@@ -22,6 +22,7 @@ _RANGE = {
     "hours": (Decimal("0.05"), Decimal(10_000), Decimal("0.01")),
     "preemptions_per_hour": (Decimal(0), Decimal(20), Decimal("0.001")),
 }
+_MOST_OF_A_MARKET = 4
 _STRETCH = 2
 _HALVINGS = 14
 Price = Callable[[Quote, Decimal], Decimal | None]
@@ -40,8 +41,8 @@ class Flip:
 def flips(quotes: Sequence[Quote], pricing: Pricing) -> list[Flip]:
     """The nearest change in each direction that topples the first of `quotes`, which are in order.
 
-    Hours are those of the first row; the others' change in proportion. Only the best row of each (provider,
-    market) is tried against it: a worse one of the same cannot win first, for the same fees and hazard hold.
+    Hours are those of the first row; the others' change in proportion. Tried against it are the best row of
+    each (provider, market), and what is dearer but charges less for egress, as hosts of vast.ai may.
     """
     rows = _best_of_markets(quotes)
     if len(rows) < 2:
@@ -53,7 +54,7 @@ def flips(quotes: Sequence[Quote], pricing: Pricing) -> list[Flip]:
 
     def at_hours(quote: Quote, hours: Decimal) -> Decimal | None:
         scaled = quote.work.hours * hours / first.work.hours
-        return _total(quote, replace(quote.work, hours=scaled), quote.risk, pricing)
+        return _total(quote, replace(quote.work, hours=scaled), _lasting(quote, scaled, pricing), pricing)
 
     found = [
         *_both_ways("egress_gb", first.work.egress_gb, rows, at_egress),
@@ -73,11 +74,21 @@ def flips(quotes: Sequence[Quote], pricing: Pricing) -> list[Flip]:
 
 def _best_of_markets(quotes: Sequence[Quote]) -> list[Quote]:
     """Those that can be had, the first of each provider and market."""
-    best: dict[tuple[str, str], Quote] = {}
+    chosen: list[Quote] = []
+    least: dict[tuple[str, str], list[Decimal]] = {}
     for quote in quotes:
-        if quote.has_stock:
-            best.setdefault((quote.offer.provider, quote.offer.market), quote)
-    return list(best.values())
+        rates = least.setdefault((quote.offer.provider, quote.offer.market), [])
+        rate = quote.offer.egress_usd_per_gb
+        is_better = rate is not None and rates and rate < rates[-1] and len(rates) < _MOST_OF_A_MARKET
+        if quote.has_stock and (not rates or is_better):
+            chosen.append(quote)
+            rates.append(Decimal(0) if rate is None else rate)
+    return chosen
+
+
+def _lasting(quote: Quote, hours: Decimal, pricing: Pricing) -> Risk:
+    """The hazard of a job of that length: young nodes are lost more often."""
+    return pricing.risk_of(quote.offer, hours)
 
 
 def _total(quote: Quote, work: Work, risk: Risk, pricing: Pricing) -> Decimal | None:

@@ -19,6 +19,7 @@ from gpubroker.plan.preempt import Interruptions
 from gpubroker.plan.work import Work
 
 OWN = "local"
+_FEW = 8
 # ISO 3166 codes of countries in Europe.
 _EUROPE = frozenset(
     (
@@ -151,11 +152,42 @@ def _course(offer: Offer, work: Work, risk: Risk, pricing: Pricing) -> tuple[Cou
     saves, start_s = work.checkpoints, pricing.start_s(offer)
     inputs = interruptions(offer.market, saves, start_s, risk.per_hour)
     course = course_of(work.hours, inputs)
-    if course is not None and saves.every_s is None and saves.leave(offer.provider):
-        fee_usd = checkpoint_fee_usd(offer, work, pricing.fees, course.checkpoints)
-        inputs = replace(inputs, checkpoint_fee_h=float(fee_usd / offer.usd_per_hour))
-        course = course_of(work.hours, inputs)
-    return None if course is None else (course, inputs)
+    if course is None or saves.every_s is not None or not saves.leave(offer.provider):
+        return None if course is None else (course, inputs)
+    tried = {int(course.checkpoints): (_usd_with(offer, work, course, pricing), course, inputs)}
+
+    def usd(count: int) -> Decimal:
+        if count not in tried:
+            other = replace(inputs, interval_h=float(work.hours) / (count + 1))
+            found = course_of(work.hours, other)
+            if found is None:
+                return Decimal("Infinity")
+            tried[count] = _usd_with(offer, work, found, pricing), found, other
+        return tried[count][0]
+
+    near = min(_fewer(int(course.checkpoints)), key=usd)
+    best = min(_about(near), key=usd)
+    return tried[best][1:]
+
+
+def _usd_with(offer: Offer, work: Work, course: Course, pricing: Pricing) -> Decimal:
+    """What an interval decides: the node's hours, and checkpoints leaving it."""
+    leaving = checkpoint_fee_usd(offer, work, pricing.fees, course.checkpoints) * course.checkpoints
+    return offer.usd_per_hour * course.run_h + leaving
+
+
+def _fewer(count: int) -> Iterator[int]:
+    """From this many checkpoints down to none at all, each about a third fewer."""
+    yield count
+    while count > 0:
+        count = min(count - 1, count * 2 // 3)
+        yield count
+
+
+def _about(count: int) -> list[int]:
+    """A few counts on either side, as far as the next that were looked at."""
+    low, high = count * 2 // 3, count * 3 // 2 + 1
+    return sorted({low + (high - low) * n // _FEW for n in range(_FEW + 1)} | {count})
 
 
 def _order(quote: Quote) -> tuple[bool, Decimal, bool, bool, int, str, str, str]:

@@ -355,8 +355,10 @@ def usable_bytes(vram_gib: int) -> int:
 
 
 def can_split(shape: Shape, use: Use, gpus: int) -> bool:
-    """Tensor parallelism splits by attention heads; ZeRO-3 splits anything."""
-    return bool(use.train) or shape.heads % gpus == 0
+    """Tensor parallelism splits by attention heads, KV heads whole or copied; ZeRO-3 splits anything."""
+    if use.train:
+        return True
+    return shape.heads % gpus == 0 and (shape.kv_heads % gpus == 0 or gpus % shape.kv_heads == 0)
 
 
 def fit(shape: Shape, use: Use, gpu: Gpu | OwnCards, counts: Sequence[int] = COUNTS) -> Fit:

@@ -116,7 +116,7 @@ def _found(
             yield _alone(kind, quote, bids.get(id(quote)), pricing)
     if limits.deadline_h is not None:
         for quote in spot:
-            fallback = next((q for q in firm if reaches(quote, q)), None)
+            fallback = _fallback_for(quote, firm)
             if fallback is not None:
                 yield from _falling_back(quote, fallback, (), bids.get(id(quote)), pricing, limits.deadline_h)
     mixed = _apart([q for q in quotes if q.offer.market == "spot"])
@@ -170,11 +170,13 @@ def _some(rows: Sequence[Quote]) -> list[Quote]:
 
 
 def _apart(rows: Sequence[Quote]) -> list[Quote]:
-    """The cheapest spot markets that lie apart and can all read the first one's checkpoints."""
+    """The cheapest spot markets of the first one's card that lie apart and can read its checkpoints."""
     chosen: list[Quote] = []
     for quote in rows:
-        if all(_place(quote) != _place(other) for other in chosen) and (
-            not chosen or reaches(chosen[0], quote)
+        if not chosen or (
+            _card(quote) == _card(chosen[0])
+            and all(_place(quote) != _place(other) for other in chosen)
+            and reaches(chosen[0], quote)
         ):
             chosen.append(quote)
         if len(chosen) == _MOST_MARKETS:
@@ -182,9 +184,18 @@ def _apart(rows: Sequence[Quote]) -> list[Quote]:
     return chosen
 
 
+def _card(quote: Quote) -> tuple[str, str, int]:
+    return (quote.offer.gpu, quote.offer.form_factor, quote.offer.gpu_count)
+
+
 def _place(quote: Quote) -> tuple[str, str, str, str]:
     offer = quote.offer
     return (offer.provider, offer.region, offer.zone, offer.machine_id)
+
+
+def _fallback_for(spot: Quote, firm: Sequence[Quote]) -> Quote | None:
+    """The cheapest by the hour that can go on from its checkpoints: a term would be paid whole."""
+    return next((q for q in firm if q.offer.market == "on_demand" and reaches(spot, q)), None)
 
 
 def reaches(source: Quote, target: Quote) -> bool:
@@ -220,7 +231,7 @@ def _mixed(
     """The cheapest first; a lost node is followed by whichever market has one, so that waits are shorter."""
     first, others = markets[0], tuple(markets[1:])
     shared = replace(first, inputs=replace(first.inputs, wait_h=first.inputs.wait_h / len(markets)))
-    fallback = next((q for q in firm if reaches(first, q)), None)
+    fallback = _fallback_for(first, firm)
     if limits.deadline_h is not None and fallback is not None:
         yield from _falling_back(shared, fallback, others, None, pricing, limits.deadline_h)
         return
@@ -298,10 +309,16 @@ def _usd_of_legs(legs: Legs, rates: Rates, spot: Quote, fallback: Quote, pricing
         + legs.spot_h * rates.usd_per_hour
         + legs.preemptions * rates.usd_per_preemption
         + legs.wait_h * rates.usd_per_wait_hour
-        + legs.fallback_h * end.usd_per_hour
+        + _billed_h(legs.fallback_h, fallback) * end.usd_per_hour
         + fell * (end.usd_fixed + end.usd_per_preemption - leaving_usd)
     )
     return usd
+
+
+def _billed_h(hours: Array, quote: Quote) -> Array:
+    """By the fallback's own billing units, where it was needed at all."""
+    units = billing_units(quote.offer.billing_increment_s, quote.offer.minimum_s)
+    return hours if units is None else np.where(hours > 0, units(hours), 0.0)
 
 
 def _usd_leaving(quote: Quote, pricing: Pricing) -> float:

@@ -274,7 +274,9 @@ class _Scale:
             ]
             or list(self._measured.values())
         )
-        return max(among, key=lambda m: m.measured_at, default=None)
+        # Of as many cards as the work is measured by, or the nearest count; of those the newest.
+        wanted = self._y.work.count
+        return min(among, key=lambda m: (abs(m.gpu_count - wanted), -m.measured_at.timestamp()), default=None)
 
     def _wanted(self) -> Decimal:
         """The work in hours times the unit of the rates."""

@@ -104,7 +104,7 @@ def policy_class(name: str) -> Callable[[], Policy]:
         raise ConfigError(f"{name!r} is not a policy: {', '.join(NAMED)}, or module:Class")
     try:
         made: Callable[[], Policy] = getattr(importlib.import_module(module), attribute)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"policy {name!r} cannot be imported: {type(error).__name__}: {error}") from error
     if not callable(made) or not all(callable(getattr(made, call, None)) for call in ("reset", "step")):
         raise ConfigError(f"policy {name!r} has no reset and step")
@@ -164,7 +164,7 @@ def run_cases(lines: Sequence[Timeline], cases: Iterable[Case], policies: Sequen
         for name, made in classes:
             try:
                 run = replay(made(), job, line, case.start)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 where = f"{line.name}, step {case.start}"
                 raise ConfigError(f"policy {name}: {where}: {type(error).__name__}: {error}") from error
             rows.append(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -116,8 +117,8 @@ def _manifest(path: Path) -> list[Mapping[str, Any]]:
         manifest = json.loads(path.read_bytes())
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise ConfigError(f"{path}: not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not JSON: {type(error).__name__}") from error
     records = manifest.get("traces") if isinstance(manifest, dict) else None
     if not isinstance(records, list) or manifest.get("format") != FORMAT or not records:
         raise ConfigError(f"{path}: not a manifest of {FORMAT} with traces")
@@ -133,7 +134,7 @@ def _read(folder: Path, record: Mapping[str, Any]) -> Trace:
     try:
         blob = path.read_bytes()
         text = (gzip.decompress(blob) if blob[:2] == b"\x1f\x8b" else blob).decode()
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise ConfigError(f"{path}: {reason}") from error
     step_s = record.get("step_seconds")
@@ -151,7 +152,7 @@ def _read(folder: Path, record: Mapping[str, Any]) -> Trace:
         group=str(record.get("group") or name),
         zone=str(record.get("zone") or name),
         step_s=step_s,
-        on_demand_usd_per_hour=_price(f"{where}: {name}", record.get("on_demand_price")),
+        on_demand_usd_per_hour=_on_demand(f"{where}: {name}", record.get("on_demand_price")),
         available=available,
         spot_usd_per_hour=prices,
     )
@@ -198,10 +199,20 @@ def parse_steps(
     return tuple(available), tuple(prices)
 
 
+def _on_demand(where: str, value: Any) -> float:
+    """Everything is measured by it, so it is above zero."""
+    if value is None:
+        raise ConfigError(f"{where}: on_demand_price is missing")
+    price = _price(where, value)
+    if price <= 0:
+        raise ConfigError(f"{where}: on_demand_price {value!r} is not above 0")
+    return price
+
+
 def _price(where: str, value: Any) -> float:
     try:
         price = float("nan" if value is None or isinstance(value, bool) else value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         price = float("nan")
     if not isfinite(price) or not 0 <= price <= _MOST_USD_PER_HOUR:
         raise ConfigError(f"{where}: {str(value)[:20]!r} is not a price")
