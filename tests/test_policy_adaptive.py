@@ -368,3 +368,55 @@ def test_spot_that_loses_work_is_worth_less():
     unwarned = cost(interval_h=0.5, save_h=0.05, is_warned=False)
     assert instant < warned < unwarned
     assert not isnan(unwarned)
+
+
+ONE = replace(JOB, work_h=2.0, deadline_h=4.0, restart_delay_h=0.1, step_h=0.1, zones=("a",))
+
+
+def test_a_late_look_does_not_make_it_leave_a_node_that_is_in_time():
+    """0.25 h of work in 0.3 h: on demand it is done in time, a launch of 0.1 h would be late."""
+    policy = Adaptive()
+    policy.reset(ONE)
+    for t_h, left_h, state in ((0.0, 2.0, "none"), (0.6, 1.5, "spot"), (0.7, 0.25, "on_demand")):
+        time_left_h = 0.3 if state == "on_demand" else 4.0 - t_h
+        said = policy.step(
+            sight(
+                t_h=t_h, time_left_h=time_left_h, work_left_h=left_h, state=state,
+                zone=0 if state == "spot" else -1, zone_available=[True], zone_price=[0.5],
+            )
+        )  # fmt: skip
+    assert "on_demand" == said
+
+
+@pytest.mark.parametrize("left_h", [0.08, 0.09])
+def test_the_last_moments_on_demand_are_not_thrown_away_for_spot(left_h):
+    """0.07 h of work, a launch of 0.02 h: only where both fit may spot end the job."""
+    job = replace(ONE, restart_delay_h=0.02)
+    said = answer(
+        job, t_h=4.0 - left_h, time_left_h=left_h, work_left_h=0.07, state="on_demand",
+        zone_available=[True], zone_price=[0.5],
+    )  # fmt: skip
+    assert ("on_demand" if left_h == 0.08 else ("spot", 0)) == said
+
+
+@pytest.mark.parametrize("step_s", [600, 1800, 3600])
+@pytest.mark.parametrize("interval_h", [0.1, 0.5])
+def test_checkpoints_that_are_still_to_be_written_are_counted_before_the_end(step_s, interval_h):
+    """Spot is always there and every interval costs a fifth of itself: no deadline that on-demand keeps is missed."""
+    line = timeline([zone([True] * 200, step_s=step_s)])
+    missed = []
+    for work_h in (1.0, 2.0, 8.0):
+        for more in (1.02, 1.1, 1.25, 1.5):
+            setting = Setting(
+                work_h=work_h, deadline_h=work_h * more, restart_delay_h=0.0, checkpoint="periodic",
+                ckpt_interval_h=interval_h, ckpt_cost_h=interval_h / 5,
+            )  # fmt: skip
+            if replay(Adaptive(), setting.job(line), line, 0).is_missed:
+                missed.append((work_h, more))
+    assert [] == missed
+
+
+def test_a_node_that_is_held_proves_its_zone():
+    """A broker knows a zone when it is polled or tried; the one it runs in is there."""
+    said = answer(state="spot", zone=0, zone_available=[None, None], zone_price=[1.0, nan], work_left_h=5.0)
+    assert ("spot", 0) == said

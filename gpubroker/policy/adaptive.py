@@ -24,7 +24,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import floor, inf, isfinite
+from math import ceil, floor, inf, isfinite
 from operator import itemgetter
 from typing import Any
 
@@ -110,6 +110,8 @@ class Adaptive:
         if hours > self._gap_h + _EPSILON:
             self._gap_h = hours
         there = self._there = [None if is_up is None else bool(is_up) for is_up in obs.zone_available]
+        if obs.state == "spot" and there[obs.zone] is None:
+            there[obs.zone] = True  # the node that is held proves it
         for index, zone in enumerate(self._zones):
             zone.see(there[index], hours)
             if isfinite(obs.zone_price[index]):
@@ -276,16 +278,33 @@ class _Ways:
         obs = self.obs
         is_here = obs.state == "spot" and obs.zone == zone
         delay_h = obs.delay_left_h if is_here else self.launch_h
-        run_h = self._work_h + delay_h
+        unsaved_h = obs.unsaved_h if is_here else 0.0
+        run_h = self._work_h + delay_h + self._writes_h(unsaved_h)
         if run_h <= self.gap_h:
-            return belief.price * run_h
+            return belief.price * run_h if self._may_end_on_spot(run_h) else inf
         if delay_h not in self._runs:
-            self._runs[delay_h] = self._after_spot(delay_h, obs.unsaved_h if is_here else 0.0)
+            self._runs[delay_h] = self._after_spot(delay_h, unsaved_h)
         after = self._runs[delay_h]
         if after is None:
             return inf
         lives, dies = after
         return belief.price * self.gap_h + belief.expected(lives[belief.phase], dies)
+
+    def _writes_h(self, unsaved_h: float) -> float:
+        """Checkpoints that are still to be written before the end."""
+        terms = self.terms
+        return (
+            terms.save_h * ceil((self._work_h + unsaved_h) / terms.interval_h)
+            if terms.interval_h > 0
+            else 0.0
+        )
+
+    def _may_end_on_spot(self, run_h: float) -> bool:
+        """Whether the job ends in time before the next look, or could be made good when that comes sooner."""
+        room_h = self.left_h - run_h
+        if self.gap_h > self.terms.step_h + _EPSILON:
+            room_h -= self._work_h + self.launch_h
+        return room_h >= -_EPSILON
 
     def _after_spot(self, delay_h: float, unsaved_h: float) -> tuple[Table, Table] | None:
         """Costs when the node lives and when it is lost; None where its loss could make the job late."""
