@@ -30,6 +30,7 @@ class Risk:
 
     per_hour: float  # of billed time, the mean of what is known
     source: str
+    text: str = ""  # the same in a few words, for each line that rests on it; "" = `source` is short
     uncertain: Gamma | None = None  # what is known of the rate, where it is not certain
     ages: Ages | None = None  # how it changes with a node's age; None = it does not
 
@@ -43,6 +44,7 @@ def risk_of(hazard: Hazard, hours: Decimal) -> Risk:
     return Risk(
         per_hour=hazard.over(float(hours)),
         source=f"{hazard.text}; prior, {hazard.prior.as_of}: {hazard.prior.source}",
+        text=hazard.text,
         uncertain=hazard.gamma,
         ages=hazard.ages,
     )

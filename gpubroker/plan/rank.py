@@ -142,7 +142,12 @@ def quote_of(priced: Priced, work: Work, pricing: Pricing, *, risk: Risk | None 
     if course is None:
         return f"would never finish: lost {risk.per_hour:.2g} times an hour"
     bill = bill_for(
-        offer, work, pricing.fees, course[0], price_source=price_source(priced), risk_source=risk.source
+        offer,
+        work,
+        pricing.fees,
+        course[0],
+        price_source=price_source(priced),
+        risk_source=risk.text or risk.source,
     )
     return Quote(priced=priced, bill=bill, work=work, risk=risk, inputs=course[1], pace=pace)
 
