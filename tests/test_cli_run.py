@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +36,26 @@ open("out/result.txt", "w").write(str(total))
 """
 
 
+@contextmanager
+def bucket(cloud):
+    """A bucket of the test cloud's AWS for checkpoints, as the environment that names it."""
+    import boto3
+
+    keys = {name: cloud.env[f"AWS_{name}"] for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY")}
+    endpoint = cloud.env["AWS_ENDPOINT_URL"]
+    boto3.client(
+        "s3",
+        endpoint_url=endpoint,
+        region_name="us-east-1",
+        aws_access_key_id=keys["ACCESS_KEY_ID"],
+        aws_secret_access_key=keys["SECRET_ACCESS_KEY"],
+    ).create_bucket(Bucket="jobs")
+    yield {
+        **{f"GPUBROKER_STORE_{name}": value for name, value in keys.items()},
+        "GPUBROKER_STORE_URL": endpoint,
+    }
+
+
 @pytest.fixture
 def job(tmp_path):
     """A folder with a job, the environment of its user, and the command line."""
@@ -41,11 +63,11 @@ def job(tmp_path):
     folder.mkdir()
     (folder / "train.py").write_text(TRAIN)
 
-    def _job(cloud, *words, **more):
+    def _job(cloud, *words, command=(), **more):
         homes = {f"XDG_{kind}_HOME": str(tmp_path / kind) for kind in ("DATA", "CACHE", "CONFIG")}
         kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
         env = {**kept, **cloud.env, **homes, "GPUBROKER_DB_URL": f"sqlite:///{tmp_path}/p.db", **more}
-        command = [
+        command = command or [
             sys.executable, "-m", "gpubroker", "run", "--gpu", "4090", "--hours", "1", "--max-usd", "5",
             "--folder", str(folder), "--artifact", "out", "--out", str(tmp_path / "back"), "--format", "json",
             *words, "--", "python3", "train.py",
@@ -74,23 +96,8 @@ def ended(process):
 
 def test_a_preempted_job_goes_on_from_its_checkpoint_and_its_artifacts_come_back(job, tmp_path):
     """A vast bid is lost at step 12 or later; the second node begins where the first one saved."""
-    import boto3
-
-    with running(speed=10) as cloud:
-        keys = {name: cloud.env[f"AWS_{name}"] for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY")}
-        endpoint = cloud.env["AWS_ENDPOINT_URL"]
-        boto3.client(
-            "s3",
-            endpoint_url=endpoint,
-            region_name="us-east-1",
-            aws_access_key_id=keys["ACCESS_KEY_ID"],
-            aws_secret_access_key=keys["SECRET_ACCESS_KEY"],
-        ).create_bucket(Bucket="jobs")
-        store = {f"GPUBROKER_STORE_{name}": value for name, value in keys.items()}
-        process = job(
-            cloud, "--provider", "vast", "--market", "spot", "--store", "s3://jobs/sft",
-            **store, GPUBROKER_STORE_URL=endpoint,
-        )  # fmt: skip
+    with running(speed=10) as cloud, bucket(cloud) as store:
+        process = job(cloud, "--provider", "vast", "--market", "spot", "--store", "s3://jobs/sft", **store)
         heard(process, "step 12")
         (node,) = [node for node in cloud.nodes() if node["state"] == "running"]
         cloud.preempt(node["id"])
@@ -111,6 +118,27 @@ def test_a_job_that_fails_is_exit_6_and_leaves_nothing_that_bills(job, tmp_path)
         left = [node["state"] for node in cloud.nodes()]
     assert (6, "failed", ["ended"]) == (code, record["state"], left)
     assert "hello" in (tmp_path / "back" / "job.log").read_text()
+
+
+def test_gpu2runpod_goes_on_after_an_interruption_and_brings_the_files_back(job, tmp_path):
+    """RunPod has no spot: the loss of a host is its interruption."""
+    script = str(Path(__file__).parents[1] / "scripts" / "gpu2runpod")
+    with running(speed=10) as cloud, bucket(cloud) as store:
+        process = job(
+            cloud, command=[sys.executable, script, "--store", "s3://jobs/x", "train.py"], **store
+        )  # fmt: skip
+        said = []
+        with process:
+            for line in process.stdout:
+                said.append(line)
+                if line.startswith("step 12") and len(cloud.nodes()) == 1:
+                    cloud.preempt(cloud.nodes()[0]["id"])
+        assert 0 == process.returncode
+    begun = [line.split() for line in said if line.startswith("attempt")]
+    assert (["1", "0"], "2") == ([begun[0][1], begun[0][3]], begun[1][1])
+    assert int(begun[1][3]) >= 10
+    (back,) = (tmp_path / "job" / "gpubroker-out").glob("job-*/out/result.txt")
+    assert str(sum(range(31))) == back.read_text()
 
 
 def test_a_run_that_says_too_little_is_exit_2(capsys):

@@ -35,6 +35,7 @@ from gpubroker.run.supervise import Candidate, Job, Outcome, Supervisor, closing
 
 _TICK_S = 5.0
 _CONNECT_S = 20.0
+_RECENT_S = 300
 _JOB_FAILED = 6
 # A bid above the lowest that runs, where no history says better.
 _BID_MARGIN = Decimal("1.2")
@@ -245,17 +246,17 @@ class _Market:
         self._ask, self._known, self._settings, self._clock = ask, known, settings, clock
         self._rentable = rentable
 
-    def candidates(self) -> Iterator[Candidate]:
-        """Only what was seen at the vendor: a list price cannot be rented."""
-        for quote, pricing in self.quotes():
+    def candidates(self, is_fresh: bool) -> Iterator[Candidate]:
+        """Only what was seen at the vendor, now or lately: a list price cannot be rented."""
+        for quote, pricing in self.quotes(0 if is_fresh else _RECENT_S):
             yield _candidate(quote, pricing, self._rentable[quote.offer.provider])
 
-    def quotes(self) -> Iterator[tuple[Quote, Pricing]]:
+    def quotes(self, max_age_s: int) -> Iterator[tuple[Quote, Pricing]]:
         """In order of their bills."""
         rows = rows_for(
             self._ask,
             self._settings,
-            max_age_s=min(self._settings.max_age_s, 300),
+            max_age_s=max_age_s,
             offline=False,
             clock=self._clock,
         )
@@ -349,7 +350,8 @@ def _report(job_id: str, outcome: Outcome, attempts: list[Attempt], output: str,
     if output == "json":
         print_json(record(job_id, outcome, attempts, clock))
     else:
-        nodes = f"{len(attempts)} node{'s' * (len(attempts) != 1)}"
+        count = sum(a.node_id is not None for a in attempts)
+        nodes = f"{count} node{'s' * (count != 1)}"
         say(f"{job_id} is {outcome.state} ({outcome.reason}): {nodes}, about ${total:.4f}")
     if outcome.state != "done":
         raise click.exceptions.Exit(_JOB_FAILED)
@@ -377,6 +379,7 @@ def record(job_id: str, outcome: Outcome, attempts: list[Attempt], clock: Clock)
                 "usd_settled": None if a.usd_settled is None else f"{a.usd_settled:.6f}",
             }
             for a in attempts
+            if a.node_id is not None
         ],
         "usd_estimated": f"{sum((a.usd_so_far(now) for a in attempts), Decimal(0)):.6f}",
     }
@@ -388,7 +391,7 @@ def _show(market: _Market) -> None:
     from gpubroker.cli.render import console, dollars, table
 
     made = table("#", "offer", "$/h", "expected bill", right=("#", "$/h", "expected bill"))
-    found = list(islice(market.quotes(), 10))
+    found = list(islice(market.quotes(_RECENT_S), 10))
     if not found:
         raise NoFeasibleOffer("nothing can be rented now: gpubroker quote with the same options says why")
     for number, (quote, _) in enumerate(found, 1):

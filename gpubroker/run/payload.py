@@ -53,7 +53,8 @@ class Errand:
 
     job_id: str
     spec: JobSpec
-    epoch: int
+    epoch: int  # fences its checkpoints
+    attempt: int  # counts the nodes that the job has had
     tag: str
     usd_per_hour: float
     max_usd: float | None  # left of the budget
@@ -73,7 +74,7 @@ def agent_config(errand: Errand) -> dict[str, Any]:
         "command": script(spec),
         "job": errand.job_id,
         "epoch": errand.epoch,
-        "attempt": errand.epoch,
+        "attempt": errand.attempt,
         "node": errand.tag,
         "cwd": WORK,
         "env": dict(spec.env),

@@ -18,15 +18,11 @@ from pathlib import Path
 
 from gpubroker.doors import Clock, Shell
 from gpubroker.errors import (
-    AuthFailed,
     BrokerError,
     LaunchUncertain,
-    MissingCredentials,
     NoCapacity,
     OverBudget,
     ProviderError,
-    QuotaExceeded,
-    Refused,
 )
 from gpubroker.jobspec import JobSpec
 from gpubroker.model import Offer
@@ -99,13 +95,14 @@ class Supervisor:
     records: Records
     renting: Renting
     computes: Mapping[str, Compute]
-    candidates: Callable[[], Iterable[Candidate]]
+    candidates: Callable[[bool], Iterable[Candidate]]  # True = ask the vendors now, whatever is stored
     connect: Connect
     clock: Clock
     say: Callable[[str], None]
     log: Callable[[bytes], None]
     _contacts: dict[int, _Contact] = field(default_factory=dict)
     _said: str = ""
+    _is_stale: bool = False  # an offer that is stored was gone: listings live for minutes
 
     def tick(self) -> Outcome | None:
         """One step; the outcome once the job is over. Raises OverBudget and AuthFailed: a person must act."""
@@ -237,7 +234,7 @@ class Supervisor:
         for text in verdict.unchecked:
             self._once(f"preflight: not checked: {text}")
         on_node.start(self._errand(attempt), self.job.folder, self.job.secrets)
-        self.say(f"{attempt.provider} {attempt.node_id}: attempt {attempt.epoch} started")
+        self.say(f"{attempt.provider} {attempt.node_id}: attempt {self._number(attempt)} started")
 
     def _judge(self, on_node: OnNode, attempt: Attempt) -> Verdict:
         wanted = Wanted(
@@ -249,6 +246,11 @@ class Supervisor:
         )
         return judge(on_node.preflight(), wanted)
 
+    def _number(self, attempt: Attempt) -> int:
+        """Which of the job's nodes this is; what was refused was none."""
+        before = self.records.attempts(self.job.id)
+        return sum(a.node_id is not None and a.epoch <= attempt.epoch for a in before)
+
     def _errand(self, attempt: Attempt) -> Errand:
         now, limits = self.clock.now(), self.job.spec.limits
         spent = sum((a.usd_so_far(now) for a in self.records.attempts(self.job.id)), Decimal(0))
@@ -259,6 +261,7 @@ class Supervisor:
             job_id=self.job.id,
             spec=self.job.spec,
             epoch=attempt.epoch,
+            attempt=self._number(attempt),
             tag=attempt.tag,
             usd_per_hour=float(attempt.usd_per_hour),
             max_usd=None if left is None else float(left + attempt.usd_so_far(now)),
@@ -271,10 +274,13 @@ class Supervisor:
         )
 
     def _rent(self) -> None:
-        """The first candidate that can be had. Raises OverBudget; AuthFailed when it is all that is left."""
+        """The first candidate that can be had. Raises OverBudget.
+
+        The first that is gone shows that what is stored is old: the vendors are asked before the next.
+        """
         avoided = self.records.avoided()
-        tried = 0
-        for candidate in self.candidates():
+        tried, is_fresh = 0, self._is_stale
+        for candidate in self.candidates(is_fresh):
             offer = candidate.offer
             why = avoided.get((offer.provider, offer.machine_id))
             if why is not None or offer.provider not in self.computes:
@@ -292,14 +298,18 @@ class Supervisor:
             except LaunchUncertain as error:
                 self.say(f"{candidate.name}: {error.detail}")
                 return
-            except (NoCapacity, QuotaExceeded, Refused, AuthFailed, MissingCredentials) as error:
-                self._once(f"{candidate.name}: {error}")
-                continue
             except OverBudget:
                 raise
+            except NoCapacity as error:
+                self._once(f"{candidate.name}: {error}")
+                self._is_stale = True
+                if not is_fresh:
+                    return
+                continue
             except BrokerError as error:
                 self._once(f"{candidate.name}: {error}")
                 continue
+            self._is_stale = False
             self.say(f"renting {candidate.name} at ${candidate.usd_per_hour:.4f}/h: {attempt.node_id}")
             return
         self._once("nobody has one now" if tried else "no offer is left to try")
