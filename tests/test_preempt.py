@@ -288,3 +288,9 @@ def test_twenty_thousand_offers_take_a_fraction_of_a_second():
     for n in range(20_000):
         expect(8.0, Interruptions(hazard_per_hour=0.01 + n * 1e-5, restart_h=0.1, checkpoint_h=0.02))
     assert time.process_time() - began < 1.5
+
+
+def test_a_hazard_that_is_hardly_a_number_is_none():
+    """5e-324 an hour: no checkpoint is written against it."""
+    course = expect(1.0, Interruptions(hazard_per_hour=5e-324, restart_h=0.0, checkpoint_h=0.5))
+    assert (1.0, 0.0) == (course.billed_h, course.checkpoints_written)
