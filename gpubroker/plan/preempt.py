@@ -15,6 +15,8 @@ from functools import lru_cache
 
 # Nobody saves more often: the floor where a checkpoint costs nothing and the best interval would be zero.
 MIN_INTERVAL_H = 1 / 60
+# The chance to lose a job below which it needs no checkpoint, and its products with a pause are no numbers.
+_NEVER_LOST = 1e-14
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,7 +213,7 @@ def _interval_h(work_h: float, i: Interruptions) -> float:
     if i.interval_h is not None:
         return i.interval_h
     hazard = i.hazard_per_hour
-    if hazard == 0 or work_h <= MIN_INTERVAL_H:
+    if hazard * work_h < _NEVER_LOST or work_h <= MIN_INTERVAL_H:
         return math.inf
     fee = hazard * i.checkpoint_fee_h * math.exp(-hazard * i.restart_h)
 
