@@ -130,7 +130,9 @@ def test_a_wrong_job_is_told_in_one_sentence(extra, sentence):
         pytest.param(
             '[gpu]\nname = "h9000"\n[work]\nhours = 8', "gpu.name.0: no GPU is called 'h9000'", id="card"
         ),
-        pytest.param('[gpu]\nname = "h100"\n[work]\nhours = -8', "work.hours: .*greater than or equal to", id="hours"),
+        pytest.param(
+            '[gpu]\nname = "h100"\n[work]\nhours = -8', "work.hours: .*greater than or equal to", id="hours"
+        ),
         pytest.param('[gpu]\nname = "h100"\n[work]\nhours = nan', "work.hours: .*finite", id="nan-hours"),
         pytest.param('[gpu]\nname = "h100"\n[work]\n', "work: give either hours", id="neither"),
         pytest.param(f"nodes = 2\n{LEAST}", "nodes: 2 nodes: a job runs on one machine", id="nodes"),
