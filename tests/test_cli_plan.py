@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 
 import pytest
 
@@ -89,6 +90,19 @@ def test_the_table_fits_100_columns_and_says_why(plan):
     assert max(map(len, out.splitlines())) <= 100
     assert "Take " in out
     assert "to keep a deadline of 60.0 h" in " ".join(out.split())
+
+
+def test_prices_of_long_ago_are_said_where_the_plan_is_read(plan):
+    """In the sentence, in the table, and for each leg in JSON, the fallback's too."""
+    _, out, _ = plan(*FLAGS, "--deadline", "60h")
+    text = " ".join(out.split())
+    assert re.search(r"That rests on a list price (from \d+ days ago|without a date): check it", text)
+    assert re.search(r"listed, undated|listed \d+d ago", text)
+    _, out, _ = plan(*FLAGS, "--deadline", "60h", "--format", "json")
+    answer = json.loads(out)
+    assert "rests on a list price" in answer["advice"]
+    legs = [s[leg] for s in answer["strategies"] for leg in ("first", "fallback") if s[leg] is not None]
+    assert all(leg["source"].startswith("list price, ") and "as_of" in leg for leg in legs)
 
 
 def test_explain_tells_bid_interval_and_switch(plan):

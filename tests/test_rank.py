@@ -176,7 +176,7 @@ def test_the_sentence_says_what_to_take_why_and_what_is_firm():
 def test_an_old_list_price_is_cautioned_where_it_is_recommended():
     """A person must not rent by a price of last spring."""
     quotes = rank([priced(live=False, as_of=NOW - timedelta(days=120))], ASK, PRICING).quotes
-    assert "list price from 120 days ago" in advice(quotes, ASK, NOW)
+    assert "rests on a list price from 120 days ago" in advice(quotes, ASK, NOW)
 
 
 def test_nobody_having_one_is_said():

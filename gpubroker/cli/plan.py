@@ -102,11 +102,11 @@ def plan(
     if not found:
         raise NoFeasibleOffer("nobody has one free right now")
     if output == "json":
-        print_json(plan_view.record(found, ask, limits, flips(quotes, pricing), rows.view.problems))
+        print_json(plan_view.record(found, ask, limits, flips(quotes, pricing), rows.view.problems, now))
     elif output == "csv":
         print_csv(plan_view.CSV, plan_view.csv_rows(found, limits))
     else:
-        plan_view.show(found[:top], ask, limits, pricing)
+        plan_view.show(found[:top], ask, limits, pricing, now)
         if explain:
             plan_view.explain(found[:top], limits)
     if not found[0].keeps(limits):

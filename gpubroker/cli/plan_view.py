@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from decimal import Decimal
 from typing import Any
 
@@ -11,11 +12,11 @@ from rich.padding import Padding
 from rich.text import Text
 
 from gpubroker.cli.quote import flip_record
-from gpubroker.cli.render import console, dollars_of, hours_of, table
+from gpubroker.cli.render import age, console, dollars_of, hours_of, iso, table
 from gpubroker.money import round_usd, usd_text
 from gpubroker.plan.breakeven import Flip
-from gpubroker.plan.rank import Ask, Pricing, Quote
-from gpubroker.plan.sentence import name_of
+from gpubroker.plan.rank import Ask, Pricing, Quote, price_source
+from gpubroker.plan.sentence import caution, name_of
 from gpubroker.plan.simulate import Quantiles
 from gpubroker.plan.strategy import Limits, Strategy
 from gpubroker.prices.market import Problem
@@ -28,11 +29,11 @@ CSV = (
 )  # fmt: skip
 
 
-def show(found: Sequence[Strategy], ask: Ask, limits: Limits, pricing: Pricing) -> None:
+def show(found: Sequence[Strategy], ask: Ask, limits: Limits, pricing: Pricing, now: datetime) -> None:
     """The table and one sentence."""
     has_limits = limits.deadline_h is not None or limits.budget_usd is not None
     made = table(
-        "#", "strategy", "expect", "p90", "done p50", "p90", *["keeps limits"][: int(has_limits)],
+        "#", "strategy", "expect", "p90", "done p50", "p90", *["keeps limits"][: int(has_limits)], "prices",
         right=("#", "expect", "p90", "done p50", "keeps limits"),
     )  # fmt: skip
     for number, s in enumerate(found, 1):
@@ -45,6 +46,7 @@ def show(found: Sequence[Strategy], ask: Ask, limits: Limits, pricing: Pricing) 
             hours_of(finish.p50),
             hours_of(finish.p90),
             *[_percent(s.chances(limits)[2])][: int(has_limits)],
+            _price_age(s, now),
         )
     out = console()
     out.print(made)
@@ -52,7 +54,7 @@ def show(found: Sequence[Strategy], ask: Ask, limits: Limits, pricing: Pricing) 
         out.print(f"Hours are those of each card: {pricing.assumption}", style="dim")
     out.print()
     if found[0].keeps(limits):
-        out.print(why(found, ask, limits))
+        out.print(why(found, ask, limits, now))
     if not ask.work.checkpoints.store and any(s.kind == "spot" for s in found):
         out.print(
             "Checkpoints stay with the node's provider: with --checkpoint-at cloudflare-r2, or another "
@@ -76,7 +78,7 @@ def _place(quote: Quote, first: Quote) -> str:
     return name.removeprefix(f"{first.offer.provider} ")
 
 
-def why(found: Sequence[Strategy], ask: Ask, limits: Limits) -> str:
+def why(found: Sequence[Strategy], ask: Ask, limits: Limits, now: datetime) -> str:
     """One sentence: what to do, what it costs, and against what."""
     best = found[0]
     text = f"Take {headline(best)}: {dollars_of(best.usd_mean)} expected for {ask.work_text}"
@@ -89,7 +91,16 @@ def why(found: Sequence[Strategy], ask: Ask, limits: Limits) -> str:
         rest = [s for s in found[1:] if s.kind not in ("on demand", "own GPU")]
         if rest and not rest[0].keeps(limits):
             text += f"; {headline(rest[0])} keeps it in {_percent(rest[0].chances(limits)[2])} of runs only"
-    return f"{text}."
+    return f"{text}.{caution(best.legs, now)}"
+
+
+def _price_age(s: Strategy, now: datetime) -> str:
+    """Of the price that was seen the longest ago; one from a list is the older the less it is dated."""
+    listed = [q.priced.as_of for q in s.legs if not q.priced.live]
+    dated = [as_of for as_of in listed or [q.priced.as_of for q in s.legs] if as_of is not None]
+    if listed:
+        return f"listed {age(min(dated), now)} ago" if len(dated) == len(listed) else "listed, undated"
+    return f"{age(min(dated), now)} old" if dated else ""
 
 
 def explain(found: Sequence[Strategy], limits: Limits) -> None:
@@ -174,6 +185,7 @@ def record(
     limits: Limits,
     flips: Sequence[Flip],
     problems: Sequence[Problem],
+    now: datetime,
 ) -> dict[str, Any]:
     """The whole plan for JSON. Money is a decimal string."""
     return {
@@ -186,7 +198,7 @@ def record(
             "confidence": limits.confidence,
         },
         "feasible": found[0].keeps(limits),
-        "advice": why(found, ask, limits) if found[0].keeps(limits) else what_would_do(found, limits),
+        "advice": why(found, ask, limits, now) if found[0].keeps(limits) else what_would_do(found, limits),
         "strategies": [_strategy_record(s, limits) for s in found],
         "flips": [flip_record(flip) for flip in flips],
         "problems": [{"provider": p.provider, "reason": p.reason} for p in problems],
@@ -243,6 +255,8 @@ def _leg(quote: Quote) -> Mapping[str, Any]:
         "machine_id": offer.machine_id,
         "listing_id": offer.listing_id,
         "usd_per_hour": usd_text(offer.usd_per_hour),
+        "as_of": iso(quote.priced.as_of),
+        "source": price_source(quote.priced),
         "live": quote.priced.live,
     }
 

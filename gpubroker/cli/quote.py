@@ -19,7 +19,7 @@ from gpubroker.doors import SystemClock
 from gpubroker.errors import NoFeasibleOffer
 from gpubroker.money import usd_text
 from gpubroker.plan.breakeven import Flip, flips
-from gpubroker.plan.rank import Ask, LeftOut, Pricing, Quote, best_of_each, list_price_text, rank
+from gpubroker.plan.rank import Ask, LeftOut, Pricing, Quote, best_of_each, price_source, rank
 from gpubroker.prices import market
 
 if TYPE_CHECKING:
@@ -218,7 +218,7 @@ def _record(q: Quote, stale_before: datetime) -> dict[str, Any]:
         "preemptions": f"{course.preemptions:f}",
         "checkpoint_every_s": None if course.interval_h is None else f"{course.interval_h * 3600:.0f}",
         "as_of": iso(q.priced.as_of),
-        "source": q.priced.source if q.priced.live else f"{list_price_text(q.priced)}: {q.priced.source}",
+        "source": price_source(q.priced),
         "live": q.priced.live,
         "stale": is_stale(q, stale_before),
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from decimal import Decimal
 
@@ -27,7 +27,7 @@ def advice(quotes: Sequence[Quote], ask: Ask, now: datetime) -> str:
             text += f"; the cheapest to rent is {name_of(rented[0])} at {_usd(rented[0].bill.total_usd)}"
             if rented[0].bill.total_usd < own.bill.total_usd:
                 text += ", which is less"
-        return f"{text}.{_caution(own, now)}"
+        return f"{text}.{caution([own], now)}"
     best = rented[0]
     text = f"Take {name_of(best)}: {_usd(best.bill.total_usd)} for {ask.work_text}, {_why(rented)}"
     if best.offer.minimum_s >= _DAY_S:
@@ -37,7 +37,7 @@ def advice(quotes: Sequence[Quote], ask: Ask, now: datetime) -> str:
         text += ". It can be taken away at any time"
         if firm is not None:
             text += f"; {name_of(firm)} cannot, for {_difference(firm, best)} more"
-    return f"{text}.{_caution(best, now)}"
+    return f"{text}.{caution([best], now)}"
 
 
 def _why(rented: Sequence[Quote]) -> str:
@@ -65,16 +65,16 @@ def name_of(quote: Quote) -> str:
     return f"{text} in {where}" if where else text
 
 
-def _caution(quote: Quote, now: datetime) -> str:
-    """A price that nobody confirmed lately must say so where the advice is read."""
-    if quote.priced.live:
-        return ""
-    if quote.priced.as_of is None:
-        return " That is a list price without a date: check it before you rely on it."
-    days = (now - quote.priced.as_of).days
+def caution(quotes: Iterable[Quote], now: datetime) -> str:
+    """A price that nobody confirmed lately must say so where the advice is read; of several, the worst."""
+    listed = [q.priced.as_of for q in quotes if not q.priced.live]
+    dated = [as_of for as_of in listed if as_of is not None]
+    if len(dated) < len(listed):
+        return " That rests on a list price without a date: check it before you rely on it."
+    days = max(((now - as_of).days for as_of in dated), default=0)
     if days < _OLD_DAYS:
         return ""
-    return f" That is a list price from {days} days ago: check it before you rely on it."
+    return f" That rests on a list price from {days} days ago: check it before you rely on it."
 
 
 def _usd(amount: Decimal) -> str:

@@ -56,6 +56,11 @@ class Strategy:
     fallback_chance: float = 0.0
 
     @property
+    def legs(self) -> tuple[Quote, ...]:
+        """Every offer that it may rent."""
+        return (self.first, *self.others, *([] if self.fallback is None else [self.fallback]))
+
+    @property
     def usd_mean(self) -> float:
         """The expected bill."""
         return float(self.usd.mean())
