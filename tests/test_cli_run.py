@@ -107,6 +107,17 @@ def test_a_preempted_job_goes_on_from_its_checkpoint_and_its_artifacts_come_back
     assert int(lines[-1].split()[-1]) >= 10
     assert (0, "done", ["ended", "ended"]) == (code, record["state"], left)
     assert ["preempted", "done"] == [a["end_reason"].partition(":")[0] for a in record["attempts"]]
+    epochs = [made["epoch"] for made in record["checkpoints"]]
+    assert (2, sorted(epochs)) == (len(set(epochs)), epochs)
+    assert record["checkpoints"][-1]["step"] == 30
+    assert record["checkpoints"][0]["where"].startswith(f"s3://jobs/sft/{record['id']}/00000001/")
+    assert record["checkpoints"][0]["bytes"] > 0
+    lost = [a["work_lost_s"] for a in record["attempts"]]
+    assert (True, 0, sum(lost)) == (0 <= lost[0] < 30, lost[1], record["work_lost_s"])
+    shown = job(
+        cloud, command=[sys.executable, "-m", "gpubroker", "job", "show", record["id"], "--format", "json"]
+    )
+    assert (0, record) == ended(shown)[:2]
     assert str(sum(range(31))) == (tmp_path / "back" / "out" / "result.txt").read_text()
 
 
@@ -139,6 +150,13 @@ def test_gpu2runpod_goes_on_after_an_interruption_and_brings_the_files_back(job,
     assert int(begun[1][3]) >= 10
     (back,) = (tmp_path / "job" / "gpubroker-out").glob("job-*/out/result.txt")
     assert str(sum(range(31))) == back.read_text()
+
+
+def test_a_job_that_nobody_knows_is_exit_2(capsys, monkeypatch, tmp_path):
+    """One sentence, no traceback."""
+    monkeypatch.setenv("GPUBROKER_DB_URL", f"sqlite:///{tmp_path}/p.db")
+    assert 2 == main(["job", "show", "job-1"])
+    assert "no job is called 'job-1'" in capsys.readouterr().err
 
 
 def test_a_run_that_says_too_little_is_exit_2(capsys):

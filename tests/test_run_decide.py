@@ -18,7 +18,7 @@ ATTEMPT = Attempt(
     form_factor="PCIe", vram_gib=24, gpu_count=1, market="spot", region="US", zone="", machine_id="7",
     usd_per_hour=Decimal(1), bid_usd_per_hour=Decimal(1), billing_increment_s=1, minimum_s=0,
     intended_at=NOW - timedelta(minutes=2), node_id="n1", running_at=NOW - timedelta(minutes=1), ended_at=None,
-    end_reason="", usd_estimated=None, usd_settled=None,
+    end_reason="", usd_estimated=None, usd_settled=None, work_lost_s=None,
 )  # fmt: skip
 RUNNING = NodeView(id="n1", tag=ATTEMPT.tag, status="running")
 SEEN = Observed(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gpubroker.errors import OverBudget
 from gpubroker.run.ledger import estimate_usd
-from gpubroker.run.records import Caps, Records
+from gpubroker.run.records import Caps, Checkpoint, Records
 from tests.support import NOW
 from tests.test_bill import offer
 
@@ -41,6 +41,35 @@ def test_an_intent_is_open_from_before_the_call_until_the_node_is_gone(records, 
         attempt.end_reason,
         attempt.usd_estimated,
     )
+
+
+def test_a_checkpoint_that_is_told_of_twice_is_kept_once(records):
+    """The agent tells of its last ones at every look; jobs do not see each other's."""
+    job, other = records.add_job("sft", "{}"), records.add_job("sft", "{}")
+    found = [checkpoint(epoch, number) for epoch, number in ((1, 1), (1, 2), (2, 3))]
+    records.published(job, found[:2])
+    records.published(job, found)
+    records.published(other, found[:1])
+    assert (found, found[:1]) == (records.checkpoints(job), records.checkpoints(other))
+
+
+def checkpoint(epoch, number):
+    return Checkpoint(
+        epoch=epoch,
+        number=number,
+        name=f"step-{number}",
+        step=number,
+        bytes=1 << 40,
+        published_at=NOW,
+        place="s3://b",
+    )
+
+
+def test_the_lost_work_of_an_attempt_is_kept_with_its_end(records):
+    """None = nobody knows."""
+    job = records.add_job("sft", "{}")
+    lost = [records.ended(intend(records, job), "preempted", seconds).work_lost_s for seconds in (90, None)]
+    assert [90, None] == lost
 
 
 def test_epochs_count_up_and_tags_are_never_the_same(records):

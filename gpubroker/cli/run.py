@@ -15,6 +15,7 @@ import click
 
 from gpubroker import config
 from gpubroker.cli.ask import ask_from, knowledge_from, pricing_for, rows_for
+from gpubroker.cli.job import job_record
 from gpubroker.cli.options import Amount, filter_options, format_option, work_options
 from gpubroker.cli.plan import ask_of, known_of, read_job, refuse_both
 from gpubroker.cli.render import print_json, say
@@ -29,7 +30,7 @@ from gpubroker.prices.market import open_context
 from gpubroker.provider import Compute, NodeView
 from gpubroker.run.computes import computes
 from gpubroker.run.payload import StoreKeys
-from gpubroker.run.records import Attempt, Caps, Records
+from gpubroker.run.records import Caps, Records
 from gpubroker.run.renting import Renting
 from gpubroker.run.supervise import Candidate, Job, Outcome, Supervisor, closing
 
@@ -116,7 +117,7 @@ def run(
         )
         say(f"{job_id}: artifacts will be in {job.out}")
         outcome = _to_the_end(supervisor, clock)
-        _report(job_id, outcome, records.attempts(job_id), output, clock)
+        _report(job_id, outcome, records, output, clock)
 
 
 def _asked(
@@ -344,45 +345,17 @@ def _log_to_stderr(data: bytes) -> None:
     sys.stderr.buffer.flush()
 
 
-def _report(job_id: str, outcome: Outcome, attempts: list[Attempt], output: str, clock: Clock) -> None:
-    now = clock.now()
-    total = sum((a.usd_so_far(now) for a in attempts), Decimal(0))
+def _report(job_id: str, outcome: Outcome, records: Records, output: str, clock: Clock) -> None:
     if output == "json":
-        print_json(record(job_id, outcome, attempts, clock))
+        print_json(job_record(job_id, records, clock.now()))
     else:
+        attempts = records.attempts(job_id)
+        total = sum((a.usd_so_far(clock.now()) for a in attempts), Decimal(0))
         count = sum(a.node_id is not None for a in attempts)
         nodes = f"{count} node{'s' * (count != 1)}"
         say(f"{job_id} is {outcome.state} ({outcome.reason}): {nodes}, about ${total:.4f}")
     if outcome.state != "done":
         raise click.exceptions.Exit(_JOB_FAILED)
-
-
-def record(job_id: str, outcome: Outcome, attempts: list[Attempt], clock: Clock) -> dict[str, Any]:
-    """The contract of `gpubroker job show`."""
-    from gpubroker.cli.render import iso
-
-    now = clock.now()
-    return {
-        "id": job_id,
-        "state": outcome.state,
-        "attempts": [
-            {
-                "provider": a.provider,
-                "sku": a.sku,
-                "market": a.market,
-                "node": a.node_id,
-                "tag": a.tag,
-                "started": iso(a.running_at),
-                "ended": iso(a.ended_at),
-                "end_reason": a.end_reason,
-                "usd_estimated": f"{a.usd_so_far(now):.6f}",
-                "usd_settled": None if a.usd_settled is None else f"{a.usd_settled:.6f}",
-            }
-            for a in attempts
-            if a.node_id is not None
-        ],
-        "usd_estimated": f"{sum((a.usd_so_far(now) for a in attempts), Decimal(0)):.6f}",
-    }
 
 
 def _show(market: _Market) -> None:

@@ -49,6 +49,7 @@ from gpubroker.node.store import Changed, Missing, Store, StoreFailed, write_ato
 from gpubroker.node.watch import Imds, Scanner
 
 _PROBLEMS = 5
+_MOST_SHOWN = 50
 _END_TIMEOUT_S = 60
 _KEEPER_WAIT_S = 5.0
 
@@ -125,7 +126,8 @@ class Agent:
         self._patience_until_s = 0.0
         self._before_ask: dict[str, str] = {}
         self._newest: dict[str, Any] | None = self._memory.get("newest")
-        self._published = 0
+        self._made: list[dict[str, Any]] = self._memory.get("made", [])
+        self._safe_s: float = self._memory.get("safe_s", now_s)
         self._problems: list[str] = []
         self._rejected: list[dict[str, str]] = self._memory.get("rejected", [])
         self._due: dict[str, float] = {}
@@ -143,6 +145,7 @@ class Agent:
             told["spent_s"] += max(0.0, now_s - told["at_s"])
         else:
             told.pop("renewed_s", None)
+            told.pop("safe_s", None)
         told.setdefault("run", f"{self._config.job}.{self._config.epoch}.{os.urandom(6).hex()}")
         return told
 
@@ -155,6 +158,8 @@ class Agent:
             renewed_s=self._lease.renewed_s,
             known=self._scanner.known,
             newest=self._newest,
+            made=self._made,
+            safe_s=self._safe_s,
             rejected=self._rejected,
         )
         self._write("state.json", self._memory, sync=sync)
@@ -265,6 +270,7 @@ class Agent:
         if pick.generation is not None:
             self._newest = _shown(pick.generation)
             say(f"going on from checkpoint {pick.generation.id} ({pick.generation.name})")
+        self._safe_s = steady_s()
         self._memorize()
         env = {"GPUBROKER_RESUME_FROM": path} if path else {}
         self._record = self._keeper.go(env) if self._keeper else None
@@ -454,7 +460,10 @@ class Agent:
             return False
         name, prints = found[0]
         self._due["scan"] = 0.0
-        self._store_thread.do(lambda: self._publish(name), lambda told: self._heard_of(name, prints, told))
+        saved_s = now_s - _age_s(os.path.join(self._config.checkpoints, name))
+        self._store_thread.do(
+            lambda: self._publish(name), lambda told: self._heard_of(name, prints, saved_s, told)
+        )
         return True
 
     def _publish(self, name: str) -> generations.Generation:
@@ -473,11 +482,12 @@ class Agent:
             self._inbox.put(lambda error=error: self._note(f"retention: {error}"))  # type: ignore[misc]
         return made
 
-    def _heard_of(self, name: str, prints: str, result: Any) -> None:
+    def _heard_of(self, name: str, prints: str, saved_s: float, result: Any) -> None:
         if isinstance(result, generations.Generation):
             self._scanner.known[name] = prints
             self._newest = _shown(result)
-            self._published += 1
+            self._made = [*self._made, self._newest][-_MOST_SHOWN:]
+            self._safe_s = max(self._safe_s, saved_s)
             self._saved = self._saved or (self._asked and self._before_ask.get(name) != prints)
             self._memorize()
             self._beat()
@@ -529,6 +539,7 @@ class Agent:
             "signal": ended.signal,
             "seconds": round(self._lease.spent_s(steady_s()), 3),
             "newest": self._newest,
+            "unsaved_s": self._unsaved_s(steady_s()),
         }
         self._state = outcome
         self._beat()
@@ -601,10 +612,17 @@ class Agent:
             "lease_left_s": None if end is None else round(end[0] - now_s, 3),
             "notice": self._notice,
             "newest": self._newest,
-            "published": self._published,
+            "made": self._made,
+            "unsaved_s": self._unsaved_s(now_s),
             "rejected": self._rejected,
             "problems": self._problems,
         }
+
+    def _unsaved_s(self, now_s: float) -> float:
+        """What the job has run since the save that is in the store: lost when the node goes."""
+        if self._record is None:
+            return 0.0
+        return round(max(0.0, (self._ended_s or now_s) - self._safe_s), 3)
 
     def _mirror(self) -> None:
         """Put what the supervisor reads into the store, and look there for a renewal."""
@@ -688,6 +706,13 @@ def boot_id() -> str:
     with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id", encoding="utf-8") as file:
         return file.read().strip()
     return ""
+
+
+def _age_s(path: str) -> float:
+    """Since it was written to; 0 for what is gone."""
+    with contextlib.suppress(OSError):
+        return max(0.0, time.time() - os.stat(path).st_mtime)
+    return 0.0
 
 
 def _shown(made: generations.Generation) -> dict[str, Any]:

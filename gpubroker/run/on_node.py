@@ -12,17 +12,21 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from gpubroker.doors import Ran, Shell
 from gpubroker.errors import Refused, Transient
 from gpubroker.node.bundle import NAME
+from gpubroker.prices.rows import moment
 from gpubroker.run import payload
 from gpubroker.run.payload import Errand
+from gpubroker.run.records import Checkpoint
 
 _PREFLIGHT = Path(payload.__file__).parents[1] / "node" / "preflight.py"
 _SEND_S, _CALL_S, _PREFLIGHT_S = 1800.0, 60.0, 600.0
 _MOST_LOG_BYTES = 1 << 18
+_MOST, _MOST_NAME = 1 << 53, 200
+_LAST_S = 253_402_300_799  # the year 9999
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +115,41 @@ class OnNode:
         if len(found) != len(remotes):
             raise Transient("node", "artifacts", "cut off")
         return found
+
+
+def checkpoints_in(state: Mapping[str, Any], epoch: int, base: str) -> list[Checkpoint]:
+    """What this attempt's agent says it has published; a node may say anything, so nonsense is left out."""
+    told = state.get("made")
+    found = (_checkpoint(one, epoch, base) for one in (told if isinstance(told, list) else []))
+    return [one for one in found if one is not None]
+
+
+def _checkpoint(told: Any, epoch: int, base: str) -> Checkpoint | None:
+    if not isinstance(told, dict) or told.get("epoch") != epoch:
+        return None
+    number, size, published_s = told.get("number"), told.get("bytes"), told.get("published_s")
+    if not (_is_count(number) and _is_count(size) and _is_count(published_s)):
+        return None
+    step = told.get("step")
+    return Checkpoint(
+        epoch=epoch,
+        number=number,
+        name=str(told.get("name"))[:_MOST_NAME],
+        step=step if _is_count(step) else None,
+        bytes=size,
+        published_at=moment(min(published_s, _LAST_S)),
+        place=f"{base}/{epoch:08d}/{number:06d}",
+    )
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST
+
+
+def unsaved_s(state: Mapping[str, Any]) -> float:
+    """What the job has run since its last save that is safe; 0 where the node says nonsense."""
+    told = state.get("unsaved_s")
+    return float(told) if isinstance(told, int | float) and 0 <= told < _LAST_S else 0.0
 
 
 def _quoted(remote: str) -> str:

@@ -8,8 +8,8 @@ cannot both take the last dollar.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any, Literal
@@ -67,6 +67,7 @@ class Attempt:
     end_reason: str
     usd_estimated: Decimal | None
     usd_settled: Decimal | None
+    work_lost_s: int | None  # None = it has not ended, or nobody knows
 
     def usd_so_far(self, now: datetime) -> Decimal:
         """Estimated: of what has ended as recorded then, of what is open until now."""
@@ -79,6 +80,19 @@ class Attempt:
             billing_increment_s=self.billing_increment_s,
             minimum_s=self.minimum_s,
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """One that was published, still kept or not."""
+
+    epoch: int
+    number: int
+    name: str
+    step: int | None
+    bytes: int
+    published_at: datetime  # by the node's clock
+    place: str
 
 
 class Records:
@@ -145,12 +159,18 @@ class Records:
         """It was seen running, and bills from now or from when the vendor says."""
         return attempt if attempt.running_at else self._change(attempt, running_at=since or self._clock.now())
 
-    def ended(self, attempt: Attempt, reason: str) -> Attempt:
+    def ended(self, attempt: Attempt, reason: str, work_lost_s: int | None = None) -> Attempt:
         """It is known to be gone, or never to have been."""
         if attempt.ended_at is not None:
             return attempt
         now = self._clock.now()
-        return self._change(attempt, ended_at=now, end_reason=reason, usd_estimated=attempt.usd_so_far(now))
+        return self._change(
+            attempt,
+            ended_at=now,
+            end_reason=reason,
+            usd_estimated=attempt.usd_so_far(now),
+            work_lost_s=work_lost_s,
+        )
 
     def settled(self, attempt: Attempt, usd: Decimal) -> Attempt:
         """The vendor's own figure."""
@@ -169,6 +189,27 @@ class Records:
         with self._database.read() as connection:
             rows = connection.execute(select(found).where(found.c.job_id == job_id).order_by(found.c.epoch))
             return [Attempt(**row._mapping) for row in rows]
+
+    def published(self, job_id: str, found: Iterable[Checkpoint]) -> None:
+        """Keep those that are not known yet."""
+        table = tables.checkpoints
+        with self._database.write(_LOCK) as connection:
+            rows = connection.execute(select(table.c.epoch, table.c.number).where(table.c.job_id == job_id))
+            known = {(row.epoch, row.number) for row in rows}
+            for one in found:
+                if (one.epoch, one.number) not in known:
+                    connection.execute(insert(table).values(job_id=job_id, **asdict(one)))
+
+    def checkpoints(self, job_id: str) -> list[Checkpoint]:
+        """Of one job, in the order in which they were made."""
+        table = tables.checkpoints
+        with self._database.read() as connection:
+            rows = connection.execute(
+                select(*[c for c in table.c if c is not table.c.job_id])
+                .where(table.c.job_id == job_id)
+                .order_by(table.c.epoch, table.c.number)
+            )
+            return [Checkpoint(**row._mapping) for row in rows]
 
     def open_attempts(self) -> list[Attempt]:
         """Everything that may be billing, of all jobs."""

@@ -86,12 +86,12 @@ class Renting:
             raise
         return self._records.created(attempt, node_id)
 
-    def end(self, attempt: Attempt, reason: str) -> Attempt:
+    def end(self, attempt: Attempt, reason: str, work_lost_s: int | None = None) -> Attempt:
         """End the node and the attempt. Raises when the vendor does not confirm: it may still bill."""
         if attempt.node_id is None:
             raise ValueError(f"attempt {attempt.id} has no node to end: settle_doubts finds out")
         self._computes[attempt.provider].terminate(attempt.node_id, _CALL_S)
-        return self._records.ended(attempt, reason)
+        return self._records.ended(attempt, reason, work_lost_s)
 
     def settle_doubts(self, listed: Mapping[str, Sequence[NodeView]]) -> list[Attempt]:
         """Open attempts without an id: adopt what carries their tag, end those that never came to be.

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 from gpubroker.doors import Clock, Shell
 from gpubroker.errors import (
@@ -28,7 +29,7 @@ from gpubroker.jobspec import JobSpec
 from gpubroker.model import Offer
 from gpubroker.provider import Compute, NodeSpec, NodeView
 from gpubroker.run.decide import Action, Finish, Observed, Prepare, Replace, Wait, decide
-from gpubroker.run.on_node import Look, OnNode
+from gpubroker.run.on_node import Look, OnNode, checkpoints_in, unsaved_s
 from gpubroker.run.payload import Errand, StoreKeys
 from gpubroker.run.records import Attempt, Caps, JobState, Records
 from gpubroker.run.renting import Order, Renting
@@ -82,6 +83,8 @@ class _Contact:
     host_key: str | None = None
     last_reached_at: datetime | None = None
     log_bytes: int = 0
+    state: Mapping[str, Any] | None = None  # the agent's, when it was last reached
+    made: int = 0  # checkpoints that are recorded
 
 
 Connect = Callable[[Compute, NodeView, str, str | None], tuple[Shell, str | None]]
@@ -130,7 +133,7 @@ class Supervisor:
         for attempt in self._open_attempts():
             if attempt.node_id is not None:
                 self._drop(attempt)
-                self.renting.end(attempt, reason)
+                self.renting.end(attempt, reason, self._work_lost_s(attempt))
 
     def close(self) -> None:
         """Let go of all connections."""
@@ -163,6 +166,8 @@ class Supervisor:
             contact.last_reached_at = self.clock.now()
             contact.log_bytes += len(look.log)
             self.log(look.log)
+            contact.state = look.state
+            self._keep_checkpoints(attempt, contact)
         seen = Observed(
             is_listed=is_listed,
             node=node,
@@ -171,6 +176,30 @@ class Supervisor:
             last_reached_at=contact.last_reached_at,
         )
         return seen, look
+
+    def _keep_checkpoints(self, attempt: Attempt, contact: _Contact) -> None:
+        """Write down what the agent says that it has published."""
+        if self.job.store is None or contact.state is None:
+            return
+        base = f"{self.job.store.where.rstrip('/')}/{self.job.id}"
+        made = checkpoints_in(contact.state, attempt.epoch, base)
+        if made and made[-1].number != contact.made:
+            self.records.published(self.job.id, made)
+            contact.made = made[-1].number
+
+    def _work_lost_s(self, attempt: Attempt) -> int | None:
+        """Run since the save that is in the store; None = not by this process, so nobody knows."""
+        contact = self._contacts.get(attempt.id)
+        if contact is None or contact.last_reached_at is None:
+            return 0 if attempt.running_at is None else None
+        state = contact.state or {}
+        lost_s = unsaved_s(state)
+        result = state.get("result")
+        if isinstance(result, Mapping):
+            return 0 if result.get("outcome") in ("done", "failed") else round(lost_s)
+        if state.get("pid") is None:
+            return 0
+        return round(lost_s + (self.clock.now() - contact.last_reached_at).total_seconds())
 
     def _shell(self, attempt: Attempt, node: NodeView) -> Shell:
         contact = self._contacts.setdefault(attempt.id, _Contact())
@@ -216,7 +245,7 @@ class Supervisor:
 
     def _end(self, attempt: Attempt, reason: str) -> None:
         self._drop(attempt)
-        ended = self.renting.end(attempt, reason)
+        ended = self.renting.end(attempt, reason, self._work_lost_s(attempt))
         self.say(f"{attempt.provider} {attempt.node_id}: {reason}; about ${ended.usd_estimated or 0:.4f}")
 
     def _prepare(self, attempt: Attempt) -> None:

@@ -52,8 +52,22 @@ attempts = Table(
     _text("end_reason"),
     Column("usd_estimated", Money),  # NULL until it has ended
     Column("usd_settled", Money),  # NULL = the vendor has not said
+    Column("work_lost_s", Integer),  # run since the last save; NULL until it has ended, or nobody knows
     UniqueConstraint("job_id", "epoch"),
     Index("ix_attempts_open", "ended_at"),
+)
+# What was published, still kept or not.
+checkpoints = Table(
+    "checkpoints",
+    metadata,
+    Column("job_id", Text, ForeignKey("jobs.id"), primary_key=True),
+    Column("epoch", Integer, primary_key=True),
+    Column("number", Integer, primary_key=True),
+    Column("name", Text, nullable=False),
+    Column("step", BigInteger),  # NULL = its name has no number
+    Column("bytes", BigInteger, nullable=False),
+    Column("published_at", Moment, nullable=False),  # by the node's clock
+    Column("place", Text, nullable=False),
 )
 # Machines that failed a preflight, for a while.
 avoided = Table(

@@ -1,0 +1,138 @@
+"""`gpubroker job show`: what became of a job, its nodes, its checkpoints and its bill."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from datetime import datetime
+from decimal import Decimal
+from typing import Any
+
+import click
+
+from gpubroker import config
+from gpubroker.cli.options import format_option
+from gpubroker.cli.render import console, dollars, iso, print_csv, print_json, table
+from gpubroker.doors import SystemClock
+from gpubroker.errors import ConfigError
+from gpubroker.prices.market import open_context
+from gpubroker.run.records import Attempt, Records
+
+_CSV = (
+    "provider", "sku", "market", "node", "tag", "started", "ended", "end_reason", "usd_estimated",
+    "usd_settled", "work_lost_s",
+)  # fmt: skip
+
+
+@click.group()
+def job() -> None:
+    """Jobs that `gpubroker run` has run or is running."""
+
+
+@job.command(
+    context_settings={"max_content_width": 100},
+    epilog="""\b
+Examples:
+  gpubroker job show job-1a2b3c
+  gpubroker job show job-1a2b3c --format json""",
+)
+@click.argument("job_id", metavar="ID")
+@format_option("table", "json", "csv")
+def show(*, job_id: str, output: str) -> None:
+    """What became of a job: every node it had, what it lost, saved and cost. CSV has a row a node."""
+    settings, clock = config.load(), SystemClock()
+    with open_context(settings, os.environ, clock) as (store, _):
+        records, now = Records(store.database, clock), clock.now()
+        if records.job(job_id) is None:
+            raise ConfigError(f"no job is called {job_id[:60]!r}")
+        found = job_record(job_id, records, now)
+        reason = (records.job(job_id) or ("", "", ""))[1]
+    if output == "json":
+        print_json(found)
+    elif output == "csv":
+        print_csv(_CSV, ([one[name] for name in _CSV] for one in found["attempts"]))
+    else:
+        _print(found, reason)
+
+
+def job_record(job_id: str, records: Records, now: datetime) -> dict[str, Any]:
+    """The job as scripts read it. Money is a decimal string; null is what nobody knows (yet)."""
+    kept = records.job(job_id)
+    attempts = [a for a in records.attempts(job_id) if a.node_id is not None]
+    return {
+        "id": job_id,
+        "state": None if kept is None else kept[0],
+        "attempts": [_attempt_record(a, now) for a in attempts],
+        "checkpoints": [
+            {
+                "step": made.step,
+                "epoch": made.epoch,
+                "published": iso(made.published_at),
+                "bytes": made.bytes,
+                "where": made.place,
+            }
+            for made in records.checkpoints(job_id)
+        ],
+        "usd_estimated": _usd(a.usd_so_far(now) for a in attempts),
+        "usd_settled": _usd(a.usd_settled for a in attempts),
+        "work_lost_s": _sum(a.work_lost_s for a in attempts if a.ended_at is not None),
+    }
+
+
+def _attempt_record(a: Attempt, now: datetime) -> dict[str, Any]:
+    return {
+        "provider": a.provider,
+        "sku": a.sku,
+        "market": a.market,
+        "node": a.node_id,
+        "tag": a.tag,
+        "started": iso(a.running_at),
+        "ended": iso(a.ended_at),
+        "end_reason": a.end_reason,
+        "usd_estimated": f"{a.usd_so_far(now):.6f}",
+        "usd_settled": None if a.usd_settled is None else f"{a.usd_settled:.6f}",
+        "work_lost_s": a.work_lost_s,
+    }
+
+
+def _usd(amounts: Iterable[Decimal | None]) -> str | None:
+    """The sum; None where one of them is not known."""
+    found = list(amounts)
+    known = [amount for amount in found if amount is not None]
+    return f"{sum(known, Decimal(0)):.6f}" if len(known) == len(found) else None
+
+
+def _sum(seconds: Iterable[int | None]) -> int | None:
+    found = list(seconds)
+    known = [one for one in found if one is not None]
+    return sum(known) if len(known) == len(found) else None
+
+
+def _print(found: dict[str, Any], reason: str) -> None:
+    made = table("#", "node", "sku", "started", "ended", "why", "lost", "cost", right=("#", "lost", "cost"))
+    for number, a in enumerate(found["attempts"], 1):
+        lost = a["work_lost_s"]
+        made.add_row(
+            str(number),
+            f"{a['provider']} {a['node']}",
+            f"{a['sku']} {a['market'].replace('_', '-')}",
+            _short(a["started"]),
+            _short(a["ended"]),
+            a["end_reason"],
+            "" if lost is None else f"{lost} s",
+            dollars(Decimal(a["usd_estimated"])),
+        )
+    out = console()
+    out.print(f"{found['id']} is {found['state']}{f': {reason}' if reason else ''}")
+    out.print(made)
+    saves = found["checkpoints"]
+    if saves:
+        last = saves[-1]
+        out.print(f"{len(saves)} checkpoints, the last at {_short(last['published'])}: {last['where']}")
+    settled = "" if found["usd_settled"] is None else f", ${found['usd_settled']} by the vendors' own bills"
+    out.print(f"About ${Decimal(found['usd_estimated']):.4f}{settled}.")
+
+
+def _short(moment: str | None) -> str:
+    """Without the seconds."""
+    return "" if moment is None else moment[:16].replace("T", " ")
