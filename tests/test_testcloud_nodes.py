@@ -326,9 +326,11 @@ def listening_sockets():
 
 CRASHING = textwrap.dedent(
     """
-    import asyncio, sys
+    import asyncio, signal, sys
     from pathlib import Path
     from tests.test_testcloud_nodes import ESCAPE, H100, LocalNodes
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what runs in its background
 
     async def main(root, isolation, mark):
         nodes = LocalNodes(Path(root), isolation=isolation)
@@ -354,7 +356,7 @@ async def test_everything_dies_with_the_test_cloud(tmp_path, isolation, number):
         keepers = keepers_of(parent.pid)
         assert [] != keepers
         parent.send_signal(number)
-        parent.wait()
+        parent.wait(30)
     await until(lambda: not marked(mark))
     await until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in keepers))
 
