@@ -261,7 +261,7 @@ print("equal")
 """
 
 
-def _python_with_torch() -> str | None:
+def python_with_torch() -> str | None:
     """This one, or the one that TORCH_PYTHON names."""
     for python in filter(None, (os.environ.get("TORCH_PYTHON"), sys.executable)):
         look = subprocess.run([python, "-c", "import torch, numpy"], capture_output=True, check=False)
@@ -272,7 +272,7 @@ def _python_with_torch() -> str | None:
 
 def test_a_torch_training_resumes_bit_for_bit(tmp_path: Path) -> None:
     """Weights, optimizer, dropout's and the data's random numbers."""
-    python = _python_with_torch()
+    python = python_with_torch()
     if python is None:
         pytest.skip("torch is not installed here, nor named by TORCH_PYTHON")
     root = str(Path(__file__).resolve().parents[1])
