@@ -95,25 +95,27 @@ def ended(process):
 
 
 def test_a_preempted_job_goes_on_from_its_checkpoint_and_its_artifacts_come_back(job, tmp_path):
-    """A vast bid is lost at step 12 or later; the second node begins where the first one saved."""
+    """A vast bid is lost at step 12 or later, by hand and perhaps by the market again; the next begins there."""
     with running(speed=10) as cloud, bucket(cloud) as store:
         process = job(cloud, "--provider", "vast", "--market", "spot", "--store", "s3://jobs/sft", **store)
         heard(process, "step 12")
         (node,) = [node for node in cloud.nodes() if node["state"] == "running"]
         cloud.preempt(node["id"])
-        lines = heard(process, "attempt 2 from")
+        lines = heard(process, "attempt ")
         code, record, _ = ended(process)
         left = [node["state"] for node in cloud.nodes()]
     assert int(lines[-1].split()[-1]) >= 10
-    assert (0, "done", ["ended", "ended"]) == (code, record["state"], left)
-    assert ["preempted", "done"] == [a["end_reason"].partition(":")[0] for a in record["attempts"]]
+    assert (0, "done", {"ended"}) == (code, record["state"], set(left))
+    *lost_by, last = [a["end_reason"].partition(":")[0] for a in record["attempts"]]
+    assert ({"preempted"}, "done") == (set(lost_by), last)
     epochs = [made["epoch"] for made in record["checkpoints"]]
-    assert (2, sorted(epochs)) == (len(set(epochs)), epochs)
+    assert len(set(epochs)) >= 2
+    assert sorted(epochs) == epochs
     assert record["checkpoints"][-1]["step"] == 30
     assert record["checkpoints"][0]["where"].startswith(f"s3://jobs/sft/{record['id']}/00000001/")
     assert record["checkpoints"][0]["bytes"] > 0
     lost = [a["work_lost_s"] for a in record["attempts"]]
-    assert (True, 0, sum(lost)) == (0 <= lost[0] < 30, lost[1], record["work_lost_s"])
+    assert (True, 0, sum(lost)) == (all(0 <= s < 30 for s in lost), lost[-1], record["work_lost_s"])
     shown = job(
         cloud, command=[sys.executable, "-m", "gpubroker", "job", "show", record["id"], "--format", "json"]
     )

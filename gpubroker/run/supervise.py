@@ -24,12 +24,14 @@ from gpubroker.errors import (
     NoCapacity,
     OverBudget,
     ProviderError,
+    Transient,
+    Unreachable,
 )
 from gpubroker.jobspec import JobSpec
 from gpubroker.model import Offer
 from gpubroker.provider import Compute, NodeSpec, NodeView
 from gpubroker.run.decide import Action, Finish, Observed, Prepare, Replace, Wait, decide
-from gpubroker.run.on_node import Look, OnNode, checkpoints_in, unsaved_s
+from gpubroker.run.on_node import OnNode, checkpoints_in, unsaved_s
 from gpubroker.run.payload import Errand, StoreKeys
 from gpubroker.run.records import Attempt, Caps, JobState, Records
 from gpubroker.run.renting import Order, Renting
@@ -40,6 +42,8 @@ AVOID_S = 24 * 3600
 # A node that nobody has looked at for so long ends its job by itself.
 RENEW_WITHIN_S = 1800.0
 _DISK_MARGIN_GB = 1.0
+# A node that answers and yet cannot be prepared costs money all the while.
+_MOST_FAILURES = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +89,7 @@ class _Contact:
     log_bytes: int = 0
     state: Mapping[str, Any] | None = None  # the agent's, when it was last reached
     made: int = 0  # checkpoints that are recorded
+    failures: int = 0  # of what was tried there
 
 
 Connect = Callable[[Compute, NodeView, str, str | None], tuple[Shell, str | None]]
@@ -119,10 +124,17 @@ class Supervisor:
             return None
         nodes = listed.get(attempt.provider, [])
         node = next((n for n in nodes if n.id == attempt.node_id), None)
-        seen, look = self._observe(attempt, node, is_listed=not problems)
+        seen = self._observe(attempt, node, is_listed=not problems)
         if node is not None and node.status == "running":
             attempt = self.records.running(attempt)
-        return self._apply(attempt, decide(attempt, seen, self.clock.now()), look)
+        action = decide(attempt, seen, self.clock.now())
+        try:
+            return self._apply(attempt, action)
+        except (Transient, Unreachable) as error:
+            self._drop(attempt)
+            self._contacts[attempt.id].failures += 1
+            self._once(str(error))
+            return None  # the next tick sees what is left to do
 
     def stop(self, reason: str) -> None:
         """End everything that the job has rented. Raises what a vendor does not confirm."""
@@ -151,9 +163,7 @@ class Supervisor:
         found = self._open_attempts()
         return found[-1] if found else None
 
-    def _observe(
-        self, attempt: Attempt, node: NodeView | None, *, is_listed: bool
-    ) -> tuple[Observed, Look | None]:
+    def _observe(self, attempt: Attempt, node: NodeView | None, *, is_listed: bool) -> Observed:
         contact = self._contacts.setdefault(attempt.id, _Contact())
         look = None
         if node is not None and node.status == "running":
@@ -168,14 +178,13 @@ class Supervisor:
             self.log(look.log)
             contact.state = look.state
             self._keep_checkpoints(attempt, contact)
-        seen = Observed(
+        return Observed(
             is_listed=is_listed,
             node=node,
             is_reached=look is not None,
             state=None if look is None else look.state,
             last_reached_at=contact.last_reached_at,
         )
-        return seen, look
 
     def _keep_checkpoints(self, attempt: Attempt, contact: _Contact) -> None:
         """Write down what the agent says that it has published."""
@@ -218,11 +227,14 @@ class Supervisor:
 
     # Acting
 
-    def _apply(self, attempt: Attempt, action: Action, look: Look | None) -> Outcome | None:
+    def _apply(self, attempt: Attempt, action: Action) -> Outcome | None:
         if isinstance(action, Wait):
             self._once(f"{attempt.provider}: {action.why}")
         elif isinstance(action, Prepare):
-            self._prepare(attempt)
+            if self._contacts[attempt.id].failures < _MOST_FAILURES:
+                self._prepare(attempt)
+            else:
+                self._end(attempt, "it answers, but cannot be prepared")
         elif isinstance(action, Replace):
             self._end(attempt, action.reason)
         else:
