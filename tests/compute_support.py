@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from typing import ClassVar
 
 import pytest
+import requests
+import responses
 
 from gpubroker.doors import SystemClock
 from gpubroker.errors import LaunchUncertain, Refused, Transient, Unreachable
@@ -15,6 +17,16 @@ from gpubroker.model import OfferQuery
 from gpubroker.run.shell import connect
 from gpubroker.testing import ComputeContract
 from tests.support import context
+
+# How a create may end without a whole answer, and what that means: what was never sent is not uncertain.
+WITHOUT_A_WHOLE_ANSWER = pytest.mark.parametrize(
+    ("body", "error"),
+    [
+        pytest.param(responses.ConnectionError("refused"), Unreachable, id="no connection"),
+        pytest.param(requests.ReadTimeout("slow"), LaunchUncertain, id="no answer in time"),
+        pytest.param(requests.exceptions.ChunkedEncodingError("cut"), LaunchUncertain, id="cut off"),
+    ],
+)
 
 SPEED = 300  # a launch every 12 s is one every 40 ms
 _SLACK_S = 0.003  # two processes' clocks

@@ -24,7 +24,6 @@ from gpubroker.errors import (
     QuotaExceeded,
     Refused,
     Transient,
-    Unreachable,
 )
 from gpubroker.http import HttpAnswer
 from gpubroker.model import Offer
@@ -34,7 +33,15 @@ from gpubroker.testcloud.client import running
 from gpubroker_providers import runpod_nodes
 from gpubroker_providers.runpod import RunPod
 from gpubroker_providers.runpod_nodes import parse_nodes, read_created
-from tests.compute_support import SPEED, LateAnswers, everything, keep_to_document, sent, talk_to
+from tests.compute_support import (
+    SPEED,
+    WITHOUT_A_WHOLE_ANSWER,
+    LateAnswers,
+    everything,
+    keep_to_document,
+    sent,
+    talk_to,
+)
 from tests.support import FakeLimiter, context, payload
 
 KEY = "runpod-key-of-the-test"
@@ -131,14 +138,7 @@ class TestCreate:
         with pytest.raises(MissingCredentials, match="RUNPOD_API_KEY"):
             create(provider=RunPod(context({})))
 
-    @pytest.mark.parametrize(
-        ("body", "error"),
-        [
-            pytest.param(responses.ConnectionError("refused"), Unreachable, id="no connection"),
-            pytest.param(requests.ReadTimeout("slow"), LaunchUncertain, id="no answer in time"),
-            pytest.param(requests.exceptions.ChunkedEncodingError("cut"), LaunchUncertain, id="cut off"),
-        ],
-    )
+    @WITHOUT_A_WHOLE_ANSWER
     @responses.activate
     def test_it_is_sent_once_whatever_happens(self, body, error):
         """What was never sent is not uncertain."""

@@ -24,7 +24,6 @@ from gpubroker.errors import (
     QuotaExceeded,
     Refused,
     Transient,
-    Unreachable,
 )
 from gpubroker.http import HttpAnswer
 from gpubroker.model import Offer, OfferQuery
@@ -34,7 +33,15 @@ from gpubroker.testcloud.client import running
 from gpubroker_providers import vast_nodes
 from gpubroker_providers.vast import Vast
 from gpubroker_providers.vast_nodes import parse_nodes, read_created
-from tests.compute_support import SPEED, LateAnswers, everything, keep_to_document, sent, talk_to
+from tests.compute_support import (
+    SPEED,
+    WITHOUT_A_WHOLE_ANSWER,
+    LateAnswers,
+    everything,
+    keep_to_document,
+    sent,
+    talk_to,
+)
 from tests.support import FakeLimiter, context, payload
 
 KEY = "vast-key-of-the-test"
@@ -152,14 +159,7 @@ class TestCreate:
         with pytest.raises(MissingCredentials, match="VAST_API_KEY"):
             create(provider=Vast(context({})))
 
-    @pytest.mark.parametrize(
-        ("body", "error"),
-        [
-            pytest.param(responses.ConnectionError("refused"), Unreachable, id="no connection"),
-            pytest.param(requests.ReadTimeout("slow"), LaunchUncertain, id="no answer in time"),
-            pytest.param(requests.exceptions.ChunkedEncodingError("cut"), LaunchUncertain, id="cut off"),
-        ],
-    )
+    @WITHOUT_A_WHOLE_ANSWER
     @responses.activate
     def test_it_is_sent_once_whatever_happens(self, body, error):
         """What was never sent is not uncertain."""

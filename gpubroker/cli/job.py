@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from datetime import datetime
 from decimal import Decimal
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -18,6 +18,7 @@ from gpubroker.errors import ConfigError
 from gpubroker.prices.market import open_context
 from gpubroker.run.records import Attempt, Records
 
+Number = TypeVar("Number", int, Decimal)
 _CSV = (
     "provider", "sku", "market", "node", "tag", "started", "ended", "end_reason", "usd_estimated",
     "usd_settled", "work_lost_s",
@@ -43,25 +44,25 @@ def show(*, job_id: str, output: str) -> None:
     settings, clock = config.load(), SystemClock()
     with open_context(settings, os.environ, clock) as (store, _):
         records, now = Records(store.database, clock), clock.now()
-        if records.job(job_id) is None:
+        kept = records.job(job_id)
+        if kept is None:
             raise ConfigError(f"no job is called {job_id[:60]!r}")
-        found = job_record(job_id, records, now)
-        reason = (records.job(job_id) or ("", "", ""))[1]
+        found = job_record(job_id, kept[0], records, now)
     if output == "json":
         print_json(found)
     elif output == "csv":
         print_csv(_CSV, ([one[name] for name in _CSV] for one in found["attempts"]))
     else:
-        _print(found, reason)
+        _print(found, kept[1])
 
 
-def job_record(job_id: str, records: Records, now: datetime) -> dict[str, Any]:
+def job_record(job_id: str, state: str, records: Records, now: datetime) -> dict[str, Any]:
     """The job as scripts read it. Money is a decimal string; null is what nobody knows (yet)."""
-    kept = records.job(job_id)
     attempts = [a for a in records.attempts(job_id) if a.node_id is not None]
+    settled = _sum(Decimal(0), (a.usd_settled for a in attempts))
     return {
         "id": job_id,
-        "state": None if kept is None else kept[0],
+        "state": state,
         "attempts": [_attempt_record(a, now) for a in attempts],
         "checkpoints": [
             {
@@ -73,9 +74,9 @@ def job_record(job_id: str, records: Records, now: datetime) -> dict[str, Any]:
             }
             for made in records.checkpoints(job_id)
         ],
-        "usd_estimated": _usd(a.usd_so_far(now) for a in attempts),
-        "usd_settled": _usd(a.usd_settled for a in attempts),
-        "work_lost_s": _sum(a.work_lost_s for a in attempts if a.ended_at is not None),
+        "usd_estimated": f"{sum((a.usd_so_far(now) for a in attempts), Decimal(0)):.6f}",
+        "usd_settled": None if settled is None else f"{settled:.6f}",
+        "work_lost_s": _sum(0, (a.work_lost_s for a in attempts if a.ended_at is not None)),
     }
 
 
@@ -95,17 +96,11 @@ def _attempt_record(a: Attempt, now: datetime) -> dict[str, Any]:
     }
 
 
-def _usd(amounts: Iterable[Decimal | None]) -> str | None:
-    """The sum; None where one of them is not known."""
-    found = list(amounts)
-    known = [amount for amount in found if amount is not None]
-    return f"{sum(known, Decimal(0)):.6f}" if len(known) == len(found) else None
-
-
-def _sum(seconds: Iterable[int | None]) -> int | None:
-    found = list(seconds)
-    known = [one for one in found if one is not None]
-    return sum(known) if len(known) == len(found) else None
+def _sum(zero: Number, parts: Iterable[Number | None]) -> Number | None:
+    """None where one of them is not known."""
+    found = list(parts)
+    known = [part for part in found if part is not None]
+    return sum(known, zero) if len(known) == len(found) else None
 
 
 def _print(found: dict[str, Any], reason: str) -> None:

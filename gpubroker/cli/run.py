@@ -347,7 +347,7 @@ def _log_to_stderr(data: bytes) -> None:
 
 def _report(job_id: str, outcome: Outcome, records: Records, output: str, clock: Clock) -> None:
     if output == "json":
-        print_json(job_record(job_id, records, clock.now()))
+        print_json(job_record(job_id, outcome.state, records, clock.now()))
     else:
         attempts = records.attempts(job_id)
         total = sum((a.usd_so_far(clock.now()) for a in attempts), Decimal(0))

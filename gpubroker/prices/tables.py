@@ -61,17 +61,18 @@ class Moment(TypeDecorator[datetime]):
 
 metadata = MetaData()
 # SQLite counts up by itself only a column called INTEGER.
-_Id = BigInteger().with_variant(Integer, "sqlite")
+Id = BigInteger().with_variant(Integer, "sqlite")
 
 
-def _text(name: str, default: str = "") -> Column[str]:
+def text_column(name: str, default: str = "") -> Column[str]:
+    """Never NULL: what is not stated is "", so that it compares and joins."""
     return Column(name, Text, nullable=False, server_default=default)
 
 
 polls = Table(
     "polls",
     metadata,
-    Column("id", _Id, primary_key=True),
+    Column("id", Id, primary_key=True),
     Column("provider", Text, nullable=False),
     Column("scope", Text, nullable=False),  # JSON of the OfferQuery
     Column("started_at", Moment, nullable=False),
@@ -80,12 +81,12 @@ polls = Table(
     Column("fetched", Integer, nullable=False, server_default="0"),
     Column("kept", Integer, nullable=False, server_default="0"),
     Column("skipped", Integer, nullable=False, server_default="0"),
-    _text("skips", "{}"),  # JSON: reason -> [count, first five ids]
-    _text("incomplete", "[]"),  # JSON: the slices that were not seen whole
-    _text("unknown_offers", "[]"),  # JSON: ids of current offers in those slices that were not listed
+    text_column("skips", "{}"),  # JSON: reason -> [count, first five ids]
+    text_column("incomplete", "[]"),  # JSON: the slices that were not seen whole
+    text_column("unknown_offers", "[]"),  # JSON: ids of current offers in those slices that were not listed
     Column("error", Text),
-    _text("source"),
-    _text("notes", "[]"),  # JSON
+    text_column("source"),
+    text_column("notes", "[]"),  # JSON
     UniqueConstraint("provider", "observed_at"),
 )
 
@@ -95,13 +96,13 @@ coverage = Table(
     metadata,
     Column("provider", Text, primary_key=True),
     Column("scope", Text, primary_key=True),
-    Column("poll_id", _Id, ForeignKey("polls.id"), nullable=False),
+    Column("poll_id", Id, ForeignKey("polls.id"), nullable=False),
 )
 
 products = Table(
     "products",
     metadata,
-    Column("id", _Id, primary_key=True),
+    Column("id", Id, primary_key=True),
     Column("provider", Text, nullable=False),
     Column("sku", Text, nullable=False),
     Column("gpu", Text, nullable=False, index=True),
@@ -119,8 +120,8 @@ products = Table(
 offers = Table(
     "offers",
     metadata,
-    Column("id", _Id, primary_key=True),
-    Column("product_id", _Id, ForeignKey("products.id"), nullable=False),
+    Column("id", Id, primary_key=True),
+    Column("product_id", Id, ForeignKey("products.id"), nullable=False),
     Column("machine_id", Text, nullable=False),
     Column("host_id", Text, nullable=False),  # as listed when it last came
     UniqueConstraint("product_id", "machine_id"),
@@ -130,7 +131,7 @@ offers = Table(
 rates = Table(
     "rates",
     metadata,
-    Column("id", _Id, primary_key=True),
+    Column("id", Id, primary_key=True),
     Column("digest", Text, nullable=False, unique=True),  # all of them as one text: NULLs are never equal
     Column("billing_increment_s", Integer, nullable=False),
     Column("minimum_s", BigInteger, nullable=False),
@@ -146,9 +147,9 @@ rates = Table(
 spans = Table(
     "spans",
     metadata,
-    Column("id", _Id, primary_key=True),
-    Column("offer_id", _Id, ForeignKey("offers.id"), nullable=False),
-    Column("rates_id", _Id, ForeignKey("rates.id"), nullable=False),
+    Column("id", Id, primary_key=True),
+    Column("offer_id", Id, ForeignKey("offers.id"), nullable=False),
+    Column("rates_id", Id, ForeignKey("rates.id"), nullable=False),
     Column("usd_per_hour", Money, nullable=False),
     Column("first_at", Moment, nullable=False),
     Column("until_at", Moment),  # exclusive; NULL = open
@@ -167,13 +168,13 @@ spans = Table(
 latest = Table(
     "latest",
     metadata,
-    Column("offer_id", _Id, ForeignKey("offers.id"), primary_key=True, autoincrement=False),
-    Column("product_id", _Id, ForeignKey("products.id"), nullable=False, index=True),
+    Column("offer_id", Id, ForeignKey("offers.id"), primary_key=True, autoincrement=False),
+    Column("product_id", Id, ForeignKey("products.id"), nullable=False, index=True),
     Column("machine_id", Text, nullable=False),  # these three: as in the offer and its open span
-    Column("rates_id", _Id, ForeignKey("rates.id"), nullable=False),
+    Column("rates_id", Id, ForeignKey("rates.id"), nullable=False),
     Column("usd_per_hour", Money, nullable=False),
     # NULL = the newest poll that covers the offer saw it; else the last poll that did.
-    Column("confirmed_by", _Id, ForeignKey("polls.id")),
+    Column("confirmed_by", Id, ForeignKey("polls.id")),
 )
 
 # What is volatile of the current offers. It changes for nearly all of them at every poll, and is read by GPU:
@@ -190,11 +191,11 @@ provider_state = Table(
     "provider_state",
     metadata,
     Column("provider", Text, primary_key=True),
-    _text("missing"),
+    text_column("missing"),
     Column("unreachable_until", Moment),
-    _text("reason"),
+    text_column("reason"),
     Column("tried_at", Moment),
-    _text("asked_with"),  # Settings.asks_with at the last attempt
+    text_column("asked_with"),  # Settings.asks_with at the last attempt
 )
 
 limits = Table(
@@ -204,14 +205,14 @@ limits = Table(
     Column("endpoint", Text, primary_key=True),
     Column("next_at_ms", BigInteger, nullable=False, server_default="0"),
     Column("blocked_until", BigInteger, nullable=False, server_default="0"),  # seconds
-    _text("reason"),
+    text_column("reason"),
 )
 
 # Imported history: other people's observations, kept apart from our own polls.
 series = Table(
     "series",
     metadata,
-    Column("id", _Id, primary_key=True),
+    Column("id", Id, primary_key=True),
     Column("provider", Text, nullable=False),
     Column("sku", Text, nullable=False),
     Column("gpu", Text, nullable=False),
@@ -229,7 +230,7 @@ series = Table(
 observations = Table(
     "observations",
     metadata,
-    Column("series_id", _Id, ForeignKey("series.id"), nullable=False),
+    Column("series_id", Id, ForeignKey("series.id"), nullable=False),
     Column("observed_at", Moment, nullable=False),
     Column("usd_per_hour", Money),
     Column("available", Integer),  # 1 or 0
@@ -250,7 +251,7 @@ observations = Table(
 measurements = Table(
     "measurements",
     metadata,
-    Column("id", _Id, primary_key=True),
+    Column("id", Id, primary_key=True),
     Column("job", Text, nullable=False, index=True),
     Column("gpu", Text, nullable=False),
     Column("form_factor", Text, nullable=False),
@@ -263,7 +264,7 @@ measurements = Table(
 exposure = Table(
     "exposure",
     metadata,
-    Column("id", _Id, primary_key=True),
+    Column("id", Id, primary_key=True),
     Column("provider", Text, nullable=False),
     Column("gpu", Text, nullable=False),
     Column("region", Text, nullable=False),

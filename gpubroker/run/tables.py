@@ -4,14 +4,7 @@ from __future__ import annotations
 
 from sqlalchemy import BigInteger, Column, ForeignKey, Index, Integer, Table, Text, UniqueConstraint
 
-from gpubroker.prices.tables import Moment, Money, metadata
-
-_Id = BigInteger().with_variant(Integer, "sqlite")
-
-
-def _text(name: str) -> Column[str]:
-    return Column(name, Text, nullable=False, server_default="")
-
+from gpubroker.prices.tables import Id, Moment, Money, metadata, text_column
 
 jobs = Table(
     "jobs",
@@ -19,7 +12,7 @@ jobs = Table(
     Column("id", Text, primary_key=True),
     Column("spec", Text, nullable=False),  # JSON of the JobSpec; names of secrets, never their values
     Column("state", Text, nullable=False),  # records.JobState
-    _text("reason"),
+    text_column("reason"),
     Column("created_at", Moment, nullable=False),
     Column("ended_at", Moment),  # NULL = not over
 )
@@ -27,7 +20,7 @@ jobs = Table(
 attempts = Table(
     "attempts",
     metadata,
-    Column("id", _Id, primary_key=True),
+    Column("id", Id, primary_key=True),
     Column("job_id", Text, ForeignKey("jobs.id"), nullable=False),
     Column("epoch", Integer, nullable=False),  # counts the job's attempts; fences its checkpoints
     Column("tag", Text, nullable=False, unique=True),
@@ -39,8 +32,8 @@ attempts = Table(
     Column("gpu_count", Integer, nullable=False),
     Column("market", Text, nullable=False),
     Column("region", Text, nullable=False),
-    _text("zone"),
-    _text("machine_id"),
+    text_column("zone"),
+    text_column("machine_id"),
     Column("usd_per_hour", Money, nullable=False),  # all that is billed by the hour
     Column("bid_usd_per_hour", Money),  # NULL = not a bid
     Column("billing_increment_s", Integer, nullable=False),
@@ -49,7 +42,7 @@ attempts = Table(
     Column("node_id", Text),  # NULL = not known to exist
     Column("running_at", Moment),  # NULL = never seen running
     Column("ended_at", Moment),  # NULL = may be billing
-    _text("end_reason"),
+    text_column("end_reason"),
     Column("usd_estimated", Money),  # NULL until it has ended
     Column("usd_settled", Money),  # NULL = the vendor has not said
     Column("work_lost_s", Integer),  # run since the last save; NULL until it has ended, or nobody knows

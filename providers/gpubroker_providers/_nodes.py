@@ -9,6 +9,7 @@ read is ever quoted, and of a refusal the vendor's words without any value of th
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -190,6 +191,12 @@ def moment(value: object) -> datetime | None:
     except (ValueError, OverflowError, OSError):
         return None
     return None
+
+
+def port_or_none(value: object) -> int | None:
+    """A TCP port: a number, or its digits."""
+    text = str(value) if isinstance(value, int | str) and not isinstance(value, bool) else ""
+    return int(text) if re.fullmatch(r"[0-9]{1,5}", text) and 0 < int(text) < 65536 else None
 
 
 def reason_of(*parts: object) -> str:

@@ -54,6 +54,7 @@ from gpubroker_providers._nodes import (
     decoded,
     moment,
     once_each,
+    port_or_none,
     reason_of,
     usd_or_none,
     words,
@@ -200,9 +201,10 @@ def _usd_per_hour(row: Mapping[str, Any]) -> Decimal | None:
 def ssh_port(env: Mapping[str, str]) -> int:
     """Where an instance's SSH answers: 22, or where a test cloud says."""
     text = env.get(SSH_PORT_VARIABLE) or "22"
-    if not re.fullmatch(r"[0-9]{1,5}", text) or not 0 < int(text) < 65536:
+    port = port_or_none(text)
+    if port is None:
         raise ConfigError(f"{SSH_PORT_VARIABLE} is not a port: {text!r}")
-    return int(text)
+    return port
 
 
 class LambdaNodes:

@@ -54,6 +54,7 @@ from gpubroker_providers._nodes import (
     decoded,
     moment,
     once_each,
+    port_or_none,
     reason_of,
     usd_or_none,
     words,
@@ -194,7 +195,7 @@ def _ssh(row: Mapping[str, Any]) -> SshAddress | None:
     """Straight to the machine where its port is published, else through the vendor's proxy."""
     host, port = row.get("public_ipaddr"), _published_port(row.get("ports"))
     if not isinstance(host, str) or not host.strip() or port is None:
-        host, port = row.get("ssh_host"), _port(row.get("ssh_port"))
+        host, port = row.get("ssh_host"), port_or_none(row.get("ssh_port"))
     if not isinstance(host, str) or not host.strip() or port is None:
         return None
     return SshAddress(host=host.strip(), port=port, username="root")
@@ -203,13 +204,7 @@ def _ssh(row: Mapping[str, Any]) -> SshAddress | None:
 def _published_port(ports: object) -> int | None:
     entries = ports.get("22/tcp") if isinstance(ports, dict) else None
     first = entries[0] if isinstance(entries, list) and entries else None
-    return _port(first.get("HostPort")) if isinstance(first, dict) else None
-
-
-def _port(value: object) -> int | None:
-    """A number, or its digits as the vendor has them."""
-    text = str(value) if isinstance(value, int | str) and not isinstance(value, bool) else ""
-    return int(text) if re.fullmatch(r"[0-9]{1,5}", text) and 0 < int(text) < 65536 else None
+    return port_or_none(first.get("HostPort")) if isinstance(first, dict) else None
 
 
 class VastNodes:
