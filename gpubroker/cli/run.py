@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import sys
 from collections.abc import Iterator
@@ -34,7 +35,8 @@ from gpubroker.run.records import Caps, Records
 from gpubroker.run.renting import Renting
 from gpubroker.run.supervise import Candidate, Job, Outcome, Supervisor, closing
 
-_TICK_S = 5.0
+# Between two looks: at a node that comes up, which costs money and does nothing; and at one that works.
+_STARTING_S, _RUNNING_S = 1.0, 5.0
 _CONNECT_S = 20.0
 _RECENT_S = 300
 _JOB_FAILED = 6
@@ -102,6 +104,7 @@ def run(
             return
         if not found:
             raise ConfigError("no provider can rent: " + "; ".join(f"{n}: {r}" for n, r in without.items()))
+        _check_store(_store(spec))
         job_id = job_id or records.add_job(spec.name, spec.model_dump_json())
         job = _job(job_id, spec, out, settings)
         supervisor = Supervisor(
@@ -238,6 +241,22 @@ def _store(spec: JobSpec) -> StoreKeys | None:
     )
 
 
+def _check_store(keys: StoreKeys | None) -> None:
+    """A node that cannot save waits for its store, and bills."""
+    if keys is None or not keys.where.startswith("s3://"):
+        return
+    from gpubroker.run import stores
+
+    store = stores.open_store(
+        keys.where,
+        endpoint=keys.endpoint,
+        region=keys.region,
+        access_key=keys.access_key,
+        secret_key=keys.secret_key,
+    )
+    stores.check(store, f"check-{secrets.token_hex(4)}")
+
+
 class _Market:
     """What could be rented now, the cheapest bill first; asked again at each attempt."""
 
@@ -322,7 +341,7 @@ def _to_the_end(supervisor: Supervisor, clock: Clock) -> Outcome:
     with closing(supervisor):
         try:
             while (outcome := supervisor.tick()) is None:
-                clock.sleep(_TICK_S)
+                clock.sleep(_RUNNING_S if supervisor.is_running else _STARTING_S)
             return outcome
         except BaseException as error:
             what = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)

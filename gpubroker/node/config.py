@@ -40,7 +40,7 @@ class Config(NamedTuple):
     keep: int = 3  # generations
     keep_bytes: int | None = None
     settle_s: float = 10.0
-    scan_s: float = 2.0
+    scan_s: float = 1.0
     tick_s: float = 1.0
     heartbeat_s: float = 5.0
     mirror_s: float = 30.0  # between two looks at the store's lease.json, with the heartbeat put beside it
