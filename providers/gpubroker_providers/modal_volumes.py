@@ -27,7 +27,7 @@ def create_error(name: str, error: Exception, text: str) -> BrokerError:
     names = set(kinds(error))
     if names & {"AuthError", "PermissionDeniedError"}:
         return AuthFailed(NAME, _CREATE, text)
-    if names & {"AlreadyExistsError", "InvalidError", "NotFoundError", "UnimplementedError"}:
+    if names & {"InvalidError", "NotFoundError", "UnimplementedError"}:
         return Refused(NAME, _CREATE, text)
     if isinstance(error, TimeoutError):
         text = "no answer before the deadline"
@@ -45,7 +45,7 @@ class ModalVolumes:
         return _RULES
 
     def create_volume(self, name: str, size_gb: int | None, region: str, deadline_s: float) -> str:
-        """See Volumes."""
+        """See Volumes. The same name twice is one Volume: the SDK repeats what had no answer."""
         check_volume(NAME, _RULES, name, size_gb, region)
         self._sdk.ask(partial(_create, name), deadline_s, partial(create_error, name))
         return name
@@ -63,7 +63,7 @@ class ModalVolumes:
 async def _create(name: str) -> None:
     import modal
 
-    await modal.Volume.objects.create.aio(name, version=_VERSION)
+    await modal.Volume.objects.create.aio(name, version=_VERSION, allow_existing=True)
 
 
 async def _names() -> list[str]:
