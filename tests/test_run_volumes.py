@@ -7,10 +7,12 @@ import pytest
 
 from gpubroker.errors import ConfigError, Transient
 from gpubroker.jobspec import job_from
+from gpubroker.node import store
 from gpubroker.node.config import BadConfig, open_store
 from gpubroker.plan.fees import FeeTable
 from gpubroker.provider import VolumeRules, VolumeView
 from gpubroker.run.volumes import Volume, at_volume, find, list_all, store_on, used_by
+from tests.checkpoint_support import a_checkpoint, publish
 from tests.support import NOW
 from tests.test_runpod_nodes import OFFER
 
@@ -137,15 +139,30 @@ def test_a_volume_that_is_not_mounted_is_an_error_and_no_new_folder(monkeypatch,
     assert b"{}" == (tmp_path / "volume" / "job" / "lease.json").read_bytes()
 
 
-def spec_with(store):
-    table = {"gpu": {"name": "h100"}, "work": {"hours": 1}, "checkpoint": {"store": store}}
+def test_a_checkpoint_ends_with_a_sync_of_the_mount_point(monkeypatch, tmp_path):
+    """Which commits it at Modal: the manifest is there by then."""
+    mounted, work, synced = tmp_path / "volume", tmp_path / "work", []
+    mounted.mkdir()
+    real = store.sync_folder
+
+    def sync(path):
+        synced.append((path, len(list(mounted.rglob("*.manifest.json")))))
+        real(path)
+
+    monkeypatch.setattr(store, "sync_folder", sync)
+    publish(open_store({"kind": "folder", "path": str(mounted), "must_exist": True}), a_checkpoint(work, 7))
+    assert (str(mounted), 1) in synced
+
+
+def spec_with(where):
+    table = {"gpu": {"name": "h100"}, "work": {"hours": 1}, "checkpoint": {"store": where}}
     return job_from(table, NOW, "job.toml")
 
 
 def test_a_jobs_store_names_its_volume():
     """One spelling, on the command line and in job.toml."""
     assert ("data", "", "") == tuple(
-        spec_with(store).checkpoint.volume for store in ("volume:data", "s3://bucket/x", "")
+        spec_with(where).checkpoint.volume for where in ("volume:data", "s3://bucket/x", "")
     )
     for wrong in ("volume:", "volume:Data", "volume:a/b", "volume:-a", "volume:" + "a" * 41):
         with pytest.raises(ConfigError, match=r"checkpoint.store: .* names no volume: write volume:data"):

@@ -3,9 +3,9 @@
 gpubroker volume -> ModalVolumes -> modal.Volume.objects.create, list, delete -> [VolumeView]
 
 A name is taken once in a workspace's environment, so it is the id as well. What a sandbox writes is committed
-in the background every few seconds and at its end: of one that is killed the last seconds may be missing,
-which a checkpoint's manifest tells. The SDK says neither what lies in a Volume nor who mounts it, and deletes
-one that is mounted.
+by an fsync of the mount point (version 2 only, modal.com/docs/guide/sandbox-files), which is how a folder
+store ends each checkpoint, or when the sandbox ends. The SDK says neither what lies in a Volume nor who
+mounts it, and deletes one that is mounted.
 """
 
 from __future__ import annotations
