@@ -12,7 +12,6 @@ import click
 from gpubroker import config
 from gpubroker.cli.options import Lower, format_option
 from gpubroker.cli.render import console, dollars, iso, print_csv, print_json, say, table
-from gpubroker.cli.volume import sweep_volumes
 from gpubroker.doors import SystemClock
 from gpubroker.errors import ConfigError
 from gpubroker.prices.market import open_context
@@ -51,6 +50,8 @@ def sweep(*, providers: tuple[str, ...], is_ending: bool, volumes: bool, yes: bo
     with --volumes only, and none is deleted before you have said so.
     """
     if volumes:
+        from gpubroker.cli.volume import sweep_volumes
+
         sweep_volumes(providers, output, is_ending=is_ending, yes=yes)
         return
     with _renting(providers) as (renting, problems):

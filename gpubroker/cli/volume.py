@@ -164,7 +164,7 @@ def ls(*, provider: str | None, output: str) -> None:
         found, silent = list_all(here.makers)
         if provider:
             silent |= here.without
-        print_volumes([_record(v, here.fees, here.jobs_of(v)) for v in found], silent, output)
+        _print([_record(v, here.fees, here.jobs_of(v)) for v in found], silent, output)
     if silent:
         raise click.exceptions.Exit(_FAILED)
 
@@ -188,7 +188,7 @@ def rm(*, name: str, provider: str | None, yes: bool, output: str) -> None:
             kept = f", checkpoints of {', '.join(jobs)} too" if jobs else ""
             asked = f"Delete {name} at {found.place} with all that is in it{kept}?"
             click.confirm(asked, abort=True, err=True)
-        delete(found, here.makers)
+        _delete(found, here.makers)
         if output == "json":
             print_json({**_record(found, here.fees, []), "deleted": True})
             return
@@ -207,7 +207,7 @@ def _refuse_in_use(found: Volume, here: _Here) -> None:
         )
 
 
-def delete(found: Volume, makers: Mapping[str, Volumes]) -> None:
+def _delete(found: Volume, makers: Mapping[str, Volumes]) -> None:
     """Raises ConfigError where the vendor says that it is in use."""
     try:
         makers[found.provider].delete_volume(found.view.id, CALL_S)
@@ -224,7 +224,7 @@ def sweep_volumes(providers: tuple[str, ...], output: str, *, is_ending: bool, y
         found = [volume for volume in listed if not here.jobs_of(volume) and not volume.view.is_in_use]
         ended = _ended(found, here.makers, silent, yes=yes) if is_ending and found else set()
         rows = [{**_record(v, here.fees, []), "deleted": id(v) in ended} for v in found]
-        print_volumes(rows, silent, output)
+        _print(rows, silent, output)
     if found and not is_ending and output == "table":
         say("gpubroker sweep --volumes --end deletes them; gpubroker volume rm NAME deletes one.")
     if silent:
@@ -240,7 +240,7 @@ def _ended(
     ended = set()
     for one in found:
         try:
-            delete(one, makers)
+            _delete(one, makers)
             ended.add(id(one))
         except BrokerError as error:
             problems[one.provider] = str(error)
@@ -273,7 +273,7 @@ def _record(found: Volume, fees: FeeTable, jobs: list[str]) -> dict[str, Any]:
     }
 
 
-def print_volumes(rows: list[dict[str, Any]], problems: Mapping[str, str], output: str) -> None:
+def _print(rows: list[dict[str, Any]], problems: Mapping[str, str], output: str) -> None:
     """As a table with its total, or as JSON or CSV."""
     if output == "json":
         told = [{"provider": name, "reason": reason} for name, reason in problems.items()]
