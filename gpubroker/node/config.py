@@ -129,12 +129,20 @@ def _check(config: Config, path: str) -> None:
 
 
 def open_store(told: Mapping[str, Any]) -> Store:
-    """{"kind": "folder", "path": ...} or {"kind": "s3", and what S3Store takes}."""
+    """{"kind": "folder", and what _folder takes} or {"kind": "s3", and what S3Store takes}."""
     rest = {key: value for key, value in told.items() if key != "kind"}
     try:
-        return FolderStore(rest["path"]) if told["kind"] == "folder" else S3Store(**rest)
+        return _folder(**rest) if told["kind"] == "folder" else S3Store(**rest)
     except (KeyError, TypeError) as error:
         raise BadConfig(f"store: {error}") from None
+
+
+def _folder(path: str, must_exist: bool = False) -> FolderStore:
+    """`must_exist`: a volume that is not mounted must not become a folder that is lost with the node."""
+    place = os.path.expanduser(path)
+    if must_exist and not os.path.isdir(place):
+        raise BadConfig(f"store: nothing is mounted at {path}")
+    return FolderStore(place)
 
 
 def read_secrets(path: str | None) -> dict[str, str]:

@@ -377,6 +377,7 @@ class Supervisor:
             image=self.job.spec.image or "",
             disk_gb=int(self.job.spec.disk),
             ssh_public_key=self.job.public_key,
+            volume_id="" if self.job.store is None else self.job.store.volume_id,
             lifetime_s=None if limits.max_hours is None else int(limits.max_hours * 3600),
         )
 
