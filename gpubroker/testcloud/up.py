@@ -66,7 +66,7 @@ class Cloud:
 
 
 def run(options: Options, ready: Callable[[Cloud], None]) -> None:
-    """`serve` for a process that does nothing else: it forgets the user's AWS account, which moto would use."""
+    """`serve` for a process that does nothing else: moto must not find the user's AWS account."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         del os.environ[name]
     os.environ |= {"AWS_SHARED_CREDENTIALS_FILE": os.devnull, "AWS_CONFIG_FILE": os.devnull}
