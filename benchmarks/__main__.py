@@ -12,6 +12,7 @@ from benchmarks.agent_idle import agent_idle
 from benchmarks.backtest_greedy import backtest_greedy
 from benchmarks.checkpoint_publish import checkpoint_publish
 from benchmarks.harness import Result
+from benchmarks.launch_overhead import launch_overhead
 from benchmarks.plan_coverage import plan_coverage
 from benchmarks.plan_rank import plan_rank
 from benchmarks.policy_adaptive import policy_adaptive
@@ -23,6 +24,7 @@ BENCHMARKS: dict[str, Callable[[bool], Result]] = {
     "agent-idle": agent_idle,
     "backtest-greedy": backtest_greedy,
     "checkpoint-publish": checkpoint_publish,
+    "launch-overhead": launch_overhead,
     "plan-coverage": plan_coverage,
     "plan-rank": plan_rank,
     "policy-adaptive": policy_adaptive,
