@@ -1,6 +1,6 @@
 """What the supervisor runs on the node, one JSON line on standard output each:
 
-python3 gpubroker-node.pyz start|run|status|stop|notice|renew|checkpoints CONFIG
+python3 gpubroker-node.pyz start|run|status|stop|notice|renew|end|checkpoints CONFIG
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 from gpubroker.node import generations
 from gpubroker.node.agent import Busy, open_agent
 from gpubroker.node.config import BadConfig, Config, open_store, read_config
+from gpubroker.node.ending import NotEnded, end_node
 from gpubroker.node.job import lock_file, read_json
 from gpubroker.node.store import Missing, StoreFailed
 
@@ -25,6 +26,7 @@ COMMANDS = {
     "stop": "Ask the job to save, then end it; a finished agent goes.",
     "notice": "The node will be taken: ask the job to save.",
     "renew": "The node is still wanted.",
+    "end": "End the node, now, by its own means.",
     "checkpoints": "Verify what the store holds: the newest good checkpoint, and what is bad and why.",
 }
 
@@ -46,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         if asked.command == "run":
             return _run(config)
         _print(_answer(asked, config))
-    except (BadConfig, OSError, StoreFailed, Missing) as error:
+    except (BadConfig, OSError, StoreFailed, Missing, NotEnded) as error:
         _print({"error": str(error)})
         return 2
     return 0
@@ -57,6 +59,8 @@ def _answer(asked: argparse.Namespace, config: Config) -> dict[str, Any]:
         return _status(config)
     if asked.command == "checkpoints":
         return _checkpoints(config)
+    if asked.command == "end":
+        return _end(config)
     name = {"renew": "lease"}.get(asked.command, asked.command)
     seconds = getattr(asked, "seconds", None)
     os.makedirs(config.folder, exist_ok=True)
@@ -65,6 +69,13 @@ def _answer(asked: argparse.Namespace, config: Config) -> dict[str, Any]:
         file.write("" if seconds is None else str(seconds))
     os.replace(path + ".new", path)
     return {asked.command: "asked", "agent": _is_running(config)}
+
+
+def _end(config: Config) -> dict[str, Any]:
+    if config.end is None:
+        raise NotEnded("a node of this vendor cannot end itself")
+    end_node(config.end)
+    return {"end": "asked", "agent": _is_running(config)}
 
 
 def _status(config: Config) -> dict[str, Any]:

@@ -62,7 +62,7 @@ class Errand:
     renew_within_s: float
     spent_s: float  # billed before the agent begins
     has_imds: bool  # AWS's two-minute notice
-    ends_by_shutdown: bool  # the machine's own shutdown ends its billing
+    own_end: Mapping[str, Any] | None  # how the node ends its own billing; None = it cannot
     store: StoreKeys | None
 
 
@@ -89,8 +89,8 @@ def agent_config(errand: Errand) -> dict[str, Any]:
         "after": "linger",
         "exit_codes": dict(spec.exit_codes),
     }
-    if errand.ends_by_shutdown:
-        config["end"] = {"command": ["sudo", "-n", "shutdown", "-h", "now"]}
+    if errand.own_end is not None:
+        config["end"] = dict(errand.own_end)
     if errand.store is not None:
         config["store"] = _store(errand.store)
     return config
