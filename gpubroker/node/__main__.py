@@ -1,6 +1,6 @@
 """What the supervisor runs on the node, one JSON line on standard output each:
 
-python3 gpubroker-node.pyz start|run|status|stop|notice|renew|end|checkpoints CONFIG
+python3 gpubroker-node.pyz start|run|container|status|stop|notice|renew|end|checkpoints CONFIG
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import sys
 from typing import Any
 
-from gpubroker.node import generations
+from gpubroker.node import container, generations
 from gpubroker.node.agent import Busy, open_agent
 from gpubroker.node.config import BadConfig, Config, open_store, read_config
 from gpubroker.node.ending import NotEnded, end_node
@@ -21,6 +21,7 @@ from gpubroker.node.store import Missing, StoreFailed
 
 COMMANDS = {
     "start": "Begin, or go on with what runs, apart from this terminal.",
+    "container": "Run the job's image by docker: what the agent starts where there is one.",
     "run": "The same in this terminal.",
     "status": "The last heartbeat, and whether the agent is alive.",
     "stop": "Ask the job to save, then end it; a finished agent goes.",
@@ -42,6 +43,8 @@ def main(argv: list[str] | None = None) -> int:
             command.add_argument("--seconds", type=float, default=None)
     asked = parser.parse_args(argv)
     try:
+        if asked.command == "container":
+            return _container(asked.config)
         config = read_config(asked.config)
         if asked.command == "start":
             return _start(config)
@@ -117,6 +120,12 @@ def _run(config: Config) -> int:
 def _running(config: Config) -> dict[str, Any]:
     beat = read_json(os.path.join(config.folder, "heartbeat.json")) or {}
     return {"state": "running", "agent_pid": beat.get("agent_pid"), "adopted": False}
+
+
+def _container(path: str) -> int:
+    """Its working folder is the job's, and the paths in the configuration begin at the agent's."""
+    os.chdir(os.path.dirname(os.path.abspath(path)))
+    return container.run(read_config(os.path.basename(path)))
 
 
 def _start(config: Config) -> int:

@@ -314,6 +314,7 @@ class Supervisor:
             renew_within_s=self.renew_within_s,
             spent_s=running_s,
             has_imds=attempt.provider == "aws",
+            has_docker_run_it=capabilities.image_by == "docker",
             own_end=capabilities.own_end,
             store=self.job.store,
         )
