@@ -501,10 +501,10 @@ def test_a_lease_that_ends_ends_the_job_and_the_node(node: Node, terms, reason: 
 @pytest.mark.parametrize("by", ["file", "store"])
 def test_a_lease_that_is_renewed_goes_on(node: Node, by: str) -> None:
     """By the file, or by lease.json in the job's store."""
-    node.configure("while [ ! -e go ]; do sleep 0.02; done", renew_within_s=0.8)
+    node.configure("while [ ! -e go ]; do sleep 0.02; done", renew_within_s=2.0)
     node.popen()
     until(lambda: node.beat().get("state") == "running")
-    for number in range(8):
+    for number in range(12):
         if by == "file":
             node.agent("renew")
         else:
@@ -597,6 +597,23 @@ def test_a_lease_counts_from_when_the_node_began_to_bill() -> None:
 
 
 # Kill -9, and the terminal's end
+
+
+@pytest.mark.parametrize(("is_renewed", "outcome"), [(True, "done"), (False, "lease_ended")])
+def test_an_agent_that_was_dead_for_longer_than_its_lease_goes_on_if_somebody_renewed_it(
+    node: Node, is_renewed: bool, outcome: str
+) -> None:
+    """Whoever renews it then starts the agent, too."""
+    node.configure("while [ ! -e go ]; do sleep 0.02; done", renew_within_s=2.0)
+    node.agent("start")
+    until(lambda: node.beat().get("state") == "running")
+    os.kill(node.beat()["agent_pid"], signal.SIGKILL)
+    time.sleep(2.5)
+    if is_renewed:
+        node.agent("renew")
+        (node.root / "go").touch()
+    node.agent("start")
+    assert outcome == node.result()["outcome"]
 
 
 def test_start_survives_its_terminal(node: Node) -> None:

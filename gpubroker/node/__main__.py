@@ -12,7 +12,7 @@ import os
 import sys
 from typing import Any
 
-from gpubroker.node import container, generations
+from gpubroker.node import generations
 from gpubroker.node.agent import Busy, open_agent
 from gpubroker.node.config import BadConfig, Config, open_store, read_config
 from gpubroker.node.ending import NotEnded, end_node
@@ -124,6 +124,8 @@ def _running(config: Config) -> dict[str, Any]:
 
 def _container(path: str) -> int:
     """Its working folder is the job's, and the paths in the configuration begin at the agent's."""
+    from gpubroker.node import container  # what no other command needs
+
     os.chdir(os.path.dirname(os.path.abspath(path)))
     return container.run(read_config(os.path.basename(path)))
 

@@ -105,7 +105,8 @@ class Agent:
         self._memory = self._remember(now_s)
         billed_s = self._memory["spent_s"]
         self._lease = Lease(config.terms, now_s, billed_s, self._memory.get("renewed_s"))
-        self._lease_mark: Any = self._mark("lease")
+        # What was renewed while no agent ran is renewed.
+        self._lease_mark: Any = self._memory.get("lease_mark", self._mark("lease"))
         self._store: Store | None = open_store(config.store) if config.store else None
         self._scanner = Scanner(config.checkpoints, config.settle_s, self._memory["known"])
         self._state = "starting"
@@ -154,6 +155,7 @@ class Agent:
             at_s=now_s,
             spent_s=self._lease.spent_s(now_s),
             renewed_s=self._lease.renewed_s,
+            lease_mark=self._lease_mark,
             known=self._scanner.known,
             newest=self._newest,
             made=self._made,
@@ -674,7 +676,7 @@ class Agent:
             status = os.stat(self._path(name))
         except OSError:
             return None
-        return status.st_mtime_ns, status.st_ino, status.st_size
+        return [status.st_mtime_ns, status.st_ino, status.st_size]
 
     def _path(self, name: str) -> str:
         return os.path.join(self._folder, name)
