@@ -108,7 +108,7 @@ class LaunchUncertain(ProviderError):
         self, provider: str, operation: str, detail: str, *, tag: str, ids: Sequence[str] = ()
     ) -> None:
         known = f", ids {', '.join(ids)}" if ids else ""
-        super().__init__(provider, operation, f"{detail}; a node tagged {tag} may be billing{known}")
+        super().__init__(provider, operation, f"{detail}; what is tagged {tag} may be billing{known}")
         self.tag = tag
         self.ids = tuple(ids)
 

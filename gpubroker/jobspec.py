@@ -28,6 +28,8 @@ from gpubroker.gpus import GpuRequest, parse_request
 from gpubroker.model import MARKETS, Market
 from gpubroker.units import parse_deadline, parse_duration_s, parse_size_gb
 
+VOLUME = "volume:"  # the store that is a network volume, before its name
+VOLUME_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -151,7 +153,19 @@ class Checkpoint(_Part):
     size: SizeGb = Decimal(0)
     save_time: DurationS | None = None  # the pause that one save costs; None = measured, assumed until then
     every: Annotated[DurationS, Field(ge=1)] | None = None  # None = the interval that costs least
-    store: str = ""  # "" = where the node is; s3://bucket/prefix, a provider's name, or a folder
+    store: str = ""  # "" = where the node is; s3://bucket/prefix, volume:NAME, a provider's name, a folder
+
+    @field_validator("store")
+    @classmethod
+    def _volume_name(cls, value: str) -> str:
+        if value.startswith(VOLUME) and not VOLUME_NAME.fullmatch(value.removeprefix(VOLUME)):
+            raise ValueError(f"{value[:60]!r} names no volume: write volume:data")
+        return value
+
+    @property
+    def volume(self) -> str:
+        """The name of the network volume that is the store; "" = it is none."""
+        return self.store.removeprefix(VOLUME) if self.store.startswith(VOLUME) else ""
 
 
 class Data(_Part):

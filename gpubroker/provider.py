@@ -112,7 +112,7 @@ class NodeSpec:
     disk_gb: int
     ssh_public_key: str = ""  # one line; unused where has_ssh is False
     env: Mapping[str, str] = field(default_factory=dict, repr=False)  # may hold secrets
-    volume_id: str = ""  # a network volume to mount; "" = none
+    volume_id: str = ""  # a network volume to mount at VOLUME_PATH; "" = none
     lifetime_s: int | None = None  # the vendor should end it then, where it can
 
 
@@ -174,6 +174,55 @@ class Compute(Protocol):
 
 
 TAG = "gpubroker-"
+# Where a node has its volume, at every vendor; ~ is the home of the user that commands run as.
+VOLUME_PATH = "~/volume"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VolumeRules:
+    """What a vendor's network volumes are bound to, so that nobody has to ask which vendor it is."""
+
+    has_region: bool  # each is in one region or data centre, and is mounted only there
+    sizes_gb: tuple[int, int] | None  # least and most; None = it grows, and what lies in it is paid for
+    cloud: str = ""  # only offers of this cloud mount one; "" = all
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VolumeView:
+    """A network volume as its vendor sees it now. It bills until it is deleted."""
+
+    id: str  # what NodeSpec.volume_id names
+    name: str  # begins with TAG
+    region: str = ""  # or data centre; "" = mounted anywhere
+    size_gb: Decimal | None = None  # where it grows, what lies in it; None = the vendor does not say
+    usd_per_gb_month: Decimal | None = None  # None = the vendor does not say
+    is_in_use: bool | None = None  # a node mounts it; None = the vendor does not say
+
+
+@runtime_checkable
+class Volumes(Protocol):
+    """The part of a provider that keeps data between nodes. Its Compute mounts them at VOLUME_PATH.
+
+    A volume's name at the vendor is TAG and the short name that its user picked, so that it is found again by
+    its name alone, from any machine, and no other volume of the account is ever listed or deleted.
+    """
+
+    @property
+    def volume_rules(self) -> VolumeRules:
+        """Constant for a provider."""
+
+    def create_volume(self, name: str, size_gb: int | None, region: str, deadline_s: float) -> str:
+        """Make one and return its id. Never retried in here; names need not be unique at the vendor.
+
+        Raises ValueError, before any call, for what the rules forbid or a name that does not begin with TAG,
+        and else what Compute.create raises: LaunchUncertain on any doubt.
+        """
+
+    def list_volumes(self, deadline_s: float) -> list[VolumeView]:
+        """All of the account's with our TAG."""
+
+    def delete_volume(self, volume_id: str, deadline_s: float) -> None:
+        """Delete it with all that is in it. What is gone already is no error. Raises Refused while in use."""
 
 
 def names() -> list[str]:

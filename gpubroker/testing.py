@@ -497,7 +497,7 @@ class ComputeContract:
     def test_capabilities_are_constant_and_possible(self) -> None:
         """They are asked often, and never of the vendor."""
         provider = self.make()
-        with _no_io():
+        with no_io():
             can = provider.capabilities
             assert can == provider.capabilities
         assert can.notice_s >= 0
@@ -514,7 +514,7 @@ class ComputeContract:
             wrong.append(None)
         provider, tag = self.make(), self._tag()
         for bid in wrong:
-            with _no_io(), pytest.raises(ValueError):  # noqa: PT011  any words will do
+            with no_io(), pytest.raises(ValueError):  # noqa: PT011  any words will do
                 provider.create(offer, self.spec(), tag, bid_usd_per_hour=bid, deadline_s=self.deadline_s)
 
     def test_a_tag_that_is_not_ours_or_too_long_is_refused(self) -> None:
@@ -522,7 +522,7 @@ class ComputeContract:
         offer = self.offer(self.markets[0])
         provider, bid = self.make(), self.bid(offer)
         for tag in ("", "job-1", TAG + "x" * provider.capabilities.tag_max):
-            with _no_io(), pytest.raises(ValueError):  # noqa: PT011
+            with no_io(), pytest.raises(ValueError):  # noqa: PT011
                 provider.create(offer, self.spec(), tag, bid_usd_per_hour=bid, deadline_s=self.deadline_s)
 
     def test_what_a_node_is_created_with_does_not_print_its_environment(self) -> None:
@@ -779,7 +779,8 @@ def _is_share(value: object) -> bool:
 
 
 @contextmanager
-def _no_io() -> Iterator[None]:
+def no_io() -> Iterator[None]:
+    """A connection or a program that is started in the block fails the test."""
     with pytest.MonkeyPatch.context() as patch:
         _forbid_io(patch)
         yield

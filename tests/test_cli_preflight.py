@@ -12,6 +12,15 @@ from tests.test_testcloud_nodes import H100
 nodes_home = pytest.importorskip("gpubroker.testcloud.nodes_home", reason="needs the extra [testcloud]")
 
 
+def fake_gpu(folder, truth):
+    """A folder for the front of LD_LIBRARY_PATH, with bin for the front of PATH: this machine then has these GPUs."""
+    import asyncio
+
+    fakes = asyncio.run(nodes_home.build_fakes(folder / "fakes"))
+    nodes_home.furnish(folder / "home", truth, (), fakes)
+    return folder / "home" / ".testcloud"
+
+
 @pytest.fixture
 def run(monkeypatch, capsys, tmp_path):
     """Run it on a machine with these GPUs; None = as it is, without any tool on its path."""
@@ -20,12 +29,7 @@ def run(monkeypatch, capsys, tmp_path):
         if truth is None:
             monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
         else:
-            import asyncio
-
-            home = tmp_path / "home"
-            fakes = asyncio.run(nodes_home.build_fakes(tmp_path / "fakes"))
-            nodes_home.furnish(home, truth, (), fakes)
-            own = home / ".testcloud"
+            own = fake_gpu(tmp_path, truth)
             monkeypatch.setenv("PATH", f"{own}/bin:{os.environ['PATH']}")
             monkeypatch.setenv("LD_LIBRARY_PATH", str(own))
         code = main(["preflight", "--folder", str(tmp_path), *words])

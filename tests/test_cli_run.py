@@ -24,6 +24,8 @@ print("attempt", os.environ["GPUBROKER_ATTEMPT"], "from", start, flush=True)
 total = start * (start + 1) // 2
 for step in range(start + 1, 31):
     time.sleep(0.3)
+    while step == 20 and os.environ["GPUBROKER_ATTEMPT"] == "1":  # it is to be preempted, however busy the machine
+        time.sleep(0.1)
     total += step
     part = f"{folder}/step-{step}.tmp"
     os.makedirs(part)

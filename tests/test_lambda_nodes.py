@@ -135,7 +135,7 @@ class TestCreate:
         keys_there()
         responses.add(responses.POST, LAUNCH_URL, json={"data": {"instance_ids": [INSTANCE]}})
         create(spec=replace(SPEC, volume_id="fs1"))
-        mounts = [{"file_system_id": "fs1", "mount_point": "/lambda/nfs/gpubroker"}]
+        mounts = [{"file_system_id": "fs1", "mount_point": "/home/ubuntu/volume"}]
         assert {**BODY, "file_system_mounts": mounts} == sent(responses.calls[1])[3]
         keep_to_document("lambda", responses.calls)
 

@@ -112,7 +112,7 @@ class TestCreate:
             "image": runpod_nodes.USUAL_IMAGE,
             "cloud": "SECURE",
             "dataCenterIds": ["US-KS-2"],
-            "mounts": {"network": [{"volumeId": "vol1", "path": "/workspace"}]},
+            "mounts": {"network": [{"volumeId": "vol1", "path": "/root/volume"}]},
         }
         assert expected == sent(responses.calls[0])[3]
         keep_to_document("runpod", responses.calls)

@@ -37,6 +37,18 @@ def cloud() -> Iterator[RunningCloud]:
         yield up
 
 
+def test_the_users_own_aws_account_is_none_of_its_business(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A profile that is named in the environment, and is in no file, once broke its S3."""
+    boto3 = pytest.importorskip("boto3")
+    monkeypatch.setenv("AWS_PROFILE", "the-users-own")
+    with running() as up:
+        monkeypatch.delenv("AWS_PROFILE")
+        keys = (up.env["AWS_ACCESS_KEY_ID"], up.env["AWS_SECRET_ACCESS_KEY"], None, "us-east-1")
+        client = boto3.Session(*keys).client("s3", endpoint_url=up.env["AWS_ENDPOINT_URL"])
+        client.create_bucket(Bucket="mine")
+        assert ["mine"] == [bucket["Name"] for bucket in client.list_buckets()["Buckets"]]
+
+
 def offers(up: RunningCloud) -> list[dict[str, object]]:
     answer = requests.post(
         f"{up.env['GPUBROKER_VAST_URL']}/api/v0/bundles/", json={"limit": 100}, headers=VAST_KEY, timeout=30

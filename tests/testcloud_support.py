@@ -57,6 +57,7 @@ class NoNode:
     """A node that only counts."""
 
     relayed = ()
+    ssh_sessions = 0
 
     def __init__(self, port: int, home: str) -> None:
         self.ssh_port, self.home, self.alive, self.signals = port, home, True, list[int]()

@@ -19,6 +19,7 @@ _COMMANDS = {
     "backtest": ("gpubroker.cli.backtest", "backtest", "What policies would have cost on spot traces."),
     "run": ("gpubroker.cli.run", "run", "A job on rented nodes, through preemptions to its end."),
     "job": ("gpubroker.cli.job", "job", "What became of a job: its nodes, checkpoints and bill."),
+    "volume": ("gpubroker.cli.volume", "volume", "Network volumes: create, list and delete them."),
     "preflight": ("gpubroker.cli.preflight", "preflight", "Whether this machine's GPUs can be trusted."),
     "offers": ("gpubroker.cli.offers", "offers", "Current offers and the GPUs that are known."),
     "poll": ("gpubroker.cli.poll", "poll_command", "Ask the providers for prices and store them."),

@@ -1,43 +1,24 @@
 """`gpubroker demo`: the whole thing without an account, on a cloud that runs on this machine.
 
-Today: vendors on loopback whose market moves ten minutes a second, polled and quoted live.
+First the market (demo_market.py), then a job that loses its node three times (demo_job.py).
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from datetime import datetime
-from decimal import Decimal
-from itertools import pairwise
 
 import click
-from rich.console import Group
-from rich.live import Live
-from rich.table import Table
-from rich.text import Text
 
-from gpubroker import config
-from gpubroker.cli.ask import pricing_for
 from gpubroker.cli.options import GpuName
-from gpubroker.cli.render import console, dollars, say, table
-from gpubroker.doors import Clock, SystemClock
+from gpubroker.cli.render import say
+from gpubroker.doors import SystemClock
 from gpubroker.errors import ConfigError
 from gpubroker.gpus import GpuRequest
-from gpubroker.model import OfferQuery
-from gpubroker.plan.rank import Ask, Quote, rank
-from gpubroker.plan.sentence import advice
-from gpubroker.plan.work import Work
-from gpubroker.prices.market import open_context
-from gpubroker.prices.poll import poll
 from gpubroker.provider import names
 
-_SPEED = 600
-_HOURS = Decimal(8)
-_ROUND_S = 30.0
 _ACCOUNTS = ("VAST_", "RUNPOD_", "LAMBDA_", "MODAL_", "AWS_", "GPUBROKER_")
 # Credentials that lie in files must not be found either.
 _NO_FILES = {
@@ -46,50 +27,53 @@ _NO_FILES = {
     "AWS_EC2_METADATA_DISABLED": "true",
     "MODAL_CONFIG_PATH": os.devnull,
 }
-_BARS = "▁▂▃▄▅▆▇█"
-
-
-@dataclass(slots=True)
-class Course:
-    """What the cheapest bill of one (provider, market) was, round by round; None = there was none."""
-
-    totals: list[Decimal | None] = field(default_factory=list)
-    last: Quote | None = None
-
-    def spark(self) -> str:
-        """The last rounds as a line of bars, each between the lowest and the highest seen."""
-        seen = [total for total in self.totals if total is not None]
-        if not seen:
-            return ""
-        low, high = min(seen), max(seen)
-        step = (high - low) / (len(_BARS) - 1) or Decimal(1)
-        return "".join(" " if t is None else _BARS[int((t - low) / step)] for t in self.totals[-30:])
 
 
 @click.command(
-    context_settings={"max_content_width": 100}, epilog="Example: gpubroker demo --gpu h100 --seconds 40"
+    context_settings={"max_content_width": 100},
+    epilog="""\b
+Examples:
+  gpubroker demo
+  gpubroker demo --gpu h100 --seconds 40 --no-job""",
 )
 @click.option("--gpu", type=GpuName(), default="h100", show_default=True, help="The GPU to watch.")
-@click.option("--seconds", type=click.IntRange(5, 3600), default=45, show_default=True, help="How long.")
+@click.option(
+    "--seconds", type=click.IntRange(5, 3600), default=15, show_default=True, help="How long to watch prices."
+)
 @click.option("--seed", type=click.IntRange(0, 2**31), default=0, help="The same seed, the same market.")
-def demo(*, gpu: GpuRequest, seconds: int, seed: int) -> None:
-    """Watch prices move and the cheapest bill change hands: no account, no money, no network.
+@click.option("--job/--no-job", "with_job", default=True, help="Whether to run the job after it.")
+def demo(*, gpu: GpuRequest, seconds: int, seed: int, with_job: bool) -> None:
+    """Watch prices move, then a training that loses its node three times: no account, no money, no network.
 
-    Starts the test cloud on loopback, polls it and quotes eight hours again and again. Ten minutes of its
-    market pass in a second.
+    Starts the vendors on loopback, polls and quotes them, and then runs a real job on the cheapest RTX 4090
+    through three preemptions, to the right result. Takes about two minutes.
     """
     try:
         from gpubroker.testcloud.client import running
     except ImportError as error:
         raise ConfigError(f"{error}: pip install 'gpubroker[testcloud]'") from error
+    from gpubroker.cli import demo_market
+
     say("starting the vendors on this machine …")
     with (
-        running(seed=seed, speed=_SPEED) as cloud,
+        running(seed=seed, speed=demo_market.SPEED) as cloud,
         tempfile.TemporaryDirectory() as home,
-        _environment({**cloud.env, "GPUBROKER_DB_URL": f"sqlite:///{home}/demo.db"}),
+        _environment({**cloud.env, **_homes(home)}),
     ):
         vendors = [name for name in names() if any(name.upper() in variable for variable in cloud.env)]
-        _watch(gpu, vendors, seconds, SystemClock())
+        demo_market.watch(gpu, vendors, seconds, SystemClock())
+        if with_job:
+            from gpubroker.cli import demo_job
+
+            demo_job.run(cloud, vendors, SystemClock())
+    say("The same with real vendors: gpubroker quote --gpu h100 --hours 8")
+
+
+def _homes(home: str) -> dict[str, str]:
+    """Nothing of the demo stays."""
+    names = ("DATA", "CACHE", "CONFIG")
+    folders = {f"XDG_{name}_HOME": f"{home}/{name.lower()}" for name in names}
+    return {**folders, "GPUBROKER_DB_URL": f"sqlite:///{home}/demo.db"}
 
 
 @contextmanager
@@ -106,81 +90,3 @@ def _environment(cloud: Mapping[str, str]) -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(before)
-
-
-def _watch(gpu: GpuRequest, vendors: Sequence[str], seconds: int, clock: Clock) -> None:
-    settings = config.load()
-    query = OfferQuery(gpus=gpu.names, markets=frozenset({"spot", "on_demand", "serverless"}), whole=False)
-    ask = Ask(work=Work(hours=_HOURS), gpus=(gpu,))
-    pricing = pricing_for(ask, settings, ())
-    courses: dict[tuple[str, str], Course] = {}
-    leaders: list[str] = []
-    quotes: Sequence[Quote] = ()
-    began_s = clock.monotonic_s()
-    with open_context(settings, os.environ, clock) as (store, context), Live(console=console()) as live:
-        while (passed_s := clock.monotonic_s() - began_s) < seconds:
-            poll(store, context, vendors, query, _ROUND_S)
-            quotes = rank(store.current(gpu.names), ask, pricing).quotes
-            _note(courses, quotes)
-            if quotes:
-                leaders.append(f"{quotes[0].offer.provider} {quotes[0].offer.market}")
-            live.update(_view(courses, quotes, ask, clock.now(), passed_s))
-    _sum_up(courses, leaders)
-
-
-def _note(courses: dict[tuple[str, str], Course], quotes: Sequence[Quote]) -> None:
-    best: dict[tuple[str, str], Quote] = {}
-    for quote in quotes:
-        best.setdefault((quote.offer.provider, quote.offer.market), quote)
-    rounds = max((len(course.totals) for course in courses.values()), default=0)
-    for key in {*courses, *best}:
-        course = courses.setdefault(key, Course(totals=[None] * rounds))
-        course.last = best.get(key)
-        course.totals.append(course.last.bill.total_usd if course.last else None)
-
-
-def _view(
-    courses: dict[tuple[str, str], Course], quotes: Sequence[Quote], ask: Ask, now: datetime, passed_s: float
-) -> Group:
-    made = table("provider", "market", "cheapest", "region", "$/h", "8 h", "its course", right=("$/h", "8 h"))
-    for (provider, market), course in sorted(courses.items(), key=_cheapest_first):
-        _row(made, provider, market, course)
-    sim_h = passed_s * _SPEED / 3600
-    sentence = advice(quotes, ask, now) if quotes else "Nobody has one right now."
-    return Group(
-        made, Text(f"\n{sentence}"), Text(f"\n{sim_h:.1f} hours of the market have passed", style="dim")
-    )
-
-
-def _cheapest_first(item: tuple[tuple[str, str], Course]) -> tuple[bool, Decimal, tuple[str, str]]:
-    key, course = item
-    return course.last is None, course.last.bill.total_usd if course.last else Decimal(0), key
-
-
-def _row(made: Table, provider: str, market: str, course: Course) -> None:
-    quote = course.last
-    if quote is None:
-        made.add_row(provider, market.replace("_", "-"), "none now", "", "", "", course.spark())
-        return
-    offer = quote.offer
-    made.add_row(
-        provider,
-        market.replace("_", "-"),
-        f"{offer.gpu_count}x {offer.gpu} {offer.form_factor}",
-        offer.zone or offer.region or offer.cloud,
-        dollars(offer.usd_per_hour),
-        dollars(quote.bill.total_usd),
-        course.spark(),
-    )
-
-
-def _sum_up(courses: dict[tuple[str, str], Course], leaders: Sequence[str]) -> None:
-    out = console()
-    changes = sum(one != other for one, other in pairwise(leaders))
-    out.print(f"\nIn {len(leaders)} rounds the cheapest bill changed hands {changes} times.")
-    for (provider, market), course in sorted(courses.items()):
-        seen = [total for total in course.totals if total is not None]
-        if seen and min(seen) != max(seen):
-            span = f"{dollars(min(seen))} to {dollars(max(seen))}"
-            out.print(f"  {provider} {market.replace('_', '-')}: 8 h cost from {span}")
-    out.print("The same with real vendors: gpubroker quote --gpu h100 --hours 8")

@@ -17,7 +17,7 @@ from gpubroker.cli.render import print_csv, print_json, say
 from gpubroker.config import Settings
 from gpubroker.doors import Clock, SystemClock
 from gpubroker.errors import ConfigError, NoFeasibleOffer
-from gpubroker.jobspec import JobSpec, parse_job
+from gpubroker.jobspec import VOLUME, JobSpec, parse_job
 from gpubroker.plan.bids import Bid
 from gpubroker.plan.breakeven import flips
 from gpubroker.plan.hazard import Span
@@ -172,7 +172,9 @@ def ask_of(job: JobSpec, settings: Settings) -> Ask:
 
 
 def _store_of(where: str, key: str) -> str:
-    """Who charges for what leaves there: s3:// is AWS's, hf:// and https:// are nobody's."""
+    """Who charges for what leaves there: s3:// is AWS's, a volume is the node's own provider's."""
+    if where.startswith(VOLUME):
+        return ""
     scheme, found, _ = where.partition("://")
     if not found:
         return where.lower()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shlex
 import signal
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from decimal import Decimal
@@ -28,8 +30,8 @@ from gpubroker.plan.bill import bill_for
 from gpubroker.plan.rank import Ask, Pricing, Quote, rank
 from gpubroker.plan.sentence import name_of
 from gpubroker.prices.market import open_context
-from gpubroker.provider import Compute, NodeView
-from gpubroker.run.computes import computes
+from gpubroker.provider import Compute, NodeView, ProviderContext
+from gpubroker.run.computes import computes, volumes
 from gpubroker.run.looks import job_folder, touch
 from gpubroker.run.payload import StoreKeys
 from gpubroker.run.presets import NAMES, preset
@@ -37,13 +39,16 @@ from gpubroker.run.records import Caps, Records
 from gpubroker.run.renting import Renting
 from gpubroker.run.risk import risk_of
 from gpubroker.run.supervise import Candidate, Job, Outcome, Supervisor, closing
+from gpubroker.run.volumes import Volume, at_volume, find, store_on
 
-_TICK_S = 5.0
+# Between two looks: at a node that comes up, which costs money and does nothing; and at one that works.
+_STARTING_S, _RUNNING_S = 1.0, 5.0
 _CONNECT_S = 20.0
 _RECENT_S = 300
 _JOB_FAILED = 6
 # A bid above the lowest that runs, where no history says better.
 _BID_MARGIN = Decimal("1.2")
+_SHOWN = 10
 _RENTED = ("spot", "on_demand", "serverless")
 
 
@@ -54,6 +59,7 @@ Examples:
   gpubroker run --gpu 4090 --hours 2 --max-usd 5 -- python train.py --epochs 3
   gpubroker run --gpu h100 --hours 8 --max-usd 40 --store s3://bucket/job --artifact out
       -- python train.py
+  gpubroker run --gpu 4090 --hours 8 --store volume:data -- python train.py
   gpubroker run --gpu 4090 --hours 2 --preset vllm --model Qwen/Qwen3-8B -- --max-model-len 8192
   gpubroker run job.toml
   gpubroker run --resume job-1a2b3c""",
@@ -72,7 +78,11 @@ Examples:
 @click.option("--port", type=click.IntRange(1, 65535), help="With --preset: where it listens on the node.")
 @click.option("--artifact", "artifacts", multiple=True, help="A path to bring back. Repeat for several.")
 @click.option("--secret", "secrets", multiple=True, help="A variable of yours that the job needs, by name.")
-@click.option("--store", default="", help="Where checkpoints go: s3://bucket/prefix, or a folder with local.")
+@click.option(
+    "--store",
+    default="",
+    help="Where checkpoints go: s3://bucket/prefix, volume:NAME, or a folder with local.",
+)
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Where artifacts go.  [default: gpubroker-out/JOB]"
 )
@@ -105,16 +115,21 @@ def run(
         else:
             spec, ask, known = _asked(context, words, asked, settings, clock)
             job_id = ""
+        volume = _volume(spec, ask, provider_context)
+        if volume is not None:
+            say(f"volume {volume.name} is at {volume.place}: only offers there are tried")
+            ask = replace(ask, providers=(volume.provider,))
         found, without = computes(provider_context, ask.providers or None)
-        market = _Market(ask, known, settings, clock, found)
+        market = _Market(ask, known, settings, clock, found, volume)
         if dry_run:
             say(_command_of(spec))
             _show(market)
             return
         if not found:
             raise ConfigError("no provider can rent: " + "; ".join(f"{n}: {r}" for n, r in without.items()))
+        _check_store(_store(spec))
         job_id = job_id or records.add_job(spec.name, spec.model_dump_json())
-        job = _job(job_id, spec, out, settings)
+        job = _job(job_id, spec, out, settings, volume)
         supervisor = Supervisor(
             job=job,
             records=records,
@@ -219,7 +234,17 @@ def _resumed(records: Records, job_id: str, clock: Clock) -> tuple[JobSpec, str]
     return JobSpec.model_validate_json(spec, context={"now": clock.now().replace(year=1970)}), job_id
 
 
-def _job(job_id: str, spec: JobSpec, out: Path | None, settings: Settings) -> Job:
+def _volume(spec: JobSpec, ask: Ask, context: ProviderContext) -> Volume | None:
+    """The network volume that is the job's store. Raises ConfigError when it is nowhere."""
+    if not spec.checkpoint.volume:
+        return None
+    makers, without = volumes(context, ask.providers or None)
+    if not makers and ask.providers:
+        raise ConfigError("; ".join(f"{name}: {reason}" for name, reason in without.items()))
+    return find(spec.checkpoint.volume, makers)
+
+
+def _job(job_id: str, spec: JobSpec, out: Path | None, settings: Settings, volume: Volume | None) -> Job:
     missing = [name for name in spec.secrets if name not in os.environ]
     if missing:
         raise ConfigError(f"secrets: {missing[0]} is not set in your environment")
@@ -230,7 +255,7 @@ def _job(job_id: str, spec: JobSpec, out: Path | None, settings: Settings) -> Jo
         folder=Path(spec.folder),
         out=out or Path("gpubroker-out") / job_id,
         secrets={name: os.environ[name] for name in spec.secrets},
-        store=_store(spec),
+        store=_store(spec) if volume is None else store_on(volume),
         private_key=private,
         public_key=public,
         caps=Caps(usd_per_day=settings.usd_per_day, usd_per_job=spec.limits.budget_usd),
@@ -277,14 +302,39 @@ def _store(spec: JobSpec) -> StoreKeys | None:
     )
 
 
+def _check_store(keys: StoreKeys | None) -> None:
+    """A node that cannot save waits for its store, and bills."""
+    if keys is None or not keys.where.startswith("s3://"):
+        return
+    from gpubroker.run import stores
+
+    store = stores.open_store(
+        keys.where,
+        endpoint=keys.endpoint,
+        region=keys.region,
+        access_key=keys.access_key,
+        secret_key=keys.secret_key,
+    )
+    stores.check(store, f"check-{secrets.token_hex(4)}")
+
+
 class _Market:
     """What could be rented now, the cheapest bill first; asked again at each attempt."""
 
     def __init__(
-        self, ask: Ask, known: Any, settings: Settings, clock: Clock, rentable: dict[str, Compute]
+        self,
+        ask: Ask,
+        known: Any,
+        settings: Settings,
+        clock: Clock,
+        rentable: dict[str, Compute],
+        volume: Volume | None,
     ) -> None:
         self._ask, self._known, self._settings, self._clock = ask, known, settings, clock
-        self._rentable = rentable
+        self._rentable, self._volume = rentable, volume
+        self.elsewhere: Counter[str] = (
+            Counter()
+        )  # why offers cannot mount the volume, of those last looked at
 
     def candidates(self, is_fresh: bool) -> Iterator[Candidate]:
         """Only what was seen at the vendor, now or lately: a list price cannot be rented."""
@@ -305,6 +355,7 @@ class _Market:
             clock=self._clock,
         )
         pricing = pricing_for(self._ask, self._settings, rows.view.exposures, self._known)
+        self.elsewhere.clear()
         for quote in rank(rows.priced, self._ask, pricing).quotes:
             offer = quote.offer
             if (
@@ -313,7 +364,11 @@ class _Market:
                 and offer.market in _RENTED
                 and offer.provider in self._rentable
             ):
-                yield quote, pricing
+                found = offer if self._volume is None else at_volume(offer, self._volume)
+                if isinstance(found, str):
+                    self.elsewhere[found] += 1
+                else:
+                    yield replace(quote, priced=replace(quote.priced, offer=found)), pricing
 
 
 def _candidate(quote: Quote, pricing: Pricing, compute: Compute) -> Candidate:
@@ -366,7 +421,7 @@ def _to_the_end(supervisor: Supervisor, clock: Clock) -> Outcome:
         try:
             touch(supervisor.job.id)
             while (outcome := supervisor.tick()) is None:
-                clock.sleep(_TICK_S)
+                clock.sleep(_RUNNING_S if supervisor.is_running else _STARTING_S)
                 touch(supervisor.job.id)
             return outcome
         except BaseException as error:
@@ -409,18 +464,20 @@ def _command_of(spec: JobSpec) -> str:
 
 
 def _show(market: _Market) -> None:
-    from itertools import islice
-
     from gpubroker.cli.render import console, dollars, table
 
     made = table("#", "offer", "$/h", "expected bill", right=("#", "$/h", "expected bill"))
-    found = list(islice(market.quotes(_RECENT_S), 10))
+    found = list(market.quotes(_RECENT_S))
+    elsewhere = "; ".join(f"{count} offers left out: {why}" for why, count in market.elsewhere.items())
     if not found:
-        raise NoFeasibleOffer("nothing can be rented now: gpubroker quote with the same options says why")
-    for number, (quote, _) in enumerate(found, 1):
+        why = elsewhere or "gpubroker quote with the same options says why"
+        raise NoFeasibleOffer(f"nothing can be rented now: {why}")
+    for number, (quote, _) in enumerate(found[:_SHOWN], 1):
         made.add_row(
             str(number), name_of(quote), dollars(quote.offer.usd_per_hour), dollars(quote.bill.total_usd)
         )
     console().print(made)
+    if elsewhere:
+        say(elsewhere)
     for risk in sorted(market.risks({quote.offer.provider for quote, _ in found})):
         say(risk)

@@ -35,19 +35,28 @@ provider_option = click.option(
 Examples:
   gpubroker sweep
   gpubroker sweep --end
+  gpubroker sweep --volumes
   gpubroker sweep --format json""",
 )
 @provider_option
 @click.option("--end", "is_ending", is_flag=True, help="End them, rather than only list them.")
+@click.option("--volumes", is_flag=True, help="Volumes that no unfinished job names, instead of nodes.")
+@click.option("--yes", is_flag=True, help="With --volumes --end: do not ask.")
 @format_option("table", "json", "csv")
-def sweep(*, providers: tuple[str, ...], is_ending: bool, output: str) -> None:
+def sweep(*, providers: tuple[str, ...], is_ending: bool, volumes: bool, yes: bool, output: str) -> None:
     """Nodes with gpubroker's tag that bill and that no running job knows: leaked, whoever leaked them.
 
     Those of a job whose `gpubroker run` has died are among them once nobody has looked after it for the
     config's renew_within: until then `gpubroker run --resume` finds them at work. Looks at every vendor that
     you have an account with, in AWS's case in the regions of your config. Run it from cron with --end. Exits
-    with 4 when a vendor did not answer or would not end a node.
+    with 4 when a vendor did not answer or would not end a node. Volumes are seen with --volumes only, and
+    none is deleted before you have said so.
     """
+    if volumes:
+        from gpubroker.cli.volume import sweep_volumes
+
+        sweep_volumes(providers, output, is_ending=is_ending, yes=yes)
+        return
     with _renting(providers) as (renting, problems):
         listed, silent = renting.list_all(renting.providers)
         renting.settle_doubts(listed)

@@ -40,7 +40,7 @@ class Config(NamedTuple):
     keep: int = 3  # generations
     keep_bytes: int | None = None
     settle_s: float = 10.0
-    scan_s: float = 2.0
+    scan_s: float = 1.0
     tick_s: float = 1.0
     heartbeat_s: float = 5.0
     mirror_s: float = 30.0  # between two looks at the store's lease.json, with the heartbeat put beside it
@@ -131,12 +131,20 @@ def _check(config: Config, path: str) -> None:
 
 
 def open_store(told: Mapping[str, Any]) -> Store:
-    """{"kind": "folder", "path": ...} or {"kind": "s3", and what S3Store takes}."""
+    """{"kind": "folder", and what _folder takes} or {"kind": "s3", and what S3Store takes}."""
     rest = {key: value for key, value in told.items() if key != "kind"}
     try:
-        return FolderStore(rest["path"]) if told["kind"] == "folder" else S3Store(**rest)
+        return _folder(**rest) if told["kind"] == "folder" else S3Store(**rest)
     except (KeyError, TypeError) as error:
         raise BadConfig(f"store: {error}") from None
+
+
+def _folder(path: str, must_exist: bool = False) -> FolderStore:
+    """`must_exist`: a volume that is not mounted must not become a folder that is lost with the node."""
+    place = os.path.expanduser(path)
+    if must_exist and not os.path.isdir(place):
+        raise BadConfig(f"store: nothing is mounted at {path}")
+    return FolderStore(place)
 
 
 def read_secrets(path: str | None) -> dict[str, str]:

@@ -26,7 +26,7 @@ _PREFLIGHT = Path(payload.__file__).parents[1] / "node" / "preflight.py"
 _START = f"python3 {NAME} start {payload.CONFIG}"
 _SEND_S, _CALL_S, _PREFLIGHT_S = 1800.0, 60.0, 600.0
 _MOST_LOG_BYTES = 1 << 18
-_MOST, _MOST_NAME = 1 << 53, 200
+_MOST, _MOST_NAME, _MOST_PROBLEMS = 1 << 53, 200, 10
 _LAST_S = 253_402_300_799  # the year 9999
 
 
@@ -153,6 +153,13 @@ def unsaved_s(state: Mapping[str, Any]) -> float:
     """What the job has run since its last save that is safe; 0 where the node says nonsense."""
     told = state.get("unsaved_s")
     return float(told) if isinstance(told, int | float) and 0 <= told < _LAST_S else 0.0
+
+
+def problems_in(state: Mapping[str, Any]) -> list[str]:
+    """What the agent says that it could not do, for people: a few, short, and printable."""
+    told = state.get("problems")
+    found = told[:_MOST_PROBLEMS] if isinstance(told, list) else []
+    return ["".join(c if c.isprintable() else " " for c in str(one))[:_MOST_NAME] for one in found]
 
 
 def _quoted(remote: str) -> str:

@@ -41,7 +41,9 @@ _LARGEST_FOLDER_BYTES = 2 << 30
 class StoreKeys:
     """Where checkpoints go, and keys that may be on a node: made for this store, not the account's."""
 
-    where: str  # s3://bucket/prefix or a folder on the node
+    where: str  # s3://bucket/prefix, a folder on the node, or volume:NAME
+    volume_id: str = ""  # what the node is created with, and
+    folder: str = ""  # where it is mounted there
     endpoint: str | None = None  # None = AWS
     region: str = "us-east-1"
     access_key: str = ""
@@ -111,6 +113,8 @@ def _in_container(errand: Errand, image: str) -> dict[str, Any]:
 
 
 def _store(keys: StoreKeys) -> dict[str, Any]:
+    if keys.folder:
+        return {"kind": "folder", "path": keys.folder, "must_exist": True}
     if not keys.where.startswith("s3://"):
         return {"kind": "folder", "path": keys.where}
     bucket, _, prefix = keys.where.removeprefix("s3://").partition("/")

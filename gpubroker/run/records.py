@@ -187,6 +187,13 @@ class Records:
             row = connection.execute(select(found).where(found.c.id == job_id)).first()
             return None if row is None else (row.state, row.reason, row.spec)
 
+    def running_jobs(self) -> list[tuple[str, str]]:
+        """(id, description) of every job that is not over, whether or not anybody supervises it."""
+        found = tables.jobs.c
+        with self._database.read() as connection:
+            rows = connection.execute(select(found.id, found.spec).where(found.state == "running"))
+            return [(row.id, row.spec) for row in rows]
+
     def attempts(self, job_id: str) -> list[Attempt]:
         """Of one job, the first first."""
         found = tables.attempts

@@ -170,6 +170,21 @@ def open_store(
     return BucketStore(client, bucket, prefix)
 
 
+def check(store: Store, prefix: str) -> None:
+    """Write, read and delete something small, so that a wrong key is found before anything is rented.
+
+    Raises ConfigError with what the store said.
+    """
+    key, data = f"{prefix}/check", os.urandom(16)
+    try:
+        store.put(key, data)
+        if store.get(key) != data:
+            raise StoreFailed("what was written is not what is read")
+        store.delete(key)
+    except (StoreFailed, Missing) as error:
+        raise ConfigError(f"checkpoint.store: {error}") from None
+
+
 def _hash(read: Callable[[], bytes], copy: BinaryIO | None) -> tuple[str, int]:
     digest, size = hashlib.sha256(), 0
     while chunk := read():

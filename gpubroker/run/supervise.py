@@ -31,7 +31,7 @@ from gpubroker.jobspec import JobSpec
 from gpubroker.model import Offer
 from gpubroker.provider import Compute, NodeSpec, NodeView
 from gpubroker.run.decide import Action, Finish, Observed, Prepare, Replace, Wait, decide
-from gpubroker.run.on_node import OnNode, checkpoints_in, unsaved_s
+from gpubroker.run.on_node import OnNode, checkpoints_in, problems_in, unsaved_s
 from gpubroker.run.payload import Errand, StoreKeys
 from gpubroker.run.records import Attempt, Caps, JobState, Records
 from gpubroker.run.renting import Order, Renting
@@ -93,6 +93,7 @@ class _Contact:
     state: Mapping[str, Any] | None = None  # the agent's, when it was last reached
     made: int = 0  # checkpoints that are recorded
     failures: int = 0  # of what was tried there
+    problems: set[str] = field(default_factory=set)  # of the agent's, that were told
 
 
 Connect = Callable[[Compute, NodeView, str, str | None], tuple[Shell, str | None]]
@@ -140,6 +141,13 @@ class Supervisor:
             self._once(str(error))
             return None  # the next tick sees what is left to do
 
+    @property
+    def is_running(self) -> bool:
+        """Whether the job was seen at work on a node that is still rented, so that there is no hurry."""
+        attempt = self._open_attempt()
+        contact = None if attempt is None else self._contacts.get(attempt.id)
+        return contact is not None and contact.state is not None
+
     def stop(self, reason: str) -> None:
         """End everything that the job has rented. Raises what a vendor does not confirm."""
         for attempt in self._open_attempts():
@@ -181,6 +189,7 @@ class Supervisor:
             contact.log_bytes += len(look.log)
             self.log(look.log)
             contact.state = look.state
+            self._pass_on(contact)
             self._keep_checkpoints(attempt, contact)
         return Observed(
             is_listed=is_listed,
@@ -189,6 +198,13 @@ class Supervisor:
             state=None if look is None else look.state,
             last_reached_at=contact.last_reached_at,
         )
+
+    def _pass_on(self, contact: _Contact) -> None:
+        """What the agent could not do, each thing once."""
+        for problem in problems_in(contact.state or {}):
+            if problem not in contact.problems:
+                contact.problems.add(problem)
+                self.say(f"on the node: {problem}")
 
     def _keep_checkpoints(self, attempt: Attempt, contact: _Contact) -> None:
         """Write down what the agent says that it has published."""
@@ -380,6 +396,7 @@ class Supervisor:
             image=self.job.spec.image or "",
             disk_gb=int(self.job.spec.disk),
             ssh_public_key=self.job.public_key,
+            volume_id="" if self.job.store is None else self.job.store.volume_id,
             lifetime_s=None if left_s is None else max(1, int(left_s)),
         )
 

@@ -214,6 +214,7 @@ def _node_row(rental: Rental) -> dict[str, Any]:
         "reason": rental.reason,
         "usd_per_hour": _usd(rental.usd_per_hour),
         "ssh_port": rental.node.ssh_port if rental.node else None,
+        "ssh_sessions": rental.node.ssh_sessions if rental.node else None,
         "home": rental.node.home if rental.node else None,
     }
 

@@ -47,7 +47,14 @@ class LocalNode:
         self._init = init
         self._env = dict(env)
         self._shell = "/bin/bash" if os.path.exists("/bin/bash") else "/bin/sh"
-        inside = Inside(init=init, home=self.home, shell=self._shell, env=self._environment)
+        self.ssh_sessions = 0  # channels for a shell, a command or files, since the node began
+        inside = Inside(
+            init=init,
+            home=self.home,
+            shell=self._shell,
+            env=self._environment,
+            count_session=self._count_session,
+        )
         self._server = SshServer(inside, host_key, truth.ssh, self.network)
         self.ssh_port = self._server.port
         init.gone.add_done_callback(lambda _: self._sever())
@@ -100,6 +107,9 @@ class LocalNode:
     def alive(self) -> bool:
         """Whether it has processes, or may start some."""
         return not self._init.gone.done()
+
+    def _count_session(self) -> None:
+        self.ssh_sessions += 1
 
     def _sever(self) -> None:
         self._server.abort()

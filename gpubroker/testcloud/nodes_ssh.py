@@ -41,6 +41,7 @@ class Inside:
     home: str
     shell: str
     env: Callable[[str, Mapping[str, str]], Mapping[str, str]]  # of a user, with what the command asks for
+    count_session: Callable[[], None]  # hears of each channel for a shell, a command or files
 
 
 class SshServer:
@@ -145,6 +146,7 @@ class _Server(asyncssh.SSHServer):
         return True
 
     def session_requested(self) -> asyncssh.SSHServerProcess[bytes]:
+        self._inside.count_session()
         return _Session(self._inside, self._user)
 
     def _made(self) -> asyncssh.SSHServerConnection:

@@ -66,7 +66,10 @@ class Cloud:
 
 
 def run(options: Options, ready: Callable[[Cloud], None]) -> None:
-    """`serve` for those who have no event loop."""
+    """`serve` for a process that does nothing else: moto must not find the user's AWS account."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        del os.environ[name]
+    os.environ |= {"AWS_SHARED_CREDENTIALS_FILE": os.devnull, "AWS_CONFIG_FILE": os.devnull}
     asyncio.run(serve(options, ready))
 
 

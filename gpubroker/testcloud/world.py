@@ -120,6 +120,7 @@ class Node(Protocol):
     """A running node: processes, a home and an SSH server. Made by a NodeHost."""
 
     ssh_port: int
+    ssh_sessions: int  # channels for a shell, a command or files, since it began
     home: str
 
     @property

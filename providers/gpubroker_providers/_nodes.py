@@ -16,11 +16,20 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
-from gpubroker.errors import LaunchUncertain, PayloadChanged, ProviderError, Transient, Unreachable
+from gpubroker.errors import (
+    AuthFailed,
+    LaunchUncertain,
+    PayloadChanged,
+    ProviderError,
+    QuotaExceeded,
+    Refused,
+    Transient,
+    Unreachable,
+)
 from gpubroker.http import HttpAnswer, HttpClient, loads, retry_after_s
 from gpubroker.model import Offer
 from gpubroker.money import parse_usd
-from gpubroker.provider import TAG, Capabilities, NodeView, ProviderContext
+from gpubroker.provider import TAG, Capabilities, NodeView, ProviderContext, VolumeRules
 from gpubroker_providers._vendor import plain_text
 
 _LONGEST_WORDS = 256
@@ -50,6 +59,19 @@ def check_launch(
         raise ValueError(f"{offer.provider}: a bid for {offer.market}, which takes none")
     if bid_usd_per_hour is not None and not (bid_usd_per_hour.is_finite() and bid_usd_per_hour > 0):
         raise ValueError(f"{offer.provider}: a bid of {bid_usd_per_hour} USD per hour")
+
+
+def check_volume(provider: str, rules: VolumeRules, name: str, size_gb: int | None, region: str) -> None:
+    """Raise ValueError for a volume that must not even be asked for: no call is made."""
+    if not re.fullmatch(rf"{TAG}[a-z0-9-]{{1,40}}", name):
+        raise ValueError(f"{provider}: a volume's name begins with {TAG}: {plain_text(name)!r}")
+    if bool(region) is not rules.has_region:
+        raise ValueError(f"{provider}: a volume {'needs' if rules.has_region else 'has no'} region")
+    if rules.sizes_gb is None:
+        if size_gb is not None:
+            raise ValueError(f"{provider}: a volume has no size, it grows")
+    elif size_gb is None or not rules.sizes_gb[0] <= size_gb <= rules.sizes_gb[1]:
+        raise ValueError(f"{provider}: a volume has {rules.sizes_gb[0]} to {rules.sizes_gb[1]} GB")
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +167,32 @@ class Door:
                 self._provider, slots[0].endpoint, pause_s, f"{operation}: asked too often"
             )
         return answer
+
+
+def created_id(provider: str, operation: str, answer: HttpAnswer, *, tag: str, at: Sequence[str]) -> str:
+    """The new volume's id. Raises what any other answer means: in doubt LaunchUncertain."""
+    status, text = answer.status, words(answer, {})
+    if status < 300:
+        found = decoded(answer)
+        for key in at:
+            found = found.get(key) if isinstance(found, dict) else None
+        if isinstance(found, str) and found:
+            return found
+        raise LaunchUncertain(provider, operation, f"HTTP {status}, without an id", tag=tag)
+    if status == 429:
+        raise Transient(provider, operation, text, retry_after_s=retry_after_s(answer.headers))
+    if status < 400 or status == 408 or status >= 500:
+        raise LaunchUncertain(provider, operation, text, tag=tag)
+    if error_code(answer) == "global/quota-exceeded" or status == 402:
+        raise QuotaExceeded(provider, operation, text)
+    raise (AuthFailed if status in (401, 403) else Refused)(provider, operation, text)
+
+
+def error_code(answer: HttpAnswer) -> str:
+    """The code in {"error": {"code": ...}}; "" where there is none."""
+    body = decoded(answer)
+    error = body.get("error") if isinstance(body, dict) else None
+    return str(error.get("code", "")) if isinstance(error, dict) else ""
 
 
 def decoded(answer: HttpAnswer) -> Any:

@@ -22,6 +22,7 @@ from gpubroker.model import Offer, OfferQuery, Parsed, Skipped
 from gpubroker.provider import Access, ProviderContext
 from gpubroker_providers._vendor import ask, kind, needed, plain_text, refuse_drift, usd, whole
 from gpubroker_providers.lambda_nodes import ALL_REQUESTS, KEY_VARIABLE, NAME, LambdaNodes
+from gpubroker_providers.lambda_volumes import LambdaVolumes
 
 BASE_URL = "https://cloud.lambda.ai/api/v1"
 _CENT = Decimal("0.01")
@@ -170,7 +171,7 @@ def base_url(env: Mapping[str, str]) -> str:
     return override if urlsplit(override).path else f"{override}/api/v1"
 
 
-class LambdaCloud(LambdaNodes):
+class LambdaCloud(LambdaNodes, LambdaVolumes):
     """The thin client: a key, the account's one request a second, and the parser above."""
 
     name = NAME

@@ -52,6 +52,7 @@ from gpubroker_providers._nodes import (
     Slot,
     check_launch,
     decoded,
+    error_code,
     moment,
     once_each,
     port_or_none,
@@ -64,7 +65,7 @@ from gpubroker_providers._vendor import plain_text, refuse_drift, rows_at
 NAME = "lambda"
 KEY_VARIABLE = "LAMBDA_API_KEY"
 SSH_PORT_VARIABLE = "GPUBROKER_LAMBDA_SSH_PORT"
-VOLUME_PATH = "/lambda/nfs/gpubroker"
+VOLUME_MOUNT = "/home/ubuntu/volume"  # ubuntu is whom SSH lets in: VOLUME_PATH
 TAG_KEY, CREATED_KEY = "gpubroker-tag", "gpubroker-created-at"
 ALL_REQUESTS = Slot("api", 1.0)
 _LAUNCHES = Slot("launch", 12.0)
@@ -106,7 +107,7 @@ def launch_body(offer: Offer, spec: NodeSpec, tag: str, now: datetime) -> dict[s
         ],
     }
     if spec.volume_id:
-        body["file_system_mounts"] = [{"file_system_id": spec.volume_id, "mount_point": VOLUME_PATH}]
+        body["file_system_mounts"] = [{"file_system_id": spec.volume_id, "mount_point": VOLUME_MOUNT}]
     return body
 
 
@@ -124,7 +125,7 @@ def read_launched(answer: HttpAnswer, tag: str, environment: Mapping[str, str]) 
     without one id, 3xx, 408, 5xx
     other 4xx                                     Refused
     """
-    status, code, text = answer.status, _code(answer), words(answer, environment)
+    status, code, text = answer.status, error_code(answer), words(answer, environment)
     if status < 300:
         body = decoded(answer)
         data = body.get("data") if isinstance(body, dict) else None
@@ -142,12 +143,6 @@ def read_launched(answer: HttpAnswer, tag: str, environment: Mapping[str, str]) 
     if code in _ERRORS:
         raise _ERRORS[code](NAME, _LAUNCH, text)
     raise (AuthFailed if status in (401, 403) else Refused)(NAME, _LAUNCH, text)
-
-
-def _code(answer: HttpAnswer) -> str:
-    body = decoded(answer)
-    error = body.get("error") if isinstance(body, dict) else None
-    return str(error.get("code", "")) if isinstance(error, dict) else ""
 
 
 def parse_nodes(rows: list[Any], ssh_port: int = 22) -> list[NodeView]:
@@ -255,7 +250,7 @@ class LambdaNodes:
         door = self._door(deadline_s)
         body = {"instance_ids": [_checked(node_id)]}
         answer = door.send(_END, "POST", "/instance-operations/terminate", ALL_REQUESTS, body=body)
-        if _code(answer) == _MISSING or answer.status == 404:
+        if error_code(answer) == _MISSING or answer.status == 404:
             names = self._key_names(door, node_id)
         else:
             ended = door.answer(_END, answer)
@@ -282,7 +277,7 @@ class LambdaNodes:
     def _key_names(self, door: Door, node_id: str) -> set[str]:
         """The job's key of an instance that has ended, for as long as the vendor remembers it."""
         answer = door.send(_SHOW, "GET", f"/instances/{node_id}", ALL_REQUESTS)
-        if answer.status == 404 or _code(answer) == _MISSING:
+        if answer.status == 404 or error_code(answer) == _MISSING:
             return set()
         said = door.answer(_SHOW, answer)
         return _key_names([said.get("data") if isinstance(said, dict) else None])

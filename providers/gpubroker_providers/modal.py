@@ -30,6 +30,7 @@ from gpubroker.provider import Access
 from gpubroker_providers._vendor import plain_text
 from gpubroker_providers.modal_nodes import ModalNodes
 from gpubroker_providers.modal_sdk import NAME, classed
+from gpubroker_providers.modal_volumes import ModalVolumes
 
 _RATES = "billing.rates"
 _GPU_RATE = re.compile(r"gpu_(?P<unit>hour|second)_cost_(?P<card>\w+)")
@@ -157,7 +158,7 @@ def _listed(fees: FeeTable, item: str) -> Decimal:
     return (fees.get(NAME, item) or Decimal(0)) * SECONDS_PER_HOUR
 
 
-class Modal(ModalNodes):
+class Modal(ModalNodes, ModalVolumes):
     """The thin client around the SDK: the rates, and sandboxes as nodes."""
 
     name = NAME

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 APP = "gpubroker"
 TAG_KEY = "gpubroker-attempt"
-VOLUME_PATH = "/root/volume"
+VOLUME_MOUNT = "/root/volume"  # commands run as root: VOLUME_PATH
 LONGEST_S = 24 * 3600
 MARKETS: tuple[Market, ...] = ("serverless",)
 _PYTHON = "3.12"
@@ -260,7 +260,7 @@ async def _prepare(spec: NodeSpec) -> tuple[Any, Any, dict[str, Any]]:
         return app, image, {}
     volume = modal.Volume.from_name(spec.volume_id)
     await volume.hydrate.aio()
-    return app, image, {VOLUME_PATH: volume}
+    return app, image, {VOLUME_MOUNT: volume}
 
 
 async def _launch(wait_s: float, **wish: Any) -> str:

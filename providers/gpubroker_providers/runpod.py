@@ -7,7 +7,7 @@ Facts are from RunPod's REST v2 description and docs. Both answers give USD per 
 with several costs that many times as much. GraphQL retires in early 2027; REST answers nobody without a
 key.
 
-Pods are rented by what it inherits (runpod_nodes.py).
+Pods are rented and volumes kept by what it inherits (runpod_nodes.py, runpod_volumes.py).
 
 There is never a spot offer here: spot pods ended in 2026, and the fields that are left of them
 (`minimumBidPrice` in GraphQL) name no price that anyone can rent at. Term prices come from GraphQL only,
@@ -39,6 +39,7 @@ from gpubroker_providers._vendor import (
     whole,
 )
 from gpubroker_providers.runpod_nodes import KEY_VARIABLE, NAME, RunPodNodes
+from gpubroker_providers.runpod_volumes import RunPodVolumes
 
 BASE_URL = "https://api.runpod.io"
 CATALOG_PATH = "/v2/catalog/gpus"
@@ -251,7 +252,7 @@ def _first_message(errors: object) -> str:
     return plain_text(first.get("message", first) if isinstance(first, dict) else first)
 
 
-class RunPod(RunPodNodes):
+class RunPod(RunPodNodes, RunPodVolumes):
     """The client: REST with a key, GraphQL without one; pods need the key."""
 
     name = NAME

@@ -60,7 +60,7 @@ NAME = "runpod"
 KEY_VARIABLE = "RUNPOD_API_KEY"
 USUAL_IMAGE = "runpod/pytorch:1.0.2-cu1281-torch280-ubuntu2404"
 PODS_PATH = "/v2/pods"
-VOLUME_PATH = "/workspace"
+VOLUME_MOUNT = "/root/volume"  # root is whom SSH lets in: VOLUME_PATH
 _CREATE, _LIST, _DELETE, _START = "create pod", "list pods", "delete pod", "start pod"
 # The vendor promises no figure: its example allows sixty requests a minute, in bursts.
 _CREATES, _LISTS, _ENDS, _STARTS = (
@@ -99,7 +99,7 @@ def create_body(offer: Offer, spec: NodeSpec, tag: str) -> dict[str, Any]:
     if offer.region:
         body["dataCenterIds"] = [offer.region]
     if spec.volume_id:
-        body["mounts"] = {"network": [{"volumeId": spec.volume_id, "path": VOLUME_PATH}]}
+        body["mounts"] = {"network": [{"volumeId": spec.volume_id, "path": VOLUME_MOUNT}]}
     return body
 
 
