@@ -47,6 +47,7 @@ class Settings:
     ram_gib_per_gpu: Decimal = Decimal(16)
     egress_gb_this_month: Decimal = Decimal(0)  # already used: where a tier is account-monthly
     usd_per_day: Decimal | None = Decimal(100)  # over all jobs, by UTC day; 0 in the config = no such cap
+    renew_within_s: int = 1800  # a node that nobody has looked at for so long ends its job, then itself
     fees: Mapping[tuple[str, str], Decimal] = field(default_factory=dict)  # (provider, item) -> override
 
     @property
@@ -89,6 +90,7 @@ def load(env: Mapping[str, str] | None = None) -> Settings:
         ram_gib_per_gpu=values.decimal("ram_gib_per_gpu", Decimal(16)) or Decimal(0),
         egress_gb_this_month=values.decimal("egress_gb_this_month", Decimal(0)) or Decimal(0),
         usd_per_day=values.decimal("usd_per_day", Decimal(100)) or None,
+        renew_within_s=values.duration_s("renew_within", 1800),
         fees=values.fees(),
     )
     values.refuse_leftovers()

@@ -12,7 +12,7 @@ from datetime import datetime
 from decimal import Decimal
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Literal, Protocol, cast, runtime_checkable
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 from gpubroker.config import Settings
 from gpubroker.doors import Clock, Pool, Shell
@@ -91,10 +91,17 @@ class Capabilities:
     stop: bool = False  # a node can be stopped and started again with its disk
     has_ssh: bool = True  # False = commands go through the vendor's own API
     notice_s: int = 0  # warning before a preemption; 0 = none
-    self_terminate: bool = False  # the node can end its own billing
+    # What a node does to end its own billing: `end` of gpubroker/node/config.py. None = it cannot.
+    own_end: Mapping[str, Any] | None = None
     idempotent_create: bool = False  # the same tag twice is one node
     tag_max: int = 60  # characters
     max_lifetime_s: int | None = None  # the vendor ends every node after so long; None = never
+    image_by: Literal["vendor", "docker", "nobody"] = "vendor"  # who runs a job's image; docker: on the node
+
+    @property
+    def self_terminate(self) -> bool:
+        """Whether a node that nobody looks after stops to bill by itself."""
+        return self.own_end is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

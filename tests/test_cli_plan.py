@@ -177,3 +177,11 @@ def test_any_gpu_with_the_memory_can_win(plan):
     code, out, _ = plan("--min-vram", "48", "--work", "8h@h100-sxm", "--deadline", "40h")
     assert 0 == code
     assert "converted by published figures" in " ".join(out.split())
+
+
+def test_a_plan_says_where_a_node_could_not_end_its_own_billing(plan):
+    """On Lambda; of the others nothing."""
+    words = ("--gpu", "a10", "--hours", "2", "--provider")
+    told = "lambda: a node there cannot end its own billing"
+    assert told in " ".join(plan(*words, "lambda")[1].split())
+    assert "cannot end its own billing" not in " ".join(plan(*FLAGS, "--provider", "runpod")[1].split())

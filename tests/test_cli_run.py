@@ -164,6 +164,41 @@ def test_a_job_that_nobody_knows_is_exit_2(capsys, monkeypatch, tmp_path):
     assert "no job is called 'job-1'" in capsys.readouterr().err
 
 
+def test_a_preset_is_shown_as_the_command_that_it_comes_to(job):
+    """With the server's further options, and with what may bill on where it would be rented."""
+    with running(speed=10) as cloud:
+        process = job(
+            cloud,
+            command=[
+                sys.executable, "-m", "gpubroker", "run", "--provider", "lambda", "--min-vram", "24",
+                "--hours", "2", "--preset", "vllm", "--model", "org/model", "--dry-run",
+                "--", "--max-model-len", "8192",
+            ],
+        )  # fmt: skip
+        _, said = process.communicate(timeout=60)
+    assert 0 == process.returncode, said
+    assert (
+        "would run in vllm/vllm-openai:latest: vllm serve org/model --host 127.0.0.1 --port 8000"
+        " --tensor-parallel-size 1 --max-model-len 8192\n"
+    ) in said
+    assert "lambda: a node there cannot end its own billing" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        pytest.param(["--preset", "vllm"], "say which with --model", id="no model"),
+        pytest.param(["--model", "org/model"], "go with --preset", id="no preset"),
+        pytest.param(["--preset", "vllm", "--model", "-x"], "is no name of a model", id="no name"),
+    ],
+)
+def test_half_a_preset_is_exit_2(capsys, monkeypatch, tmp_path, words, sentence):
+    """One sentence."""
+    monkeypatch.setenv("GPUBROKER_DB_URL", f"sqlite:///{tmp_path}/p.db")
+    assert 2 == main(["run", "--gpu", "4090", "--hours", "1", *words])
+    assert sentence in capsys.readouterr().err
+
+
 def test_a_run_that_says_too_little_is_exit_2(capsys):
     """What to run, and how much work it is."""
     assert 2 == main(["run"])

@@ -25,6 +25,7 @@ from gpubroker.node import generations
 from gpubroker.node import job as node_job
 from gpubroker.node.bundle import NAME, bundle
 from gpubroker.node.config import BadConfig, Config, read_config
+from gpubroker.node.ending import NotEnded, end_node, variables
 from gpubroker.node.job import Exit, Task, read_json
 from gpubroker.node.lease import Lease, Terms
 from gpubroker.node.store import FolderStore
@@ -500,10 +501,10 @@ def test_a_lease_that_ends_ends_the_job_and_the_node(node: Node, terms, reason: 
 @pytest.mark.parametrize("by", ["file", "store"])
 def test_a_lease_that_is_renewed_goes_on(node: Node, by: str) -> None:
     """By the file, or by lease.json in the job's store."""
-    node.configure("while [ ! -e go ]; do sleep 0.02; done", renew_within_s=0.8)
+    node.configure("while [ ! -e go ]; do sleep 0.02; done", renew_within_s=2.0)
     node.popen()
     until(lambda: node.beat().get("state") == "running")
-    for number in range(8):
+    for number in range(12):
         if by == "file":
             node.agent("renew")
         else:
@@ -545,13 +546,43 @@ def test_a_node_can_end_by_the_vendors_own_call(node: Node) -> None:
     headers = node.root / "headers.json"
     headers.write_text('{"Authorization": "Bearer of-this-instance"}')
     headers.chmod(0o600)
-    url = f"http://127.0.0.1:{server.server_port}/instances/7"
+    url = f"http://127.0.0.1:{server.server_port}/instances/${{INSTANCE}}"
+    node.environment["INSTANCE"] = "7"
     http = {"method": "DELETE", "url": url, "headers_file": str(headers), "body": {"a": 1}}
     node.run("exit 0", after="end", end={"http": http})
     server.shutdown()
     server.server_close()
     thread.join()
     assert [("DELETE", "/instances/7", "Bearer of-this-instance", b'{"a": 1}')] == heard
+
+
+def test_a_node_ends_by_what_its_vendor_set_for_it(monkeypatch, tmp_path: Path) -> None:
+    """In the environment, else of its first process, else in the vendor's files, as shells read them."""
+    first, file = tmp_path / "environ", tmp_path / "rp_environment"
+    first.write_bytes(b"ID=of-the-first\0KEY=a=b\0ODD\0")
+    file.write_text("# theirs\nexport KEY='lost'\nexport MORE=\"two words\"\nBAD='\nPLAIN=1\n")
+    monkeypatch.setenv("ID", "of-this")
+    found = variables(str(first), (str(tmp_path / "none"), str(file)))
+    expected = {"ID": "of-this", "KEY": "a=b", "MORE": "two words", "PLAIN": "1"}
+    assert expected == {name: found.get(name) for name in expected}
+
+
+def test_an_end_without_its_variable_says_which_and_no_other(monkeypatch) -> None:
+    """Nothing is sent."""
+    monkeypatch.setenv("POD_KEY", "of-this-pod")
+    headers = {"Authorization": "Bearer ${POD_KEY}"}
+    with pytest.raises(NotEnded, match="'NO_SUCH_POD_ID'") as caught:
+        end_node({"http": {"url": "http://127.0.0.1:9/${NO_SUCH_POD_ID}", "headers": headers}})
+    assert "of-this-pod" not in str(caught.value)
+
+
+def test_a_node_that_is_told_to_ends_at_once(node: Node) -> None:
+    """By its own means; without any it says so."""
+    node.configure("exit 0", end={"command": ["/bin/sh", "-c", f"echo off > {node.root}/off"]})
+    assert {"end": "asked", "agent": False} == node.agent("end")
+    assert "off\n" == (node.root / "off").read_text()
+    node.configure("exit 0")
+    assert {"error": "a node of this vendor cannot end itself"} == node.agent("end")
 
 
 def test_a_lease_counts_from_when_the_node_began_to_bill() -> None:
@@ -566,6 +597,23 @@ def test_a_lease_counts_from_when_the_node_began_to_bill() -> None:
 
 
 # Kill -9, and the terminal's end
+
+
+@pytest.mark.parametrize(("is_renewed", "outcome"), [(True, "done"), (False, "lease_ended")])
+def test_an_agent_that_was_dead_for_longer_than_its_lease_goes_on_if_somebody_renewed_it(
+    node: Node, is_renewed: bool, outcome: str
+) -> None:
+    """Whoever renews it then starts the agent, too."""
+    node.configure("while [ ! -e go ]; do sleep 0.02; done", renew_within_s=2.0)
+    node.agent("start")
+    until(lambda: node.beat().get("state") == "running")
+    os.kill(node.beat()["agent_pid"], signal.SIGKILL)
+    time.sleep(2.5)
+    if is_renewed:
+        node.agent("renew")
+        (node.root / "go").touch()
+    node.agent("start")
+    assert outcome == node.result()["outcome"]
 
 
 def test_start_survives_its_terminal(node: Node) -> None:

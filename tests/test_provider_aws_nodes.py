@@ -236,7 +236,13 @@ def test_an_instance_that_cannot_be_read_is_a_changed_payload(broken):
 
 def test_what_aws_can_do():
     """Two minutes' notice; the tag is a client token."""
-    expected = Capabilities(notice_s=120, self_terminate=True, idempotent_create=True, tag_max=64)
+    expected = Capabilities(
+        notice_s=120,
+        own_end={"command": ["sudo", "-n", "shutdown", "-h", "now"]},
+        idempotent_create=True,
+        tag_max=64,
+        image_by="docker",
+    )
     assert expected == Aws(context(env=ACCOUNT)).capabilities
 
 

@@ -312,3 +312,12 @@ def test_a_node_is_never_started_again(tmp_path):
     """Nothing here is ever stopped."""
     with pytest.raises(Refused):
         newly_built(tmp_path).restart(TAG, 10)
+
+
+def test_an_image_is_refused_before_anything_is_made(tmp_path):
+    """Nothing on one's own machine would end a container with its node."""
+    provider = Local(context(cache_dir=tmp_path))
+    spec = NodeSpec(image="pytorch/pytorch", disk_gb=1)
+    with pytest.raises(Refused, match="your own machine runs no image"):
+        provider.create(OFFER, spec, "gpubroker-image", bid_usd_per_hour=None, deadline_s=5.0)
+    assert [] == provider.list_nodes(5.0)

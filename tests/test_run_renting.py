@@ -33,6 +33,7 @@ class Vendor:
     faults: list[str] = field(default_factory=list)
     created: int = 0
     hidden: set[str] = field(default_factory=set)
+    specs: list[NodeSpec] = field(default_factory=list)  # of those that were created
     capabilities = Capabilities()
 
     def create(self, offer, spec, tag, *, bid_usd_per_hour, deadline_s):
@@ -44,6 +45,7 @@ class Vendor:
         if fault == "before":
             raise LaunchUncertain("cloud", "create", "dropped", tag=tag)
         self.created += 1
+        self.specs.append(spec)
         node_id = f"n{self.created}"
         self.nodes[node_id] = NodeView(id=node_id, tag=tag, status="running")
         if fault == "kill-after":

@@ -6,8 +6,10 @@ from decimal import Decimal
 import pytest
 
 from gpubroker.doors import Ran
-from gpubroker.errors import Transient, Unreachable
+from gpubroker.errors import OverBudget, Transient, Unreachable
 from gpubroker.jobspec import job_from
+from gpubroker.provider import Capabilities
+from gpubroker.run.payload import agent_config
 from gpubroker.run.records import Caps, Records
 from gpubroker.run.renting import Renting
 from gpubroker.run.supervise import Candidate, Job, Supervisor
@@ -36,12 +38,12 @@ class Node:
 
 @pytest.fixture
 def supervised(store, clock, tmp_path):
-    """`supervised(node)` is a supervisor with a vendor of such nodes, the vendor, and what it has said."""
+    """`supervised(node, **limits)` is a supervisor with a vendor of such nodes, the vendor, and what it has said."""
 
-    def _supervised(node):
+    def _supervised(node, **limits):
         records, vendor, said = Records(store.database, clock), Vendor(), []
         spec = job_from(
-            {"command": ["true"], "gpu": {"name": ["h100"]}, "work": {"hours": "1"}, "limits": {}},
+            {"command": ["true"], "gpu": {"name": ["h100"]}, "work": {"hours": "1"}, "limits": limits},
             NOW,
             "test",
         )
@@ -74,8 +76,9 @@ def supervised(store, clock, tmp_path):
     return _supervised
 
 
+SILENT = Ran(status=None, signal=None, stdout=b"", stderr=b"")
 CUT_OFF = [
-    pytest.param(Ran(status=None, signal=None, stdout=b"", stderr=b""), id="no exit status"),
+    pytest.param(SILENT, id="no exit status"),
     pytest.param(Transient("ssh", "node", "no end within 600 s"), id="too slow"),
     pytest.param(Unreachable("ssh", "node", "connection lost"), id="connection lost"),
 ]
@@ -104,3 +107,56 @@ def test_a_node_that_can_never_be_prepared_is_ended(supervised, preflight):
     assert {} == vendor.nodes
     assert node.closed >= 5
     assert any("cannot be prepared" in text for text in said)
+
+
+def test_hours_that_earlier_nodes_have_used_are_taken_off_the_next_ones(supervised, clock):
+    """A cap of three: two are used, so the next node's lease is one hour, and its vendor is told."""
+    supervisor, vendor, _ = supervised(Node(SILENT), max_hours="3")
+    for _ in range(2):
+        supervisor.tick()
+    clock.sleep(2 * 3600)
+    vendor.nodes.clear()
+    for _ in range(2):
+        supervisor.tick()
+    assert [3 * 3600, 3600] == [spec.lifetime_s for spec in vendor.specs]
+    clock.sleep(600)
+    (attempt,) = supervisor.records.open_attempts()
+    assert 3600 == supervisor._errand(attempt).max_s
+
+
+def test_a_job_whose_hours_are_used_rents_no_more(supervised, clock):
+    """It says so, and that is a budget."""
+    supervisor, vendor, _ = supervised(Node(SILENT), max_hours="3")
+    for _ in range(2):
+        supervisor.tick()
+    clock.sleep(3 * 3600)
+    vendor.nodes.clear()
+    supervisor.tick()
+    with pytest.raises(OverBudget, match=r"limits.max_hours: all of the 3 h are used"):
+        supervisor.tick()
+    assert 1 == vendor.created
+
+
+def test_the_caps_of_time_and_money_are_in_what_the_node_is_told(supervised, clock):
+    """With how it ends itself; what it has cost before its agent began counts."""
+    supervisor, vendor, _ = supervised(Node(SILENT), max_hours="3", budget_usd="10")
+    vendor.capabilities = Capabilities(own_end={"command": ["halt"]})
+    for _ in range(2):
+        supervisor.tick()
+    clock.sleep(90)
+    (attempt,) = supervisor.records.open_attempts()
+    config = agent_config(supervisor._errand(attempt))
+    expected = {"max_s": 3 * 3600, "max_usd": 10, "spent_s": 90, "renew_within_s": 1800}
+    assert expected == {name: config[name] for name in expected}
+    assert {"command": ["halt"]} == config["end"]
+
+
+def test_a_node_that_cannot_end_itself_is_told_of_once_it_is_rented(supervised):
+    """One sentence; nothing of one that can."""
+    supervisor, _, said = supervised(Node(SILENT))
+    supervisor.tick()
+    assert 1 == sum("cannot end its own billing" in text for text in said)
+    supervisor, vendor, said = supervised(Node(SILENT))
+    vendor.capabilities = Capabilities(own_end={"command": ["halt"]})
+    supervisor.tick()
+    assert not any("cannot end its own billing" in text for text in said)

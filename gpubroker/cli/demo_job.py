@@ -145,8 +145,8 @@ def run(cloud: RunningCloud, vendors: Sequence[str], clock: Clock) -> None:
         os.environ.update(_bucket(cloud.env))
         records = Records(store.database, clock)
         found, _ = computes(context, vendors)
-        market = cli_run._Market(ask_of(spec, settings), NOTHING_SAID, settings, clock, found)
-        job = cli_run._job(records.add_job(spec.name, "{}"), spec, Path(home, "back"), settings)
+        market = cli_run._Market(ask_of(spec, settings), NOTHING_SAID, settings, clock, found, None)
+        job = cli_run._job(records.add_job(spec.name, "{}"), spec, Path(home, "back"), settings, None)
         scene = Scene(clock=clock, began_s=clock.monotonic_s())
         supervisor = Supervisor(
             job=job,

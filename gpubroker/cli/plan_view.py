@@ -20,6 +20,7 @@ from gpubroker.plan.sentence import caution, name_of
 from gpubroker.plan.simulate import Quantiles
 from gpubroker.plan.strategy import Limits, Strategy
 from gpubroker.prices.market import Problem
+from gpubroker.run.risk import risks
 
 _AS_NEAR = 1.02
 CSV = (
@@ -55,6 +56,8 @@ def show(found: Sequence[Strategy], ask: Ask, limits: Limits, pricing: Pricing, 
     out.print()
     if found[0].keeps(limits):
         out.print(why(found, ask, limits, now))
+    for risk in risks(leg.offer.provider for s in found for leg in s.legs):
+        out.print(risk, style="dim")
     if not ask.work.checkpoints.store and any(s.kind == "spot" for s in found):
         out.print(
             "Checkpoints stay with the node's provider: with --checkpoint-at cloudflare-r2, or another "

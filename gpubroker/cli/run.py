@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shlex
 import signal
 import sys
 from collections import Counter
@@ -31,9 +32,12 @@ from gpubroker.plan.sentence import name_of
 from gpubroker.prices.market import open_context
 from gpubroker.provider import Compute, NodeView, ProviderContext
 from gpubroker.run.computes import computes, volumes
+from gpubroker.run.looks import job_folder, touch
 from gpubroker.run.payload import StoreKeys
+from gpubroker.run.presets import NAMES, preset
 from gpubroker.run.records import Caps, Records
 from gpubroker.run.renting import Renting
+from gpubroker.run.risk import risk_of
 from gpubroker.run.supervise import Candidate, Job, Outcome, Supervisor, closing
 from gpubroker.run.volumes import Volume, at_volume, find, store_on
 
@@ -56,6 +60,7 @@ Examples:
   gpubroker run --gpu h100 --hours 8 --max-usd 40 --store s3://bucket/job --artifact out
       -- python train.py
   gpubroker run --gpu 4090 --hours 8 --store volume:data -- python train.py
+  gpubroker run --gpu 4090 --hours 2 --preset vllm --model Qwen/Qwen3-8B -- --max-model-len 8192
   gpubroker run job.toml
   gpubroker run --resume job-1a2b3c""",
 )
@@ -64,8 +69,13 @@ Examples:
 @work_options
 @click.option("--name", default="job", show_default=True, help="What the job is called.")
 @click.option("--max-usd", type=Amount(above=0, most=1_000_000), help="The most it may cost.")
+@click.option("--max-hours", type=Amount(above=0, most=100_000), help="The most node hours, over all nodes.")
 @click.option("--folder", default=".", show_default=True, help="The folder that is sent to the node.")
 @click.option("--setup", multiple=True, help="A command to run first on each node. Repeat for several.")
+@click.option("--image", help="The container image to run in.  [default: the vendor's with CUDA]")
+@click.option("--preset", type=click.Choice(NAMES), help="Serve a model rather than run a command.")
+@click.option("--model", help="With --preset: its name on huggingface.co.")
+@click.option("--port", type=click.IntRange(1, 65535), help="With --preset: where it listens on the node.")
 @click.option("--artifact", "artifacts", multiple=True, help="A path to bring back. Repeat for several.")
 @click.option("--secret", "secrets", multiple=True, help="A variable of yours that the job needs, by name.")
 @click.option(
@@ -112,6 +122,7 @@ def run(
         found, without = computes(provider_context, ask.providers or None)
         market = _Market(ask, known, settings, clock, found, volume)
         if dry_run:
+            say(_command_of(spec))
             _show(market)
             return
         if not found:
@@ -129,6 +140,7 @@ def run(
             clock=clock,
             say=lambda text: say(f"[{clock.now():%H:%M:%S}] {text}"),
             log=_print_log if output == "table" else _log_to_stderr,
+            renew_within_s=float(settings.renew_within_s),
         )
         say(f"{job_id}: artifacts will be in {job.out}")
         outcome = _to_the_end(supervisor, clock)
@@ -143,10 +155,12 @@ def _asked(
         refuse_both(context, {"words", "out", "resume", "dry_run", "output"})
         spec = read_job(Path(words[0]), clock.now())
         return spec, ask_of(spec, settings), known_of(spec)
-    if not words:
+    if asked["preset"] is None and (asked["model"] or asked["port"]):
+        raise click.UsageError("--model and --port go with --preset")
+    if not words and asked["preset"] is None:
         raise click.UsageError("say what to run: gpubroker run --gpu 4090 --hours 2 -- python train.py")
     ask = ask_from(asked, settings)
-    spec = job_from(_table(words, asked), clock.now(), "options")
+    spec = job_from(_table(words, asked) | _served(words, asked), clock.now(), "options")
     return spec, ask, knowledge_from(asked)
 
 
@@ -166,7 +180,12 @@ def _table(words: tuple[str, ...], asked: dict[str, Any]) -> dict[str, Any]:
             **({"min_vram": f"{asked['min_vram']}GiB"} if asked["min_vram"] else {}),
         },
         "work": {"hours": str(asked["hours"])} if asked["hours"] else {"amount": asked["amount"]},
-        "limits": {"budget_usd": str(asked["max_usd"])} if asked["max_usd"] else {},
+        "image": asked["image"],
+        "limits": {
+            name: str(value)
+            for name, value in (("budget_usd", asked["max_usd"]), ("max_hours", asked["max_hours"]))
+            if value
+        },
         "where": {
             "markets": list(asked["markets"]),
             "providers": list(asked["providers"]),
@@ -179,6 +198,28 @@ def _table(words: tuple[str, ...], asked: dict[str, Any]) -> dict[str, Any]:
             **{name: f"{value}s" for name, value in seconds.items() if value is not None},
         },
         "artifacts": {"paths": list(asked["artifacts"])},
+    }
+
+
+def _served(words: tuple[str, ...], asked: dict[str, Any]) -> dict[str, Any]:
+    """What a preset puts in place of that: its words are more options of the server, nothing is sent.
+
+    A server has no end of its own, so that the hours of work are also the most that are billed.
+    """
+    if asked["preset"] is None:
+        return {}
+    if not asked["model"]:
+        raise click.UsageError("--preset serves a model: say which with --model")
+    found = preset(asked["preset"], asked["model"], gpu_count=asked["count"], port=asked["port"])
+    hours = asked["max_hours"] or asked["hours"]
+    limits = {"budget_usd": asked["max_usd"], "max_hours": hours}
+    return {
+        "command": [*found.command, *words],
+        "image": asked["image"] or found.image,
+        "ports": list(found.ports),
+        "secrets": [*asked["secrets"], *(name for name in found.secrets if os.environ.get(name))],
+        "ignore": ["*"],
+        "limits": {name: str(value) for name, value in limits.items() if value},
     }
 
 
@@ -223,11 +264,9 @@ def _job(job_id: str, spec: JobSpec, out: Path | None, settings: Settings, volum
 
 def _keys(job_id: str) -> tuple[str, str]:
     """The job's own SSH key, kept where only the user reads it, for a supervisor that comes after."""
-    from platformdirs import user_data_path
-
     from gpubroker.run.shell import make_key, public_of
 
-    folder = user_data_path("gpubroker") / "jobs" / job_id
+    folder = job_folder(job_id)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     path = folder / "key"
     if path.exists():
@@ -301,6 +340,10 @@ class _Market:
         """Only what was seen at the vendor, now or lately: a list price cannot be rented."""
         for quote, pricing in self.quotes(0 if is_fresh else _RECENT_S):
             yield _candidate(quote, pricing, self._rentable[quote.offer.provider])
+
+    def risks(self, providers: set[str]) -> set[str]:
+        """What may go on billing there when nobody looks after it."""
+        return {risk for name in providers if (risk := risk_of(name, self._rentable[name]))}
 
     def quotes(self, max_age_s: int) -> Iterator[tuple[Quote, Pricing]]:
         """In order of their bills."""
@@ -376,8 +419,10 @@ def _to_the_end(supervisor: Supervisor, clock: Clock) -> Outcome:
     signal.signal(signal.SIGTERM, interrupt)
     with closing(supervisor):
         try:
+            touch(supervisor.job.id)
             while (outcome := supervisor.tick()) is None:
                 clock.sleep(_RUNNING_S if supervisor.is_running else _STARTING_S)
+                touch(supervisor.job.id)
             return outcome
         except BaseException as error:
             what = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
@@ -413,6 +458,11 @@ def _report(job_id: str, outcome: Outcome, records: Records, output: str, clock:
         raise click.exceptions.Exit(_JOB_FAILED)
 
 
+def _command_of(spec: JobSpec) -> str:
+    command = spec.command if isinstance(spec.command, str) else shlex.join(spec.command or ())
+    return f"would run{f' in {spec.image}' if spec.image else ''}: {command}"
+
+
 def _show(market: _Market) -> None:
     from gpubroker.cli.render import console, dollars, table
 
@@ -429,3 +479,5 @@ def _show(market: _Market) -> None:
     console().print(made)
     if elsewhere:
         say(elsewhere)
+    for risk in sorted(market.risks({quote.offer.provider for quote, _ in found})):
+        say(risk)

@@ -17,6 +17,7 @@ from gpubroker.errors import ConfigError
 from gpubroker.prices.market import open_context
 from gpubroker.provider import names
 from gpubroker.run.computes import computes
+from gpubroker.run.looks import is_forsaken
 from gpubroker.run.records import Records
 from gpubroker.run.renting import Renting, Stray
 
@@ -45,9 +46,11 @@ Examples:
 def sweep(*, providers: tuple[str, ...], is_ending: bool, volumes: bool, yes: bool, output: str) -> None:
     """Nodes with gpubroker's tag that bill and that no running job knows: leaked, whoever leaked them.
 
-    Looks at every vendor that you have an account with, in AWS's case in the regions of your config. Run it
-    from cron with --end. Exits with 4 when a vendor did not answer or would not end a node. Volumes are seen
-    with --volumes only, and none is deleted before you have said so.
+    Those of a job whose `gpubroker run` has died are among them once nobody has looked after it for the
+    config's renew_within: until then `gpubroker run --resume` finds them at work. Looks at every vendor that
+    you have an account with, in AWS's case in the regions of your config. Run it from cron with --end. Exits
+    with 4 when a vendor did not answer or would not end a node. Volumes are seen with --volumes only, and
+    none is deleted before you have said so.
     """
     if volumes:
         from gpubroker.cli.volume import sweep_volumes
@@ -57,8 +60,11 @@ def sweep(*, providers: tuple[str, ...], is_ending: bool, volumes: bool, yes: bo
     with _renting(providers) as (renting, problems):
         listed, silent = renting.list_all(renting.providers)
         renting.settle_doubts(listed)
-        found = renting.strays(listed)
+        found = renting.strays(listed, _is_forsaken)
         left = renting.sweep(found) if is_ending else []
+        if is_ending:
+            gone = {(s.provider, s.node.id) for s in found} - {(s.provider, s.node.id) for s in left}
+            renting.forget(gone, "swept: nobody looked after it")
     ended = {id(stray) for stray in found if is_ending} - {id(stray) for stray in left}
     _print(found, ended, {**problems, **silent}, listed, output, is_ending=is_ending)
     if silent or left:
@@ -93,6 +99,10 @@ def stop_all(*, providers: tuple[str, ...], yes: bool, output: str) -> None:
     _print(found, ended, {**problems, **silent}, listed, output, is_ending=True)
     if silent or left:
         raise click.exceptions.Exit(_FAILED)
+
+
+def _is_forsaken(job_id: str) -> bool:
+    return is_forsaken(job_id, SystemClock().now(), config.load().renew_within_s)
 
 
 @contextmanager

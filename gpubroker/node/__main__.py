@@ -1,6 +1,6 @@
 """What the supervisor runs on the node, one JSON line on standard output each:
 
-python3 gpubroker-node.pyz start|run|status|stop|notice|renew|checkpoints CONFIG
+python3 gpubroker-node.pyz start|run|container|status|stop|notice|renew|end|checkpoints CONFIG
 """
 
 from __future__ import annotations
@@ -15,16 +15,19 @@ from typing import Any
 from gpubroker.node import generations
 from gpubroker.node.agent import Busy, open_agent
 from gpubroker.node.config import BadConfig, Config, open_store, read_config
+from gpubroker.node.ending import NotEnded, end_node
 from gpubroker.node.job import lock_file, read_json
 from gpubroker.node.store import Missing, StoreFailed
 
 COMMANDS = {
     "start": "Begin, or go on with what runs, apart from this terminal.",
+    "container": "Run the job's image by docker: what the agent starts where there is one.",
     "run": "The same in this terminal.",
     "status": "The last heartbeat, and whether the agent is alive.",
     "stop": "Ask the job to save, then end it; a finished agent goes.",
     "notice": "The node will be taken: ask the job to save.",
     "renew": "The node is still wanted.",
+    "end": "End the node, now, by its own means.",
     "checkpoints": "Verify what the store holds: the newest good checkpoint, and what is bad and why.",
 }
 
@@ -40,13 +43,15 @@ def main(argv: list[str] | None = None) -> int:
             command.add_argument("--seconds", type=float, default=None)
     asked = parser.parse_args(argv)
     try:
+        if asked.command == "container":
+            return _container(asked.config)
         config = read_config(asked.config)
         if asked.command == "start":
             return _start(config)
         if asked.command == "run":
             return _run(config)
         _print(_answer(asked, config))
-    except (BadConfig, OSError, StoreFailed, Missing) as error:
+    except (BadConfig, OSError, StoreFailed, Missing, NotEnded) as error:
         _print({"error": str(error)})
         return 2
     return 0
@@ -57,6 +62,8 @@ def _answer(asked: argparse.Namespace, config: Config) -> dict[str, Any]:
         return _status(config)
     if asked.command == "checkpoints":
         return _checkpoints(config)
+    if asked.command == "end":
+        return _end(config)
     name = {"renew": "lease"}.get(asked.command, asked.command)
     seconds = getattr(asked, "seconds", None)
     os.makedirs(config.folder, exist_ok=True)
@@ -65,6 +72,13 @@ def _answer(asked: argparse.Namespace, config: Config) -> dict[str, Any]:
         file.write("" if seconds is None else str(seconds))
     os.replace(path + ".new", path)
     return {asked.command: "asked", "agent": _is_running(config)}
+
+
+def _end(config: Config) -> dict[str, Any]:
+    if config.end is None:
+        raise NotEnded("a node of this vendor cannot end itself")
+    end_node(config.end)
+    return {"end": "asked", "agent": _is_running(config)}
 
 
 def _status(config: Config) -> dict[str, Any]:
@@ -106,6 +120,14 @@ def _run(config: Config) -> int:
 def _running(config: Config) -> dict[str, Any]:
     beat = read_json(os.path.join(config.folder, "heartbeat.json")) or {}
     return {"state": "running", "agent_pid": beat.get("agent_pid"), "adopted": False}
+
+
+def _container(path: str) -> int:
+    """Its working folder is the job's, and the paths in the configuration begin at the agent's."""
+    from gpubroker.node import container  # what no other command needs
+
+    os.chdir(os.path.dirname(os.path.abspath(path)))
+    return container.run(read_config(os.path.basename(path)))
 
 
 def _start(config: Config) -> int:

@@ -20,14 +20,13 @@ import os
 import queue
 import select
 import signal
-import subprocess
 import threading
 import time
-import urllib.request
 from typing import Any, Callable, NamedTuple, Sequence
 
 from gpubroker.node import generations
 from gpubroker.node.config import Config, open_store, read_secrets
+from gpubroker.node.ending import NotEnded, end_node
 from gpubroker.node.job import (
     Exit,
     Keeper,
@@ -50,7 +49,6 @@ from gpubroker.node.watch import Imds, Scanner
 
 _PROBLEMS = 5
 _MOST_SHOWN = 50
-_END_TIMEOUT_S = 60
 _KEEPER_WAIT_S = 5.0
 
 
@@ -107,7 +105,8 @@ class Agent:
         self._memory = self._remember(now_s)
         billed_s = self._memory["spent_s"]
         self._lease = Lease(config.terms, now_s, billed_s, self._memory.get("renewed_s"))
-        self._lease_mark: Any = self._mark("lease")
+        # What was renewed while no agent ran is renewed.
+        self._lease_mark: Any = self._memory.get("lease_mark", self._mark("lease"))
         self._store: Store | None = open_store(config.store) if config.store else None
         self._scanner = Scanner(config.checkpoints, config.settle_s, self._memory["known"])
         self._state = "starting"
@@ -156,6 +155,7 @@ class Agent:
             at_s=now_s,
             spent_s=self._lease.spent_s(now_s),
             renewed_s=self._lease.renewed_s,
+            lease_mark=self._lease_mark,
             known=self._scanner.known,
             newest=self._newest,
             made=self._made,
@@ -576,11 +576,8 @@ class Agent:
             return True
         say("ending the node")
         try:
-            if "command" in end:
-                subprocess.run(end["command"], check=True, timeout=_END_TIMEOUT_S, stdin=subprocess.DEVNULL)
-            else:
-                _call(end["http"])
-        except (OSError, ValueError, KeyError, subprocess.SubprocessError) as error:
+            end_node(end)
+        except NotEnded as error:
             self._note(f"the node's end failed: {error}")
             self._beat()
             return False
@@ -679,7 +676,7 @@ class Agent:
             status = os.stat(self._path(name))
         except OSError:
             return None
-        return status.st_mtime_ns, status.st_ino, status.st_size
+        return [status.st_mtime_ns, status.st_ino, status.st_size]
 
     def _path(self, name: str) -> str:
         return os.path.join(self._folder, name)
@@ -724,19 +721,3 @@ def _shown(made: generations.Generation) -> dict[str, Any]:
         "bytes": made.bytes,
         "published_s": made.published_s,
     }
-
-
-def _call(told: dict[str, Any]) -> None:
-    """One HTTP request; `headers_file`, JSON of mode 0600, is for the token of this instance."""
-    headers = {**told.get("headers", {}), **read_secrets(told.get("headers_file"))}
-    body = told.get("body")
-    if not told["url"].startswith(("http://", "https://")):
-        raise ValueError("the url of the end must be http")
-    request = urllib.request.Request(  # noqa: S310
-        told["url"],
-        data=None if body is None else json.dumps(body).encode(),
-        headers={"Content-Type": "application/json", **headers},
-        method=told.get("method", "POST"),
-    )
-    with urllib.request.urlopen(request, timeout=_END_TIMEOUT_S):  # noqa: S310
-        pass

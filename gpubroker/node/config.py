@@ -58,7 +58,9 @@ class Config(NamedTuple):
     usd_per_hour: float = 0.0
     renew_within_s: float | None = None
     spent_s: float = 0.0  # billed before the agent began
-    end: Mapping[str, Any] | None = None  # {"command": [...]} or {"http": {...}}; None = the agent just goes
+    # {"image", "name", "command"}: what `command`, our own container.py, has docker run; None = no image
+    container: Mapping[str, Any] | None = None
+    end: Mapping[str, Any] | None = None  # of the node, see ending.py; None = the agent just goes
     # When the job has ended: exit, linger (until the lease ends), end (the node, at once); "" = linger where
     # there is an end, for the agent alone holds the lease, else exit.
     after: str = ""

@@ -288,7 +288,7 @@ def ask(record: Record, number: int) -> int:
     """
     count = 0
     for pid in members(record):
-        if _catches(pid, number):
+        if catches(pid, number):
             with contextlib.suppress(OSError):
                 os.kill(pid, number)
                 count += 1
@@ -350,7 +350,8 @@ def _has_mark(pid: int, run: str) -> bool:
     return False
 
 
-def _catches(pid: int, number: int) -> bool:
+def catches(pid: int, number: int) -> bool:
+    """Whether it has a handler for that signal."""
     with contextlib.suppress(OSError, ValueError), open(f"/proc/{pid}/status", encoding="utf-8") as file:
         for line in file:
             if line.startswith("SigCgt:"):

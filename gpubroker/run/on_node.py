@@ -23,6 +23,7 @@ from gpubroker.run.payload import Errand
 from gpubroker.run.records import Checkpoint
 
 _PREFLIGHT = Path(payload.__file__).parents[1] / "node" / "preflight.py"
+_START = f"python3 {NAME} start {payload.CONFIG}"
 _SEND_S, _CALL_S, _PREFLIGHT_S = 1800.0, 60.0, 600.0
 _MOST_LOG_BYTES = 1 << 18
 _MOST, _MOST_NAME, _MOST_PROBLEMS = 1 << 53, 200, 10
@@ -63,7 +64,7 @@ class OnNode:
             self._shell.put(Path(file.name), f"{self._remote}/payload.tar", deadline_s=_SEND_S)
         command = (
             f'cd "{self._place}" && umask 077 && tar -xf payload.tar --no-same-owner && rm payload.tar && '
-            f"mkdir -p {payload.WORK} && python3 {NAME} start {payload.CONFIG}"
+            f"mkdir -p {payload.WORK} && {_START}"
         )
         found = _json_of(self._shell.run(command, deadline_s=_CALL_S), "start")
         if found.get("error"):
@@ -71,7 +72,7 @@ class OnNode:
         return found
 
     def look(self, log_from: int) -> Look:
-        """Renew the lease, read the state and the log from that byte on."""
+        """Renew the lease, read the state and the log from that byte on; an agent that was killed goes on."""
         command = (
             f'cd "{self._place}" 2>/dev/null && [ -e {payload.CONFIG} ] || {{ echo null; exit 0; }}\n'
             f"python3 {NAME} renew {payload.CONFIG} >/dev/null; python3 {NAME} status {payload.CONFIG}; "
@@ -84,6 +85,8 @@ class OnNode:
         except ValueError:
             words = ran.stderr.decode(errors="replace").strip()[-200:]
             raise Transient("node", "look", words or "no state") from None
+        if isinstance(state, dict) and state.get("agent") is False and not state.get("result"):
+            self._shell.run(f'cd "{self._place}" && {_START}', deadline_s=_CALL_S)
         return Look(state=state if isinstance(state, dict) else None, log=log)
 
     def stop(self) -> None:

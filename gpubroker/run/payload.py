@@ -20,6 +20,7 @@ from typing import IO, Any
 from gpubroker.errors import ConfigError
 from gpubroker.jobspec import JobSpec
 from gpubroker.node.bundle import NAME, bundle
+from gpubroker.node.container import NODES_FAULT
 
 CONFIG, SECRETS, STORE_KEYS, WORK = "config.json", "secrets.json", "store.json", "work"
 # Never sent, whatever the job says: they are large, private, or another machine's.
@@ -64,7 +65,8 @@ class Errand:
     renew_within_s: float
     spent_s: float  # billed before the agent begins
     has_imds: bool  # AWS's two-minute notice
-    ends_by_shutdown: bool  # the machine's own shutdown ends its billing
+    has_docker_run_it: bool  # the job's image; else the vendor does, or there is none
+    own_end: Mapping[str, Any] | None  # how the node ends its own billing; None = it cannot
     store: StoreKeys | None
 
 
@@ -91,11 +93,23 @@ def agent_config(errand: Errand) -> dict[str, Any]:
         "after": "linger",
         "exit_codes": dict(spec.exit_codes),
     }
-    if errand.ends_by_shutdown:
-        config["end"] = {"command": ["sudo", "-n", "shutdown", "-h", "now"]}
+    if errand.has_docker_run_it and spec.image:
+        config |= _in_container(errand, spec.image)
+    if errand.own_end is not None:
+        config["end"] = dict(errand.own_end)
     if errand.store is not None:
         config["store"] = _store(errand.store)
     return config
+
+
+def _in_container(errand: Errand, image: str) -> dict[str, Any]:
+    """The command is then ours, which runs the job's in docker; a node that cannot is replaced."""
+    name = f"gpubroker-{errand.job_id}-{errand.epoch}"
+    return {
+        "command": ["python3", f"../{NAME}", "container", f"../{CONFIG}"],
+        "container": {"image": image, "name": name, "command": script(errand.spec)},
+        "exit_codes": {str(NODES_FAULT): "retry", **errand.spec.exit_codes},
+    }
 
 
 def _store(keys: StoreKeys) -> dict[str, Any]:

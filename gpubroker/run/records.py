@@ -69,6 +69,10 @@ class Attempt:
     usd_settled: Decimal | None
     work_lost_s: int | None  # None = it has not ended, or nobody knows
 
+    def billed_s(self, now: datetime) -> float:
+        """Of its node's time, until now where it has not ended."""
+        return 0.0 if self.running_at is None else ((self.ended_at or now) - self.running_at).total_seconds()
+
     def usd_so_far(self, now: datetime) -> Decimal:
         """Estimated: of what has ended as recorded then, of what is open until now."""
         if self.usd_estimated is not None:

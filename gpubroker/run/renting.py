@@ -9,7 +9,7 @@ A create that may have worked is never repeated: its tag is looked for first.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from decimal import Decimal
@@ -123,12 +123,16 @@ class Renting:
                 problems[name] = str(error)
         return listed, problems
 
-    def strays(self, listed: Mapping[str, Sequence[NodeView]]) -> list[Stray]:
+    def strays(
+        self,
+        listed: Mapping[str, Sequence[NodeView]],
+        is_forsaken: Callable[[str], bool] = lambda job_id: False,
+    ) -> list[Stray]:
         """What bills with our tag and belongs to no open attempt: leaked, whoever leaked it.
 
-        An attempt that has no id yet protects its tag.
+        An attempt that has no id yet protects its tag; one of a job that is forsaken protects nothing.
         """
-        attempts = self._records.open_attempts()
+        attempts = [a for a in self._records.open_attempts() if not is_forsaken(a.job_id)]
         tags = {(a.provider, a.tag) for a in attempts}
         ids = {(a.provider, a.node_id) for a in attempts}
         return [

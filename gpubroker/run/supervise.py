@@ -35,6 +35,7 @@ from gpubroker.run.on_node import OnNode, checkpoints_in, problems_in, unsaved_s
 from gpubroker.run.payload import Errand, StoreKeys
 from gpubroker.run.records import Attempt, Caps, JobState, Records
 from gpubroker.run.renting import Order, Renting
+from gpubroker.run.risk import risk_of
 from gpubroker.run.verdict import Verdict, Wanted, judge
 
 # A machine that failed its preflight, and one that nobody could reach, are left alone for so long.
@@ -42,6 +43,8 @@ AVOID_S = 24 * 3600
 # A node that nobody has looked at for so long ends its job by itself.
 RENEW_WITHIN_S = 1800.0
 _DISK_MARGIN_GB = 1.0
+# Less than this of the cap of hours is not worth a node's start.
+_LEAST_S = 60.0
 # A node that answers and yet cannot be prepared costs money all the while.
 _MOST_FAILURES = 5
 
@@ -109,6 +112,7 @@ class Supervisor:
     clock: Clock
     say: Callable[[str], None]
     log: Callable[[bytes], None]
+    renew_within_s: float = RENEW_WITHIN_S
     _contacts: dict[int, _Contact] = field(default_factory=dict)
     _said: str = ""
     _is_stale: bool = False  # an offer that is stored was gone: listings live for minutes
@@ -322,19 +326,32 @@ class Supervisor:
             tag=attempt.tag,
             usd_per_hour=float(attempt.usd_per_hour),
             max_usd=None if left is None else float(left + attempt.usd_so_far(now)),
-            max_s=None if limits.max_hours is None else float(limits.max_hours) * 3600,
-            renew_within_s=RENEW_WITHIN_S,
+            max_s=self._left_s(attempt),
+            renew_within_s=self.renew_within_s,
             spent_s=running_s,
             has_imds=attempt.provider == "aws",
-            ends_by_shutdown=attempt.provider == "aws" and capabilities.self_terminate,
+            has_docker_run_it=capabilities.image_by == "docker",
+            own_end=capabilities.own_end,
             store=self.job.store,
         )
+
+    def _left_s(self, attempt: Attempt | None = None) -> float | None:
+        """Billed time that the job's nodes but this one have left of its cap of hours; None = no cap."""
+        hours = self.job.spec.limits.max_hours
+        if hours is None:
+            return None
+        now = self.clock.now()
+        others = [a for a in self.records.attempts(self.job.id) if attempt is None or a.id != attempt.id]
+        return max(0.0, float(hours) * 3600 - sum(a.billed_s(now) for a in others))
 
     def _rent(self) -> None:
         """The first candidate that can be had. Raises OverBudget.
 
         The first that is gone shows that what is stored is old: the vendors are asked before the next.
         """
+        left_s = self._left_s()
+        if left_s is not None and left_s < _LEAST_S:
+            raise OverBudget(f"limits.max_hours: all of the {self.job.spec.limits.max_hours} h are used")
         avoided = self.records.avoided()
         tried, is_fresh = 0, self._is_stale
         for candidate in self.candidates(is_fresh):
@@ -368,17 +385,19 @@ class Supervisor:
                 continue
             self._is_stale = False
             self.say(f"renting {candidate.name} at ${candidate.usd_per_hour:.4f}/h: {attempt.node_id}")
+            if offer.usd_per_hour and (risk := risk_of(offer.provider, self.computes[offer.provider])):
+                self._once(risk)
             return
         self._once("nobody has one now" if tried else "no offer is left to try")
 
     def _node_spec(self) -> NodeSpec:
-        limits = self.job.spec.limits
+        left_s = self._left_s()
         return NodeSpec(
             image=self.job.spec.image or "",
             disk_gb=int(self.job.spec.disk),
             ssh_public_key=self.job.public_key,
             volume_id="" if self.job.store is None else self.job.store.volume_id,
-            lifetime_s=None if limits.max_hours is None else int(limits.max_hours * 3600),
+            lifetime_s=None if left_s is None else max(1, int(left_s)),
         )
 
     def _once(self, text: str) -> None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpubroker.testcloud.aws_launch import (
+    OWN_SHUTDOWN,
     SPOT_SHUTDOWN,
     USER_SHUTDOWN,
     Instance,
@@ -50,6 +51,7 @@ from gpubroker.testcloud.aws_query import (
 from gpubroker.testcloud.bill import RECLAIMED
 from gpubroker.testcloud.front import open_front
 from gpubroker.testcloud.keys import usable_keys
+from gpubroker.testcloud.nodes_home import is_shut_down
 from gpubroker.testcloud.world import Host, World, new_id
 
 GRACE_S = 5.0
@@ -484,6 +486,9 @@ class Ec2:
             rental = instance.rental
             if rental.state == "ended":
                 self._close_front(instance)
+            elif rental.node is not None and is_shut_down(rental.node.home):
+                end = self._gone if instance.launch.on_shutdown == "terminate" else self._stopped
+                self._spawn(end(instance, OWN_SHUTDOWN))
             elif instance.noticed_s is not None and rental.state in ("pending", "running"):
                 if now_s >= instance.taken_s:
                     self._spawn(self.take(instance))

@@ -31,9 +31,11 @@ from gpubroker.testcloud.world import Market, Rental, State
 
 STATES = {"pending": 0, "running": 16, "shutting-down": 32, "terminated": 48, "stopping": 64, "stopped": 80}
 USER_SHUTDOWN = "Client.UserInitiatedShutdown"
+OWN_SHUTDOWN = "Client.InstanceInitiatedShutdown"
 SPOT_SHUTDOWN = "Server.SpotInstanceShutdown"
 _MESSAGES = {
     USER_SHUTDOWN: "User initiated shutdown",
+    OWN_SHUTDOWN: "Instance initiated shutdown",
     RECLAIMED: "Spot instance termination",
     SPOT_SHUTDOWN: "Spot instance shutdown",
 }
@@ -66,6 +68,7 @@ class Launch:
     max_price: Decimal | None  # None = up to on demand
     behaviour: str  # terminate or stop: what an interruption does
     persistent: bool
+    on_shutdown: str  # terminate or stop: what a shutdown from inside does
     key_name: str
     zone: str
     zone_id: str
@@ -162,6 +165,7 @@ def read_launch(ask: Ask) -> Launch:
         max_price=max_price,
         behaviour=behaviour,
         persistent=persistent,
+        on_shutdown=_on_shutdown(ask),
         key_name=ask.text("KeyName"),
         zone=member(placement, "AvailabilityZone"),
         zone_id=member(placement, "AvailabilityZoneId"),
@@ -205,6 +209,13 @@ def _market(ask: Ask) -> tuple[Market, Decimal | None, str, bool]:
     if max_price is not None and max_price <= _LEAST_MAX_PRICE:
         raise Refused("InvalidParameterValue", "MaxPrice must be more than 0.001")
     return ("spot" if kind == "spot" else "on_demand"), max_price, behaviour, life == "persistent"
+
+
+def _on_shutdown(ask: Ask) -> str:
+    behaviour = ask.text("InstanceInitiatedShutdownBehavior") or "stop"
+    if behaviour not in ("terminate", "stop"):
+        raise Refused("InvalidParameterValue", "Invalid value for InstanceInitiatedShutdownBehavior")
+    return behaviour
 
 
 def _interface(ask: Ask) -> tuple[str, tuple[str, ...]]:

@@ -4,7 +4,8 @@
     <home>/.profile             for login shells, which forget the PATH they were given
     <home>/.testcloud/facts     what the host really has, key=value; every fake reads it
     <home>/.testcloud/          libcuda.so.1, where a C compiler was found; torch.py
-    <home>/.testcloud/bin       nvidia-smi, df, python and python3
+    <home>/.testcloud/bin       nvidia-smi, df, python, python3, sudo and shutdown
+    <home>/.testcloud/off       once somebody on it has shut it down
 
 The fakes are built once under the nodes' root and linked into each home: two hundred nodes come up at once.
 A node shares the machine's file system and user. A command's own PATH, LD_LIBRARY_PATH and PYTHONPATH come
@@ -81,6 +82,9 @@ async def build_fakes(folder: Path) -> Path:
             source = (_FAKES / f"{name.replace('-', '_')}.py").read_text()
             (new / "bin" / name).write_text(f"#!{python} -IS\n{source}")
             (new / "bin" / name).chmod(0o755)
+        for name in ("sudo", "shutdown"):
+            (new / "bin" / name).write_text("#!/bin/sh\n" + (_FAKES / f"{name}.sh").read_text())
+            (new / "bin" / name).chmod(0o755)
         shutil.copyfile(_FAKES / "torch.py", new / "torch.py")
         if compiler is not None:
             await _compile(compiler, _FAKES / "libcuda.c", new / "libcuda.so.1")
@@ -104,8 +108,14 @@ def furnish(home: Path, truth: HostTruth, authorized_keys: Iterable[str], fakes:
         (home / ".profile").write_text(
             "".join(f"export {k}={shlex.quote(v)}\n" for k, v in _paths(own, {}).items())
         )
+    (own / "off").unlink(missing_ok=True)
     (own / "facts").write_text("".join(f"{key}={value}\n" for key, value in _facts(truth).items()))
     _add_lines(home / ".ssh" / "authorized_keys", authorized_keys)
+
+
+def is_shut_down(home: str) -> bool:
+    """Whether somebody on it ran `shutdown` since it came up."""
+    return Path(home, _OWN, "off").exists()
 
 
 def environment(home: Path, shell: str, user: str, wanted: Mapping[str, str]) -> dict[str, str]:

@@ -54,7 +54,11 @@ IMAGE_PARAMETER = (
 _USERNAME = "ubuntu"
 _SSH_PORT = 22
 _ROOT_DEVICE, _ROOT_GB = "/dev/sda1", 100
-_CAPABILITIES = Capabilities(notice_s=120, self_terminate=True, idempotent_create=True, tag_max=64)
+# By InstanceInitiatedShutdownBehavior of the launch a shutdown from inside is a termination.
+OWN_END: Mapping[str, Any] = {"command": ["sudo", "-n", "shutdown", "-h", "now"]}
+_CAPABILITIES = Capabilities(
+    notice_s=120, own_end=OWN_END, idempotent_create=True, tag_max=64, image_by="docker"
+)
 # So long after its create an instance may be unknown to another of EC2's machines.
 _SETTLES_S = 300.0
 _RECLAIMED = ("Server.SpotInstanceTermination", "Server.SpotInstanceShutdown")

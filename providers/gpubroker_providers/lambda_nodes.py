@@ -72,7 +72,7 @@ _LAUNCHES = Slot("launch", 12.0)
 _LAUNCH, _LIST, _SHOW, _END = "launch", "list instances", "show instance", "terminate"
 _ADD_KEY, _LIST_KEYS, _DELETE_KEY = "add SSH key", "list SSH keys", "delete SSH key"
 _REQUIRED = ("id", "status")
-_CAPABILITIES = Capabilities()
+_CAPABILITIES = Capabilities(image_by="docker")
 _STATUSES: Mapping[str, NodeStatus] = {
     "active": "running",
     "unhealthy": "stopped",
@@ -219,7 +219,7 @@ class LambdaNodes:
     def create(
         self, offer: Offer, spec: NodeSpec, tag: str, *, bid_usd_per_hour: Decimal | None, deadline_s: float
     ) -> str:
-        """See Compute. The machine has the vendor's own system: an image is for docker on it, later."""
+        """See Compute. The machine has the vendor's own system: docker on it runs the job's image."""
         check_launch(_CAPABILITIES, ("on_demand",), offer, tag, bid_usd_per_hour)
         if not offer.region:
             raise ValueError("lambda: a launch names a region, and the offer has none")

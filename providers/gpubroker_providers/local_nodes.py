@@ -39,7 +39,10 @@ from gpubroker_providers._tar_shell import TarShell
 
 NAME = "local"
 MARKETS: tuple[Market, ...] = ("on_demand",)
-_CAPABILITIES = Capabilities(has_ssh=False, idempotent_create=True)
+# Nothing bills here, so nothing is left to be ended once the job is.
+_CAPABILITIES = Capabilities(
+    has_ssh=False, own_end={"command": ["true"]}, idempotent_create=True, image_by="nobody"
+)
 _ID = re.compile(re.escape(TAG) + r"[A-Za-z0-9._-]+")
 _NODE, _EXEC = "GPUBROKER_NODE", "GPUBROKER_EXEC"
 _STATE, _HOME = "node.json", "home"
@@ -119,6 +122,8 @@ class LocalNodes:
         check_launch(_CAPABILITIES, MARKETS, offer, tag, bid_usd_per_hour)
         if not _ID.fullmatch(tag) or spec.volume_id:
             raise ValueError(f"local: {tag!r} names no folder, or a network volume is asked for")
+        if spec.image:
+            raise Refused(NAME, "create", "your own machine runs no image: leave it out, or name --market")
         if not _BOOT_ID.exists():
             raise Refused(NAME, "create", "own GPUs are run on Linux alone: there is no /proc here")
         state = {

@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from functools import partial
 from typing import IO, TYPE_CHECKING, Any
@@ -49,7 +49,13 @@ VOLUME_MOUNT = "/root/volume"  # commands run as root: VOLUME_PATH
 LONGEST_S = 24 * 3600
 MARKETS: tuple[Market, ...] = ("serverless",)
 _PYTHON = "3.12"
-_CAPABILITIES = Capabilities(has_ssh=False, idempotent_create=True, tag_max=63, max_lifetime_s=LONGEST_S)
+# A sandbox is over when its own command ends: ours waits for a file. A notice may come as a signal to all of
+# its processes, and must not end it before its time.
+ENTRY = ("sh", "-c", "trap '' INT TERM HUP; until [ -e ~/.gpubroker-end ]; do sleep 2; done")
+OWN_END: Mapping[str, Any] = {"command": ["sh", "-c", ": > ~/.gpubroker-end"]}
+_CAPABILITIES = Capabilities(
+    has_ssh=False, own_end=OWN_END, idempotent_create=True, tag_max=63, max_lifetime_s=LONGEST_S
+)
 # Kept back of a create's deadline, to find out what became of it.
 _LOOKUP_S = 4.0
 _KILL_S = 10.0
@@ -261,7 +267,7 @@ async def _launch(wait_s: float, **wish: Any) -> str:
     """The id of a sandbox that has its GPU. Raises NoCapacity when it got none and is queued no more."""
     import modal
 
-    creating = asyncio.ensure_future(modal.Sandbox.create.aio(**wish))
+    creating = asyncio.ensure_future(modal.Sandbox.create.aio(*ENTRY, **wish))
     try:
         await asyncio.wait({creating}, timeout=wait_s)
         if creating.done():

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 from urllib.parse import quote
@@ -70,7 +71,7 @@ _CREATES, _LISTS, _ENDS, _STARTS = (
 )
 _REQUIRED = ("id", "name", "status")
 _MOST_PAGES = 400
-_CAPABILITIES = Capabilities(stop=True, self_terminate=True)
+_CAPABILITIES = Capabilities(stop=True)
 _STATUSES: Mapping[str, NodeStatus] = {
     "RUNNING": "running",
     "EXITED": "stopped",
@@ -100,6 +101,13 @@ def create_body(offer: Offer, spec: NodeSpec, tag: str) -> dict[str, Any]:
     if spec.volume_id:
         body["mounts"] = {"network": [{"volumeId": spec.volume_id, "path": VOLUME_MOUNT}]}
     return body
+
+
+def own_end(base_url: str) -> dict[str, Any]:
+    """A pod terminates itself with the key that RunPod gives it, which opens that pod alone."""
+    url = f"{base_url}{PODS_PATH}/${{RUNPOD_POD_ID}}/action"
+    headers = {"Authorization": "Bearer ${RUNPOD_API_KEY}"}
+    return {"http": {"method": "POST", "url": url, "headers": headers, "body": {"action": "terminate"}}}
 
 
 def read_created(answer: HttpAnswer, tag: str, environment: Mapping[str, str]) -> str:
@@ -196,10 +204,14 @@ class RunPodNodes:
     def _http(self) -> HttpClient:
         raise NotImplementedError
 
+    def endpoint(self) -> str:
+        """See PriceSource."""
+        raise NotImplementedError
+
     @property
     def capabilities(self) -> Capabilities:
         """See Compute."""
-        return _CAPABILITIES
+        return replace(_CAPABILITIES, own_end=own_end(self.endpoint()))
 
     def create(
         self, offer: Offer, spec: NodeSpec, tag: str, *, bid_usd_per_hour: Decimal | None, deadline_s: float

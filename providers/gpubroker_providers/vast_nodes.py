@@ -29,6 +29,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
@@ -75,7 +76,12 @@ _CREATES, _LISTS, _ENDS, _STARTS = (
 )
 _REQUIRED = ("id", "label", "actual_status", "intended_status", "cur_state", "next_state", "is_bid")
 _MOST_PAGES = 400
-_CAPABILITIES = Capabilities(takes_bids=True, stop=True, self_terminate=True)
+_CAPABILITIES = Capabilities(takes_bids=True, stop=True)
+# A start that is not the first follows a preemption, and nobody waits for that node any more.
+_END_IF_BACK = (
+    "for c in ~/gpubroker/*/config.json; do"
+    ' [ ! -e "$c" ] || (cd "${c%/*}" && python3 gpubroker-node.pyz end config.json); done'
+)
 _NEVER_RUNS = ("exited", "unknown", "offline", "frozen", "stopped")
 _NEVER_CAME_UP = "oci runtime create failed"
 
@@ -94,10 +100,17 @@ def create_body(offer: Offer, spec: NodeSpec, tag: str, bid_usd_per_hour: Decima
         "cancel_unavail": True,
     }
     if spec.ssh_public_key:
-        body["onstart"] = _key_script(spec.ssh_public_key)
+        body["onstart"] = f"{_END_IF_BACK}; {_key_script(spec.ssh_public_key)}"
     if bid_usd_per_hour is not None:
         body["price"] = float(bid_usd_per_hour)  # JSON has no other numbers; its shortest form is exact
     return body
+
+
+def own_end(base_url: str) -> dict[str, Any]:
+    """An instance destroys itself with the key that vast gives it, which opens that instance alone."""
+    url = f"{base_url.rstrip('/')}/api/v0/instances/${{CONTAINER_ID}}/"
+    headers = {"Authorization": "Bearer ${CONTAINER_API_KEY}"}
+    return {"http": {"method": "DELETE", "url": url, "headers": headers, "body": {}}}
 
 
 def _key_script(public_key: str) -> str:
@@ -215,10 +228,14 @@ class VastNodes:
     def _http(self) -> HttpClient:
         raise NotImplementedError
 
+    def endpoint(self) -> str:
+        """See PriceSource."""
+        raise NotImplementedError
+
     @property
     def capabilities(self) -> Capabilities:
         """See Compute."""
-        return _CAPABILITIES
+        return replace(_CAPABILITIES, own_end=own_end(self.endpoint()))
 
     def create(
         self, offer: Offer, spec: NodeSpec, tag: str, *, bid_usd_per_hour: Decimal | None, deadline_s: float
