@@ -42,14 +42,18 @@ Examples:
 def sweep(*, providers: tuple[str, ...], is_ending: bool, output: str) -> None:
     """Nodes with gpubroker's tag that bill and that no running job knows: leaked, whoever leaked them.
 
+    A box that is past its time and did not end itself is one of them.
     Looks at every vendor that you have an account with, in AWS's case in the regions of your config. Run it
     from cron with --end. Exits with 4 when a vendor did not answer or would not end a node.
     """
     with _renting(providers) as (renting, problems):
         listed, silent = renting.list_all(renting.providers)
         renting.settle_doubts(listed)
+        renting.settle_boxes(listed)
         found = renting.strays(listed)
         left = renting.sweep(found) if is_ending else []
+        if is_ending:
+            renting.forget(_gone(found, left), "its time was over")
     ended = {id(stray) for stray in found if is_ending} - {id(stray) for stray in left}
     _print(found, ended, {**problems, **silent}, listed, output, is_ending=is_ending)
     if silent or left:
@@ -78,12 +82,16 @@ def stop_all(*, providers: tuple[str, ...], yes: bool, output: str) -> None:
         if found and not yes:
             click.confirm(f"End {len(found)} node{'s' * (len(found) != 1)} now?", abort=True, err=True)
         left = renting.sweep(found)
-        gone = {(s.provider, s.node.id) for s in found} - {(s.provider, s.node.id) for s in left}
-        renting.forget(gone, "stop-all")
+        renting.forget(_gone(found, left), "stop-all")
     ended = {id(stray) for stray in found} - {id(stray) for stray in left}
     _print(found, ended, {**problems, **silent}, listed, output, is_ending=True)
     if silent or left:
         raise click.exceptions.Exit(_FAILED)
+
+
+def _gone(found: Iterable[Stray], left: Iterable[Stray]) -> set[tuple[str, str]]:
+    """Those that were ended, as (provider, id)."""
+    return {(s.provider, s.node.id) for s in found} - {(s.provider, s.node.id) for s in left}
 
 
 @contextmanager

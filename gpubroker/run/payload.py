@@ -59,7 +59,7 @@ class Errand:
     usd_per_hour: float
     max_usd: float | None  # left of the budget
     max_s: float | None  # until the node must be over
-    renew_within_s: float
+    renew_within_s: float | None  # None = nobody needs to look at it again
     spent_s: float  # billed before the agent begins
     has_imds: bool  # AWS's two-minute notice
     ends_by_shutdown: bool  # the machine's own shutdown ends its billing
@@ -86,7 +86,7 @@ def agent_config(errand: Errand) -> dict[str, Any]:
         "renew_within_s": errand.renew_within_s,
         "spent_s": errand.spent_s,
         "imds": errand.has_imds,
-        "after": "linger",
+        "after": "end" if spec.box else "linger",
         "exit_codes": dict(spec.exit_codes),
     }
     if errand.ends_by_shutdown:

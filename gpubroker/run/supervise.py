@@ -30,6 +30,8 @@ from gpubroker.errors import (
 from gpubroker.jobspec import JobSpec
 from gpubroker.model import Offer
 from gpubroker.provider import Compute, NodeSpec, NodeView
+from gpubroker.run.boxes import hours_of
+from gpubroker.run.contact import Connect
 from gpubroker.run.decide import Action, Finish, Observed, Prepare, Replace, Wait, decide
 from gpubroker.run.on_node import OnNode, checkpoints_in, unsaved_s
 from gpubroker.run.payload import Errand, StoreKeys
@@ -92,9 +94,6 @@ class _Contact:
     failures: int = 0  # of what was tried there
 
 
-Connect = Callable[[Compute, NodeView, str, str | None], tuple[Shell, str | None]]
-
-
 @dataclass(kw_only=True)
 class Supervisor:
     """See the module. `say` hears what a person should know, `log` the job's own output."""
@@ -135,6 +134,14 @@ class Supervisor:
             self._contacts[attempt.id].failures += 1
             self._once(str(error))
             return None  # the next tick sees what is left to do
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the job runs on its node, as the last look found: the agent there does without us then."""
+        attempt = self._open_attempt()
+        contact = None if attempt is None else self._contacts.get(attempt.id)
+        state = None if contact is None else contact.state
+        return state is not None and state.get("pid") is not None and state.get("result") is None
 
     def stop(self, reason: str) -> None:
         """End everything that the job has rented. Raises what a vendor does not confirm."""
@@ -294,8 +301,8 @@ class Supervisor:
 
     def _errand(self, attempt: Attempt) -> Errand:
         now, limits = self.clock.now(), self.job.spec.limits
-        spent = sum((a.usd_so_far(now) for a in self.records.attempts(self.job.id)), Decimal(0))
-        left = None if limits.budget_usd is None else max(Decimal("0.01"), limits.budget_usd - spent)
+        budget_usd = limits.budget_usd
+        left = None if budget_usd is None else max(Decimal("0.01"), budget_usd - self._usd_spent())
         running_s = 0.0 if attempt.running_at is None else (now - attempt.running_at).total_seconds()
         capabilities = self.computes[attempt.provider].capabilities
         return Errand(
@@ -307,7 +314,7 @@ class Supervisor:
             usd_per_hour=float(attempt.usd_per_hour),
             max_usd=None if left is None else float(left + attempt.usd_so_far(now)),
             max_s=None if limits.max_hours is None else float(limits.max_hours) * 3600,
-            renew_within_s=RENEW_WITHIN_S,
+            renew_within_s=None if self.job.spec.box else RENEW_WITHIN_S,
             spent_s=running_s,
             has_imds=attempt.provider == "aws",
             ends_by_shutdown=attempt.provider == "aws" and capabilities.self_terminate,
@@ -330,7 +337,7 @@ class Supervisor:
             order = Order(
                 job_id=self.job.id,
                 offer=offer,
-                spec=self._node_spec(),
+                spec=self._node_spec(candidate.usd_per_hour),
                 usd_per_hour=candidate.usd_per_hour,
                 bid_usd_per_hour=candidate.bid_usd_per_hour,
             )
@@ -355,14 +362,20 @@ class Supervisor:
             return
         self._once("nobody has one now" if tried else "no offer is left to try")
 
-    def _node_spec(self) -> NodeSpec:
-        limits = self.job.spec.limits
+    def _node_spec(self, usd_per_hour: Decimal) -> NodeSpec:
+        hours = self.job.spec.limits.max_hours
+        if self.job.spec.box:  # its vendor may be the only one to end it
+            hours = hours_of(self.job.spec, usd_per_hour, self._usd_spent())
         return NodeSpec(
             image=self.job.spec.image or "",
             disk_gb=int(self.job.spec.disk),
             ssh_public_key=self.job.public_key,
-            lifetime_s=None if limits.max_hours is None else int(limits.max_hours * 3600),
+            lifetime_s=None if hours is None else int(hours * 3600),
         )
+
+    def _usd_spent(self) -> Decimal:
+        now = self.clock.now()
+        return sum((a.usd_so_far(now) for a in self.records.attempts(self.job.id)), Decimal(0))
 
     def _once(self, text: str) -> None:
         """Not the same thing at every tick."""
