@@ -30,6 +30,7 @@ _COMMANDS = {
     "offers": ("gpubroker.cli.offers", "offers", "Current offers and the GPUs that are known."),
     "poll": ("gpubroker.cli.poll", "poll_command", "Ask the providers for prices and store them."),
     "providers": ("gpubroker.cli.providers", "providers", "Providers, their state and what is missing."),
+    "init": ("gpubroker.cli.init", "init", "Set up: try your keys, find your GPU, cap what a day may cost."),
     "doctor": ("gpubroker.cli.doctor", "doctor", "Check configuration, credentials, clock and database."),
     "sweep": ("gpubroker.cli.sweep", "sweep", "Nodes that bill and that nobody wants; --end ends them."),
     "stop-all": ("gpubroker.cli.sweep", "stop_all", "End everything that bills, now."),
