@@ -94,6 +94,12 @@ def up(call, vendor, *words):
     return json.loads(out)
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def state_of(cloud, record):
     (node,) = cloud.nodes(id=record["node"])
     return node["state"]
@@ -186,9 +192,7 @@ def test_a_server_on_the_box_is_reached_by_a_port_here(call, home, lab):
         "exec", "lab", "--", f"mkdir -p site && echo hello >site/index.html; {serve} & sleep 1; cat serve.log"
     )
     there = call("exec", "lab", "--", "sed -n 's/.* port \\([0-9]*\\) .*/\\1/p' serve.log")[1].strip()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        here = free.getsockname()[1]
+    here = free_port()
     with started(home, "forward", "lab", f"{there}:{here}") as process:
         assert f"http://127.0.0.1:{here} is port {there} of lab\n" == process.stderr.readline()
         with urllib.request.urlopen(f"http://127.0.0.1:{here}/", timeout=20) as answer:
@@ -265,14 +269,18 @@ def test_a_box_with_another_host_key_than_at_first_contact_is_refused(call, lab)
 
 
 @pytest.mark.parametrize("vendor", ["runpod", "aws"])
-def test_down_ends_a_box_and_the_ledger_has_its_cost(call, cloud, vendor):
-    """The key and the port are the vendor's own way; what it cost stays in the records."""
+def test_down_ends_a_box_and_the_ledger_has_its_cost(call, cloud, home, vendor):
+    """The key and the port are the vendor's own way; what is forwarded breaks off with exit 4."""
     box = up(call, vendor)
     assert (0, "there\n") == call("exec", vendor, "--", "echo there")[:2]
+    forwarding = started(home, "forward", vendor, f"8888:{free_port()}")
+    assert "is port 8888" in forwarding.stderr.readline()
     code, out, said = call("down", vendor, "--format", "json")
     record = json.loads(out)
     assert (0, "ended", "done") == (code, state_of(cloud, box), record["state"])
     assert f"{vendor} has ended; it cost about $" in said
+    assert "the connection was lost" in forwarding.communicate(timeout=60)[1]
+    assert 4 == forwarding.returncode
     (attempt,) = [a for a in record["attempts"] if a["node"] == box["node"]]
     assert (True, "down") == (Decimal(attempt["usd_estimated"]) > 0, attempt["end_reason"])
     shown = json.loads(call("job", "show", box["id"], "--format", "json")[1])

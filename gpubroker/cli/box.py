@@ -34,6 +34,7 @@ _CSV = (
 
 # A spot node is lost with all that is on it, and may come back without the agent that would end it.
 _KEPT = ("on_demand", "serverless")
+_HERE = "local"
 
 
 @click.command(
@@ -69,6 +70,8 @@ def up(*, name: str | None, output: str, **asked: Any) -> None:
     with desk(settings) as at:
         spec = _spec(_name(name, boxes(at.records)), asked, at)
         found, without = at.computes(spec.where.providers or None)
+        if not spec.where.providers:
+            found.pop(_HERE, None)  # nobody rents the machine in front of them
         lasting = {provider: one for provider, one in found.items() if _lasts(one, spec)}
         if not lasting:
             why = {**without, **dict.fromkeys(found, "ends every node sooner")}
@@ -189,6 +192,7 @@ def _tell(box: Box, compute: Compute) -> None:
             "It is a spot node: it may be taken away, and what is on it goes with it; after that only"
             f" gpubroker down {name} ends what it bills."
         )
+    out.print()
     how = table("to", "say")
     if compute.capabilities.has_ssh:
         how.add_row("have a shell", f"gpubroker ssh {name}")

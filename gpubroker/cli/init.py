@@ -128,7 +128,7 @@ def _account(name: str, context: ProviderContext, ask: Ask) -> tuple[Finding, li
         finding = check_provider(name, context)
         if finding.verdict != "bad" or not typed:
             return finding, typed
-        say(f"{name}: {finding.detail}")
+        say(finding.detail)
         for variable in typed:
             del os.environ[variable]
     return finding, []
