@@ -17,7 +17,7 @@ import pytest
 
 pytest.importorskip("aiohttp", reason="needs the extra [testcloud]")
 
-from gpubroker.cli import main, renting
+from gpubroker.cli import box, main, renting
 from gpubroker.run.contact import keys_of
 from gpubroker.testcloud.client import running
 
@@ -45,6 +45,7 @@ def user(home, monkeypatch):
     for name, value in home.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(renting, "_TICK_S", 0.3)
+    monkeypatch.setattr(box, "_LOOKS_AFTER_S", (0.3, 1.0))
 
 
 @pytest.fixture
@@ -338,10 +339,18 @@ def test_a_box_ends_itself_when_its_hours_are_over(tmp_path, home):
     """Nobody is there: its vendor has no node any more, and the records say so when somebody looks."""
 
     def told(*words):
-        return json.loads(started(own, *words, "--format", "json").communicate(timeout=120)[0])
+        process = started(own, *words, "--format", "json")
+        out, said = process.communicate(timeout=240)
+        assert 0 == process.returncode, said
+        return json.loads(out)
 
     with running(speed=1) as cloud:
-        own = {**home, **cloud.env, "GPUBROKER_DB_URL": f"sqlite:///{tmp_path}/p.db"}
+        own = {
+            **home,
+            **cloud.env,
+            "GPUBROKER_AWS_REGIONS": "us-east-1",
+            "GPUBROKER_DB_URL": f"sqlite:///{tmp_path}/p.db",
+        }
         box = told("up", "--gpu", "t4", "--hours", "0.018", "--provider", "modal")
         cloud.wait_for(id=box["node"], state="ended", within_s=120)
         assert [] == told("boxes")["boxes"]
