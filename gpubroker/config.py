@@ -97,6 +97,33 @@ def load(env: Mapping[str, str] | None = None) -> Settings:
     return settings
 
 
+def keep(path: Path, wanted: Mapping[str, Decimal]) -> None:
+    """Set these keys of config.toml and leave all else in it as it is, to the comment. Raises ConfigError.
+
+    The file is replaced whole or not at all, and only when something changes.
+    """
+    import tomlkit
+
+    place = path.resolve()  # a link stays one
+    try:
+        text = place.read_text(encoding="utf-8") if place.exists() else ""
+        table = tomlkit.parse(text)
+        for key, value in wanted.items():
+            if key not in table or _amount(f"{path}: {key}", table.unwrap()[key]) != value:
+                table[key] = int(value) if value == int(value) else f"{value:f}"
+        changed = tomlkit.dumps(table)
+        if changed == text:
+            return
+        place.parent.mkdir(parents=True, exist_ok=True)
+        part = place.with_name(f"{place.name}.{os.getpid()}")
+        part.write_text(changed, encoding="utf-8")
+        if place.exists():
+            part.chmod(place.stat().st_mode & 0o777)
+        part.replace(place)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+
+
 def _default_db_url() -> str:
     from platformdirs import user_data_path
 

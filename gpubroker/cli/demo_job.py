@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Group
@@ -24,15 +24,16 @@ from rich.table import Table
 from rich.text import Text
 
 from gpubroker import config
-from gpubroker.cli import run as cli_run
 from gpubroker.cli.ask import NOTHING_SAID
 from gpubroker.cli.plan import ask_of
 from gpubroker.cli.render import console, dollars, table
+from gpubroker.cli.renting import Market, job_of, store_of
 from gpubroker.doors import Clock
 from gpubroker.jobspec import JobSpec, job_from
 from gpubroker.money import SECONDS_PER_HOUR
 from gpubroker.prices.market import open_context
 from gpubroker.run.computes import computes
+from gpubroker.run.contact import connector, keys_of
 from gpubroker.run.records import Attempt, Records
 from gpubroker.run.renting import Renting
 from gpubroker.run.supervise import Outcome, Supervisor, closing
@@ -145,8 +146,18 @@ def run(cloud: RunningCloud, vendors: Sequence[str], clock: Clock) -> None:
         os.environ.update(_bucket(cloud.env))
         records = Records(store.database, clock)
         found, _ = computes(context, vendors)
-        market = cli_run._Market(ask_of(spec, settings), NOTHING_SAID, settings, clock, found, None)
-        job = cli_run._job(records.add_job(spec.name, "{}"), spec, Path(home, "back"), settings, None)
+        market = Market(ask_of(spec, settings), NOTHING_SAID, settings, clock, found)
+        job_id = records.add_job(spec.name, spec.model_dump_json())
+        keys = keys_of(job_id)
+        job = job_of(
+            job_id,
+            spec,
+            keys,
+            folder=folder,
+            out=Path(home, "back"),
+            store=store_of(spec, None),
+            settings=settings,
+        )
         scene = Scene(clock=clock, began_s=clock.monotonic_s())
         supervisor = Supervisor(
             job=job,
@@ -154,7 +165,7 @@ def run(cloud: RunningCloud, vendors: Sequence[str], clock: Clock) -> None:
             renting=Renting(records, found, clock),
             computes=found,
             candidates=lambda _: market.candidates(True),  # listings live for seconds at this speed
-            connect=cli_run._connect,
+            connect=connector(keys),
             clock=clock,
             say=scene.say,
             log=scene.hear,
@@ -233,7 +244,7 @@ def _take(scene: Scene, cloud: RunningCloud) -> bool:
     return bool(running)
 
 
-def _on_demand_usd_per_hour(market: Any) -> Decimal | None:
+def _on_demand_usd_per_hour(market: Market) -> Decimal | None:
     """The cheapest that nobody takes away; None = nobody has one."""
     prices = [q.offer.usd_per_hour for q, _ in market.quotes(0) if not q.offer.preemptible]
     return min(prices, default=None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -11,6 +11,7 @@ from email.utils import parsedate_to_datetime
 from typing import Literal
 
 import click
+from rich.table import Table
 from rich.text import Text
 
 from gpubroker import config
@@ -47,17 +48,27 @@ def doctor(*, offline: bool, output: str) -> None:
     findings = list(check(os.environ, SystemClock(), offline=offline))
     rows = [(f.what, f.verdict, f.detail) for f in findings]
     if output == "json":
-        print_json({"checks": [{"what": w, "verdict": v, "detail": d} for w, v, d in rows]})
+        print_json({"checks": records_of(findings)})
     elif output == "csv":
         print_csv(("what", "verdict", "detail"), rows)
     else:
-        made = table("check", "verdict", "detail")
-        colour = {"ok": "green", "warn": "yellow", "bad": "red"}
-        for what, verdict, detail in rows:
-            made.add_row(what, Text(verdict, style=colour[verdict]), detail)
-        console().print(made)
+        console().print(table_of(findings))
     if any(f.verdict == "bad" for f in findings):
         raise click.exceptions.Exit(2)
+
+
+def records_of(findings: Sequence[Finding]) -> list[dict[str, str]]:
+    """As scripts read them."""
+    return [{"what": f.what, "verdict": f.verdict, "detail": f.detail} for f in findings]
+
+
+def table_of(findings: Sequence[Finding]) -> Table:
+    """As people read them."""
+    made = table("check", "verdict", "detail")
+    colour = {"ok": "green", "warn": "yellow", "bad": "red"}
+    for f in findings:
+        made.add_row(f.what, Text(f.verdict, style=colour[f.verdict]), f.detail)
+    return made
 
 
 def check(env: Mapping[str, str], clock: Clock, *, offline: bool) -> list[Finding]:
@@ -88,7 +99,7 @@ def check(env: Mapping[str, str], clock: Clock, *, offline: bool) -> list[Findin
 
 def _check_remote(settings: Settings, context: ProviderContext) -> list[Finding]:
     sources = [name for name in names() if name not in settings.disabled_providers]
-    outcomes = context.pool.map(lambda name: _check_provider(name, context), sources, _CHECK_S)
+    outcomes = context.pool.map(lambda name: check_provider(name, context), sources, _CHECK_S)
     found = [
         outcome.value or Finding(what=outcome.item, verdict="warn", detail=f"no answer within {_CHECK_S:g} s")
         for outcome in outcomes
@@ -108,7 +119,8 @@ def _check_account(name: str, context: ProviderContext) -> Finding:
     return Finding(what=name, verdict="ok", detail="credentials are set; not tried")
 
 
-def _check_provider(name: str, context: ProviderContext) -> Finding:
+def check_provider(name: str, context: ProviderContext) -> Finding:
+    """Its account, tried; no exception comes out of it."""
     try:
         account = _check_account(name, context)
         if account.verdict != "ok":

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shlex
-import signal
 import sys
-from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
@@ -17,39 +13,30 @@ from typing import Any
 import click
 
 from gpubroker import config
-from gpubroker.cli.ask import ask_from, knowledge_from, pricing_for, rows_for
+from gpubroker.cli.ask import ask_from, knowledge_from
 from gpubroker.cli.job import job_record
 from gpubroker.cli.options import Amount, filter_options, format_option, work_options
 from gpubroker.cli.plan import ask_of, known_of, read_job, refuse_both
 from gpubroker.cli.render import print_json, say
+from gpubroker.cli.renting import RECENT_S, Market, check_store, job_of, store_of, tick_until
 from gpubroker.config import Settings
-from gpubroker.doors import Clock, Shell, SystemClock
-from gpubroker.errors import ConfigError, NoFeasibleOffer, Unreachable
-from gpubroker.jobspec import JobSpec, job_from
-from gpubroker.plan.bill import bill_for
-from gpubroker.plan.rank import Ask, Pricing, Quote, rank
+from gpubroker.doors import Clock, SystemClock
+from gpubroker.errors import ConfigError, NoFeasibleOffer
+from gpubroker.jobspec import JobSpec, job_from, kept_job
+from gpubroker.plan.rank import Ask
 from gpubroker.plan.sentence import name_of
 from gpubroker.prices.market import open_context
-from gpubroker.provider import Compute, NodeView, ProviderContext
+from gpubroker.provider import ProviderContext
 from gpubroker.run.computes import computes, volumes
-from gpubroker.run.looks import job_folder, touch
-from gpubroker.run.payload import StoreKeys
+from gpubroker.run.contact import connector, keys_of
 from gpubroker.run.presets import NAMES, preset
-from gpubroker.run.records import Caps, Records
+from gpubroker.run.records import Records
 from gpubroker.run.renting import Renting
-from gpubroker.run.risk import risk_of
-from gpubroker.run.supervise import Candidate, Job, Outcome, Supervisor, closing
-from gpubroker.run.volumes import Volume, at_volume, find, store_on
+from gpubroker.run.supervise import Outcome, Supervisor
+from gpubroker.run.volumes import Volume, find
 
-# Between two looks: at a node that comes up, which costs money and does nothing; and at one that works.
-_STARTING_S, _RUNNING_S = 1.0, 5.0
-_CONNECT_S = 20.0
-_RECENT_S = 300
 _JOB_FAILED = 6
-# A bid above the lowest that runs, where no history says better.
-_BID_MARGIN = Decimal("1.2")
 _SHOWN = 10
-_RENTED = ("spot", "on_demand", "serverless")
 
 
 @click.command(
@@ -110,7 +97,7 @@ def run(
     with open_context(settings, os.environ, clock) as (store, provider_context):
         records = Records(store.database, clock)
         if resume is not None:
-            spec, job_id = _resumed(records, resume, clock)
+            spec, job_id = _resumed(records, resume)
             ask, known = ask_of(spec, settings), known_of(spec)
         else:
             spec, ask, known = _asked(context, words, asked, settings, clock)
@@ -120,23 +107,35 @@ def run(
             say(f"volume {volume.name} is at {volume.place}: only offers there are tried")
             ask = replace(ask, providers=(volume.provider,))
         found, without = computes(provider_context, ask.providers or None)
-        market = _Market(ask, known, settings, clock, found, volume)
+        market = Market(ask, known, settings, clock, found, volume)
         if dry_run:
             say(_command_of(spec))
             _show(market)
             return
         if not found:
             raise ConfigError("no provider can rent: " + "; ".join(f"{n}: {r}" for n, r in without.items()))
-        _check_store(_store(spec))
+        keep_to = store_of(spec, volume)
+        check_store(keep_to)
+        renting = Renting(records, found, clock)
+        renting.look_at_boxes()  # one that is over spends nothing of the day's cap any more
         job_id = job_id or records.add_job(spec.name, spec.model_dump_json())
-        job = _job(job_id, spec, out, settings, volume)
+        keys = keys_of(job_id)
+        job = job_of(
+            job_id,
+            spec,
+            keys,
+            folder=Path(spec.folder),
+            out=out or Path("gpubroker-out") / job_id,
+            store=keep_to,
+            settings=settings,
+        )
         supervisor = Supervisor(
             job=job,
             records=records,
-            renting=Renting(records, found, clock),
+            renting=renting,
             computes=found,
             candidates=market.candidates,
-            connect=_connect,
+            connect=connector(keys),
             clock=clock,
             say=lambda text: say(f"[{clock.now():%H:%M:%S}] {text}"),
             log=_print_log if output == "table" else _log_to_stderr,
@@ -154,6 +153,8 @@ def _asked(
     if len(words) == 1 and words[0].endswith(".toml"):
         refuse_both(context, {"words", "out", "resume", "dry_run", "output"})
         spec = read_job(Path(words[0]), clock.now())
+        if spec.box:
+            raise ConfigError(f"{words[0]}: box: gpubroker up rents boxes, gpubroker run runs a command")
         return spec, ask_of(spec, settings), known_of(spec)
     if asked["preset"] is None and (asked["model"] or asked["port"]):
         raise click.UsageError("--model and --port go with --preset")
@@ -223,15 +224,17 @@ def _served(words: tuple[str, ...], asked: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _resumed(records: Records, job_id: str, clock: Clock) -> tuple[JobSpec, str]:
+def _resumed(records: Records, job_id: str) -> tuple[JobSpec, str]:
     kept = records.job(job_id)
     if kept is None:
         raise ConfigError(f"--resume: no job is called {job_id[:60]!r}")
     state, reason, spec = kept
     if state != "running":
         raise ConfigError(f"--resume: {job_id} is {state}{f': {reason}' if reason else ''}")
-    # A deadline that has passed by now must not keep the job from being read.
-    return JobSpec.model_validate_json(spec, context={"now": clock.now().replace(year=1970)}), job_id
+    described = kept_job(spec)
+    if described.box:
+        raise ConfigError(f"--resume: {job_id} is a box: gpubroker ssh and gpubroker down go on with it")
+    return described, job_id
 
 
 def _volume(spec: JobSpec, ask: Ask, context: ProviderContext) -> Volume | None:
@@ -244,195 +247,15 @@ def _volume(spec: JobSpec, ask: Ask, context: ProviderContext) -> Volume | None:
     return find(spec.checkpoint.volume, makers)
 
 
-def _job(job_id: str, spec: JobSpec, out: Path | None, settings: Settings, volume: Volume | None) -> Job:
-    missing = [name for name in spec.secrets if name not in os.environ]
-    if missing:
-        raise ConfigError(f"secrets: {missing[0]} is not set in your environment")
-    private, public = _keys(job_id)
-    return Job(
-        id=job_id,
-        spec=spec,
-        folder=Path(spec.folder),
-        out=out or Path("gpubroker-out") / job_id,
-        secrets={name: os.environ[name] for name in spec.secrets},
-        store=_store(spec) if volume is None else store_on(volume),
-        private_key=private,
-        public_key=public,
-        caps=Caps(usd_per_day=settings.usd_per_day, usd_per_job=spec.limits.budget_usd),
-    )
-
-
-def _keys(job_id: str) -> tuple[str, str]:
-    """The job's own SSH key, kept where only the user reads it, for a supervisor that comes after."""
-    from gpubroker.run.shell import make_key, public_of
-
-    folder = job_folder(job_id)
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path = folder / "key"
-    if path.exists():
-        private = path.read_text(encoding="utf-8")
-        return private, public_of(private)
-    private, public = make_key()
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(private)
-    return private, public
-
-
-def _store(spec: JobSpec) -> StoreKeys | None:
-    """Keys made for the store, by name: the account's own never go onto a node."""
-    where = spec.checkpoint.store
-    if not where or ("://" not in where and "/" not in where):
-        return None
-    if not where.startswith("s3://"):
-        return StoreKeys(where=str(Path(where).expanduser().absolute()))
-    names = ("GPUBROKER_STORE_ACCESS_KEY_ID", "GPUBROKER_STORE_SECRET_ACCESS_KEY")
-    missing = [name for name in names if not os.environ.get(name)]
-    if missing:
-        raise ConfigError(
-            f"checkpoint.store: {missing[0]} is not set: a key that may read and write {where} and nothing"
-            " else, for it goes onto the node"
-        )
-    return StoreKeys(
-        where=where,
-        endpoint=os.environ.get("GPUBROKER_STORE_URL") or None,
-        region=os.environ.get("GPUBROKER_STORE_REGION", "us-east-1"),
-        access_key=os.environ[names[0]],
-        secret_key=os.environ[names[1]],
-    )
-
-
-def _check_store(keys: StoreKeys | None) -> None:
-    """A node that cannot save waits for its store, and bills."""
-    if keys is None or not keys.where.startswith("s3://"):
-        return
-    from gpubroker.run import stores
-
-    store = stores.open_store(
-        keys.where,
-        endpoint=keys.endpoint,
-        region=keys.region,
-        access_key=keys.access_key,
-        secret_key=keys.secret_key,
-    )
-    stores.check(store, f"check-{secrets.token_hex(4)}")
-
-
-class _Market:
-    """What could be rented now, the cheapest bill first; asked again at each attempt."""
-
-    def __init__(
-        self,
-        ask: Ask,
-        known: Any,
-        settings: Settings,
-        clock: Clock,
-        rentable: dict[str, Compute],
-        volume: Volume | None,
-    ) -> None:
-        self._ask, self._known, self._settings, self._clock = ask, known, settings, clock
-        self._rentable, self._volume = rentable, volume
-        self.elsewhere: Counter[str] = (
-            Counter()
-        )  # why offers cannot mount the volume, of those last looked at
-
-    def candidates(self, is_fresh: bool) -> Iterator[Candidate]:
-        """Only what was seen at the vendor, now or lately: a list price cannot be rented."""
-        for quote, pricing in self.quotes(0 if is_fresh else _RECENT_S):
-            yield _candidate(quote, pricing, self._rentable[quote.offer.provider])
-
-    def risks(self, providers: set[str]) -> set[str]:
-        """What may go on billing there when nobody looks after it."""
-        return {risk for name in providers if (risk := risk_of(name, self._rentable[name]))}
-
-    def quotes(self, max_age_s: int) -> Iterator[tuple[Quote, Pricing]]:
-        """In order of their bills."""
-        rows = rows_for(
-            self._ask,
-            self._settings,
-            max_age_s=max_age_s,
-            offline=False,
-            clock=self._clock,
-        )
-        pricing = pricing_for(self._ask, self._settings, rows.view.exposures, self._known)
-        self.elsewhere.clear()
-        for quote in rank(rows.priced, self._ask, pricing).quotes:
-            offer = quote.offer
-            if (
-                quote.priced.live
-                and quote.has_stock
-                and offer.market in _RENTED
-                and offer.provider in self._rentable
-            ):
-                found = offer if self._volume is None else at_volume(offer, self._volume)
-                if isinstance(found, str):
-                    self.elsewhere[found] += 1
-                else:
-                    yield replace(quote, priced=replace(quote.priced, offer=found)), pricing
-
-
-def _candidate(quote: Quote, pricing: Pricing, compute: Compute) -> Candidate:
-    offer = quote.offer
-    bid = None
-    if offer.market == "spot" and compute.capabilities.takes_bids:
-        bid = (offer.usd_per_hour * _BID_MARGIN).quantize(Decimal("0.000001"))
-        offer = replace(offer, usd_per_hour=bid)
-    return Candidate(
-        offer=offer,
-        usd_per_hour=_usd_per_hour(replace(quote, priced=replace(quote.priced, offer=offer)), pricing),
-        bid_usd_per_hour=bid,
-        name=name_of(quote),
-    )
-
-
-def _usd_per_hour(quote: Quote, pricing: Pricing) -> Decimal:
-    """All that is billed by the hour, read off the bill: what ten more hours add to it."""
-    offer = replace(quote.offer, billing_increment_s=1, minimum_s=0)
-    course = quote.bill.course
-    longer = replace(course, useful_h=course.useful_h + 10)
-    totals = [
-        bill_for(offer, quote.work, pricing.fees, one, price_source="").total_usd for one in (course, longer)
-    ]
-    return ((totals[1] - totals[0]) / 10).quantize(Decimal("0.000001"))
-
-
-def _connect(compute: Compute, node: NodeView, key: str, host_key: str | None) -> tuple[Shell, str | None]:
-    if not compute.capabilities.has_ssh:
-        shell = compute.shell(node, _CONNECT_S)
-        if shell is None:
-            raise Unreachable("node", "connect", "its vendor gives no shell")
-        return shell, None
-    from gpubroker.run import shell as ssh
-
-    if node.ssh is None:
-        raise Unreachable("node", "connect", "its vendor does not say yet where SSH is")
-    connected = ssh.connect(node.ssh, key, host_key=host_key, deadline_s=_CONNECT_S)
-    return connected, connected.host_key
-
-
 def _to_the_end(supervisor: Supervisor, clock: Clock) -> Outcome:
-    """Tick until it is over. Ctrl-C and SIGTERM end what was rented first."""
-
-    def interrupt(signum: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
-    with closing(supervisor):
-        try:
-            touch(supervisor.job.id)
-            while (outcome := supervisor.tick()) is None:
-                clock.sleep(_RUNNING_S if supervisor.is_running else _STARTING_S)
-                touch(supervisor.job.id)
-            return outcome
-        except BaseException as error:
-            what = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
-            say(f"ending what was rented: {what}")
-            supervisor.stop(what)
-            if isinstance(error, KeyboardInterrupt):
-                job_id = supervisor.job.id
-                say(f"to go on: gpubroker run --resume {job_id}")
-                raise click.Abort from None
-            raise
+    """Ctrl-C and SIGTERM end what was rented first."""
+    try:
+        outcome = tick_until(supervisor, clock)
+    except KeyboardInterrupt:
+        say(f"to go on: gpubroker run --resume {supervisor.job.id}")
+        raise click.Abort from None
+    assert outcome is not None  # noqa: S101  nothing else was enough
+    return outcome
 
 
 def _print_log(data: bytes) -> None:
@@ -463,11 +286,11 @@ def _command_of(spec: JobSpec) -> str:
     return f"would run{f' in {spec.image}' if spec.image else ''}: {command}"
 
 
-def _show(market: _Market) -> None:
+def _show(market: Market) -> None:
     from gpubroker.cli.render import console, dollars, table
 
     made = table("#", "offer", "$/h", "expected bill", right=("#", "$/h", "expected bill"))
-    found = list(market.quotes(_RECENT_S))
+    found = list(market.quotes(RECENT_S))
     elsewhere = "; ".join(f"{count} offers left out: {why}" for why, count in market.elsewhere.items())
     if not found:
         why = elsewhere or "gpubroker quote with the same options says why"

@@ -47,10 +47,10 @@ def sweep(*, providers: tuple[str, ...], is_ending: bool, volumes: bool, yes: bo
     """Nodes with gpubroker's tag that bill and that no running job knows: leaked, whoever leaked them.
 
     Those of a job whose `gpubroker run` has died are among them once nobody has looked after it for the
-    config's renew_within: until then `gpubroker run --resume` finds them at work. Looks at every vendor that
-    you have an account with, in AWS's case in the regions of your config. Run it from cron with --end. Exits
-    with 4 when a vendor did not answer or would not end a node. Volumes are seen with --volumes only, and
-    none is deleted before you have said so.
+    config's renew_within: until then `gpubroker run --resume` finds them at work. So is a box that is past
+    its time and did not end itself. Looks at every vendor that you have an account with, in AWS's case in
+    the regions of your config. Run it from cron with --end. Exits with 4 when a vendor did not answer or
+    would not end a node. Volumes are seen with --volumes only, and none is deleted before you have said so.
     """
     if volumes:
         from gpubroker.cli.volume import sweep_volumes
@@ -60,11 +60,11 @@ def sweep(*, providers: tuple[str, ...], is_ending: bool, volumes: bool, yes: bo
     with _renting(providers) as (renting, problems):
         listed, silent = renting.list_all(renting.providers)
         renting.settle_doubts(listed)
+        renting.settle_boxes(listed)
         found = renting.strays(listed, _is_forsaken)
         left = renting.sweep(found) if is_ending else []
         if is_ending:
-            gone = {(s.provider, s.node.id) for s in found} - {(s.provider, s.node.id) for s in left}
-            renting.forget(gone, "swept: nobody looked after it")
+            renting.forget(_gone(found, left), "swept: nobody looked after it")
     ended = {id(stray) for stray in found if is_ending} - {id(stray) for stray in left}
     _print(found, ended, {**problems, **silent}, listed, output, is_ending=is_ending)
     if silent or left:
@@ -93,8 +93,7 @@ def stop_all(*, providers: tuple[str, ...], yes: bool, output: str) -> None:
         if found and not yes:
             click.confirm(f"End {len(found)} node{'s' * (len(found) != 1)} now?", abort=True, err=True)
         left = renting.sweep(found)
-        gone = {(s.provider, s.node.id) for s in found} - {(s.provider, s.node.id) for s in left}
-        renting.forget(gone, "stop-all")
+        renting.forget(_gone(found, left), "stop-all")
     ended = {id(stray) for stray in found} - {id(stray) for stray in left}
     _print(found, ended, {**problems, **silent}, listed, output, is_ending=True)
     if silent or left:
@@ -103,6 +102,11 @@ def stop_all(*, providers: tuple[str, ...], yes: bool, output: str) -> None:
 
 def _is_forsaken(job_id: str) -> bool:
     return is_forsaken(job_id, SystemClock().now(), config.load().renew_within_s)
+
+
+def _gone(found: Iterable[Stray], left: Iterable[Stray]) -> set[tuple[str, str]]:
+    """Those that were ended, as (provider, id)."""
+    return {(s.provider, s.node.id) for s in found} - {(s.provider, s.node.id) for s in left}
 
 
 @contextmanager

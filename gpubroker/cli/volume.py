@@ -63,7 +63,7 @@ class _Here:
 
     def jobs_of(self, volume: Volume) -> list[str]:
         """Jobs that are not over and keep their checkpoints there."""
-        return used_by(self.records.running_jobs()).get(volume.name, [])
+        return used_by(self.records.jobs_under_way()).get(volume.name, [])
 
 
 @click.group(

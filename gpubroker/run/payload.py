@@ -62,7 +62,7 @@ class Errand:
     usd_per_hour: float
     max_usd: float | None  # left of the budget
     max_s: float | None  # until the node must be over
-    renew_within_s: float
+    renew_within_s: float | None  # None = nobody needs to look at it again
     spent_s: float  # billed before the agent begins
     has_imds: bool  # AWS's two-minute notice
     has_docker_run_it: bool  # the job's image; else the vendor does, or there is none
@@ -90,7 +90,7 @@ def agent_config(errand: Errand) -> dict[str, Any]:
         "renew_within_s": errand.renew_within_s,
         "spent_s": errand.spent_s,
         "imds": errand.has_imds,
-        "after": "linger",
+        "after": "end" if spec.box else "linger",
         "exit_codes": dict(spec.exit_codes),
     }
     if errand.has_docker_run_it and spec.image:

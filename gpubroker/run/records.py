@@ -163,11 +163,13 @@ class Records:
         """It was seen running, and bills from now or from when the vendor says."""
         return attempt if attempt.running_at else self._change(attempt, running_at=since or self._clock.now())
 
-    def ended(self, attempt: Attempt, reason: str, work_lost_s: int | None = None) -> Attempt:
-        """It is known to be gone, or never to have been."""
+    def ended(
+        self, attempt: Attempt, reason: str, work_lost_s: int | None = None, *, at: datetime | None = None
+    ) -> Attempt:
+        """It is known to be gone, now or since `at`, or never to have been."""
         if attempt.ended_at is not None:
             return attempt
-        now = self._clock.now()
+        now = at or self._clock.now()
         return self._change(
             attempt,
             ended_at=now,
@@ -187,11 +189,13 @@ class Records:
             row = connection.execute(select(found).where(found.c.id == job_id)).first()
             return None if row is None else (row.state, row.reason, row.spec)
 
-    def running_jobs(self) -> list[tuple[str, str]]:
-        """(id, description) of every job that is not over, whether or not anybody supervises it."""
-        found = tables.jobs.c
+    def jobs_under_way(self) -> list[tuple[str, str]]:
+        """Id and description of those that are not over, the oldest first."""
+        found = tables.jobs
         with self._database.read() as connection:
-            rows = connection.execute(select(found.id, found.spec).where(found.state == "running"))
+            rows = connection.execute(
+                select(found).where(found.c.state == "running").order_by(found.c.created_at, found.c.id)
+            )
             return [(row.id, row.spec) for row in rows]
 
     def attempts(self, job_id: str) -> list[Attempt]:

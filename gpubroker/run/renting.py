@@ -18,6 +18,7 @@ from gpubroker.doors import Clock
 from gpubroker.errors import BrokerError, LaunchUncertain
 from gpubroker.model import Offer
 from gpubroker.provider import Compute, NodeSpec, NodeView
+from gpubroker.run.boxes import Box, boxes, over
 from gpubroker.run.records import Attempt, Caps, Records
 
 # How long a node that was asked for may take to appear in its vendor's list.
@@ -130,9 +131,16 @@ class Renting:
     ) -> list[Stray]:
         """What bills with our tag and belongs to no open attempt: leaked, whoever leaked it.
 
-        An attempt that has no id yet protects its tag; one of a job that is forsaken protects nothing.
+        An attempt that has no id yet protects its tag; one of a job that is forsaken, or of a box whose time
+        is over, protects nothing: nobody supervises it, so this is where it is found when it did not end itself.
         """
-        attempts = [a for a in self._records.open_attempts() if not is_forsaken(a.job_id)]
+        now = self._clock.now()
+        stops_at = {box.attempt.id: box.stops_at for box in boxes(self._records)}
+        attempts = [
+            a
+            for a in self._records.open_attempts()
+            if (stops_at[a.id] > now if a.id in stops_at else not is_forsaken(a.job_id))
+        ]
         tags = {(a.provider, a.tag) for a in attempts}
         ids = {(a.provider, a.node_id) for a in attempts}
         return [
@@ -143,11 +151,45 @@ class Renting:
         ]
 
     def forget(self, gone: Iterable[tuple[str, str]], reason: str) -> None:
-        """These nodes (provider, id) were ended by hand: so are their attempts."""
+        """These nodes (provider, id) were ended by hand: so are their attempts, and boxes altogether."""
         ids = set(gone)
+        for box in boxes(self._records):
+            if (box.attempt.provider, box.attempt.node_id) in ids:
+                over(self._records, box, reason)
         for attempt in self._records.open_attempts():
             if (attempt.provider, attempt.node_id) in ids:
                 self._records.ended(attempt, reason)
+
+    def look_at_boxes(self) -> tuple[dict[str, list[NodeView]], dict[str, str]]:
+        """Ask the vendors of open boxes what became of them: what they list, and why one did not answer."""
+        open_at = {box.attempt.provider for box in boxes(self._records)} & set(self._computes)
+        listed, problems = self.list_all(open_at)
+        self.settle_doubts(listed)
+        self.settle_boxes(listed)
+        return listed, problems
+
+    def settle_boxes(self, listed: Mapping[str, Sequence[NodeView]]) -> list[Box]:
+        """Boxes that are gone by now are over since they were to stop, at the latest: nobody saw it."""
+        now = self._clock.now()
+        gone = [box for box in boxes(self._records) if self._is_gone(box, listed)]
+        for box in gone:
+            is_due = box.stops_at <= now
+            over(
+                self._records,
+                box,
+                "its time was over" if is_due else "gone before its time",
+                at=min(now, box.stops_at),
+            )
+        return gone
+
+    def _is_gone(self, box: Box, listed: Mapping[str, Sequence[NodeView]]) -> bool:
+        attempt = box.attempt
+        if attempt.node_id is None or attempt.provider not in listed:
+            return False
+        node = next((n for n in listed[attempt.provider] if n.id == attempt.node_id), None)
+        if node is None:
+            return attempt.running_at is not None or self._clock.now() - attempt.intended_at > APPEARS_WITHIN
+        return node.status == "gone"
 
     def sweep(self, strays: Iterable[Stray]) -> list[Stray]:
         """End them; returns those that could not be ended, which may still bill."""

@@ -14,7 +14,7 @@ import shlex
 import tarfile
 import tempfile
 import threading
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -26,8 +26,11 @@ from gpubroker.errors import Refused, Transient, Unreachable
 from gpubroker.provider import SshAddress
 
 T = TypeVar("T")
+# Who hears a command's output, and its errors.
+Heard = tuple[Callable[[bytes], None], Callable[[bytes], None]]
 _SPOOL_BYTES = 8 << 20
 _CHUNK_BYTES = 1 << 18
+_FORWARD_S = 20.0
 # A connection that says nothing for so long three times is dead.
 _KEEPALIVE_S = 15
 
@@ -53,6 +56,32 @@ class SshShell:
     def run(self, command: str, *, stdin: bytes = b"", deadline_s: float) -> Ran:
         """See Shell. Raises Transient when the command has not ended by the deadline; it is then killed."""
         return _wait(self._run(command, _pieces(stdin)), deadline_s, self._name, "run")
+
+    def stream(
+        self,
+        command: str,
+        *,
+        stdin: bytes = b"",
+        out: Callable[[bytes], None],
+        err: Callable[[bytes], None],
+    ) -> Ran:
+        """To its end, however long it takes; its output is handed on as it comes, and not kept."""
+        return _wait(self._run(command, _pieces(stdin), (out, err)), None, self._name, "run")
+
+    def forward(self, local_port: int, remote_port: int) -> int:
+        """One of the node's ports on this machine's loopback, while the connection lasts; gives it.
+
+        `local_port` 0 = a free one. Raises Refused where it is taken.
+        """
+        work = self._connection.forward_local_port("127.0.0.1", local_port, "127.0.0.1", remote_port)
+        try:
+            return _wait(work, _FORWARD_S, self._name, "forward").get_port()
+        except OSError as error:
+            raise Refused("ssh", self._name, f"local port {local_port}: {error.strerror or error}") from error
+
+    def wait(self) -> None:
+        """Until the connection is lost: a forwarded port does nothing by itself."""
+        _wait(self._connection.wait_closed(), None, self._name, "wait")
 
     def put(self, local: Path, remote: str, *, deadline_s: float) -> None:
         """See Shell. A file is moved into place when it is whole; a folder's files appear one by one."""
@@ -93,13 +122,15 @@ class SshShell:
         """See Shell."""
         _loop().call_soon_threadsafe(self._connection.abort)
 
-    async def _run(self, command: str, stdin: Iterable[bytes]) -> Ran:
+    async def _run(self, command: str, stdin: Iterable[bytes], heard: Heard | None = None) -> Ran:
         try:
             process = await self._connection.create_process(command, encoding=None)
         except (asyncssh.Error, OSError) as error:
             raise Unreachable("ssh", self._name, str(error)) from error
         feeding = asyncio.create_task(_feed(process, stdin))
         try:
+            if heard is not None:
+                await asyncio.gather(_hear(process.stdout, heard[0]), _hear(process.stderr, heard[1]))
             done = await process.wait(check=False)
         except (asyncssh.Error, OSError) as error:
             raise Unreachable("ssh", self._name, str(error)) from error
@@ -130,9 +161,8 @@ def connect(address: SshAddress, private_key: str, *, host_key: str | None, dead
 
 
 async def _connect(address: SshAddress, private_key: str, host_key: str | None, name: str) -> SshShell:
-    known = None
-    if host_key is not None:
-        known = asyncssh.import_known_hosts(f"[{address.host}]:{address.port} {host_key}\n")
+    # By the key alone: a name in a known_hosts line is written in another way on port 22.
+    known: Any = None if host_key is None else ([asyncssh.import_public_key(host_key)], [], [])
     try:
         connection = await asyncssh.connect(
             address.host,
@@ -182,6 +212,11 @@ async def _feed(process: asyncssh.SSHClientProcess[bytes], pieces: Iterable[byte
         process.stdin.write_eof()
 
 
+async def _hear(stream: asyncssh.SSHReader[bytes], say: Callable[[bytes], None]) -> None:
+    while data := await stream.read(_CHUNK_BYTES):
+        say(data)
+
+
 def _bytes(output: Any) -> bytes:
     return output if isinstance(output, bytes) else b""
 
@@ -193,10 +228,16 @@ def _loop() -> asyncio.AbstractEventLoop:
     return loop
 
 
-def _wait(work: Coroutine[Any, Any, T], deadline_s: float, name: str, what: str) -> T:
-    """Run it in the loop's thread. Raises Transient past the deadline; the work is then cancelled."""
+def _wait(work: Awaitable[T], deadline_s: float | None, name: str, what: str) -> T:
+    """Run it in the loop's thread. Raises Transient past the deadline; the work is then cancelled.
+
+    Interrupted (Ctrl-C), it is cancelled too.
+    """
     future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(work, deadline_s), _loop())
     try:
         return future.result()
     except TimeoutError as error:
-        raise Transient("ssh", name, f"{what}: no end within {deadline_s:g} s") from error
+        raise Transient("ssh", name, f"{what}: no end within {deadline_s or 0:g} s") from error
+    except KeyboardInterrupt:
+        future.cancel()
+        raise

@@ -30,6 +30,8 @@ from gpubroker.errors import (
 from gpubroker.jobspec import JobSpec
 from gpubroker.model import Offer
 from gpubroker.provider import Compute, NodeSpec, NodeView
+from gpubroker.run.boxes import hours_of
+from gpubroker.run.contact import Connect
 from gpubroker.run.decide import Action, Finish, Observed, Prepare, Replace, Wait, decide
 from gpubroker.run.on_node import OnNode, checkpoints_in, problems_in, unsaved_s
 from gpubroker.run.payload import Errand, StoreKeys
@@ -96,9 +98,6 @@ class _Contact:
     problems: set[str] = field(default_factory=set)  # of the agent's, that were told
 
 
-Connect = Callable[[Compute, NodeView, str, str | None], tuple[Shell, str | None]]
-
-
 @dataclass(kw_only=True)
 class Supervisor:
     """See the module. `say` hears what a person should know, `log` the job's own output."""
@@ -142,11 +141,12 @@ class Supervisor:
             return None  # the next tick sees what is left to do
 
     @property
-    def is_running(self) -> bool:
-        """Whether the job was seen at work on a node that is still rented, so that there is no hurry."""
+    def has_begun(self) -> bool:
+        """Whether the job runs on its node, as the last look found: the agent there does without us then."""
         attempt = self._open_attempt()
         contact = None if attempt is None else self._contacts.get(attempt.id)
-        return contact is not None and contact.state is not None
+        state = None if contact is None else contact.state
+        return state is not None and state.get("pid") is not None and state.get("result") is None
 
     def stop(self, reason: str) -> None:
         """End everything that the job has rented. Raises what a vendor does not confirm."""
@@ -314,8 +314,8 @@ class Supervisor:
 
     def _errand(self, attempt: Attempt) -> Errand:
         now, limits = self.clock.now(), self.job.spec.limits
-        spent = sum((a.usd_so_far(now) for a in self.records.attempts(self.job.id)), Decimal(0))
-        left = None if limits.budget_usd is None else max(Decimal("0.01"), limits.budget_usd - spent)
+        budget_usd = limits.budget_usd
+        left = None if budget_usd is None else max(Decimal("0.01"), budget_usd - self._usd_spent())
         running_s = 0.0 if attempt.running_at is None else (now - attempt.running_at).total_seconds()
         capabilities = self.computes[attempt.provider].capabilities
         return Errand(
@@ -327,7 +327,7 @@ class Supervisor:
             usd_per_hour=float(attempt.usd_per_hour),
             max_usd=None if left is None else float(left + attempt.usd_so_far(now)),
             max_s=self._left_s(attempt),
-            renew_within_s=self.renew_within_s,
+            renew_within_s=None if self.job.spec.box else self.renew_within_s,
             spent_s=running_s,
             has_imds=attempt.provider == "aws",
             has_docker_run_it=capabilities.image_by == "docker",
@@ -363,7 +363,7 @@ class Supervisor:
             order = Order(
                 job_id=self.job.id,
                 offer=offer,
-                spec=self._node_spec(),
+                spec=self._node_spec(candidate.usd_per_hour),
                 usd_per_hour=candidate.usd_per_hour,
                 bid_usd_per_hour=candidate.bid_usd_per_hour,
             )
@@ -390,8 +390,10 @@ class Supervisor:
             return
         self._once("nobody has one now" if tried else "no offer is left to try")
 
-    def _node_spec(self) -> NodeSpec:
+    def _node_spec(self, usd_per_hour: Decimal) -> NodeSpec:
         left_s = self._left_s()
+        if self.job.spec.box:  # its vendor may be the only one to end it
+            left_s = float(hours_of(self.job.spec, usd_per_hour, self._usd_spent()) * 3600)
         return NodeSpec(
             image=self.job.spec.image or "",
             disk_gb=int(self.job.spec.disk),
@@ -399,6 +401,10 @@ class Supervisor:
             volume_id="" if self.job.store is None else self.job.store.volume_id,
             lifetime_s=None if left_s is None else max(1, int(left_s)),
         )
+
+    def _usd_spent(self) -> Decimal:
+        now = self.clock.now()
+        return sum((a.usd_so_far(now) for a in self.records.attempts(self.job.id)), Decimal(0))
 
     def _once(self, text: str) -> None:
         """Not the same thing at every tick."""

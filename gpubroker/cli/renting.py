@@ -1,0 +1,209 @@
+"""What `run` and `up` do alike: the job with its keys, the market in order of its bills, ticks to an end."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from gpubroker.cli.ask import pricing_for, rows_for
+from gpubroker.cli.render import say
+from gpubroker.config import Settings
+from gpubroker.doors import Clock
+from gpubroker.errors import ConfigError
+from gpubroker.jobspec import JobSpec
+from gpubroker.plan.bill import bill_for
+from gpubroker.plan.rank import Ask, Pricing, Quote, rank
+from gpubroker.plan.sentence import name_of
+from gpubroker.provider import Compute
+from gpubroker.run.contact import Keys
+from gpubroker.run.looks import touch
+from gpubroker.run.payload import StoreKeys
+from gpubroker.run.records import Caps
+from gpubroker.run.risk import risk_of
+from gpubroker.run.supervise import Candidate, Job, Outcome, Supervisor, closing
+from gpubroker.run.volumes import Volume, at_volume, store_on
+
+RECENT_S = 300
+# Between two looks: at a node that comes up, which costs money and does nothing; and at one that works.
+_STARTING_S, _RUNNING_S = 1.0, 5.0
+# A bid above the lowest that runs, where no history says better.
+_BID_MARGIN = Decimal("1.2")
+_RENTED = ("spot", "on_demand", "serverless")
+
+
+def job_of(
+    job_id: str,
+    spec: JobSpec,
+    keys: Keys,
+    *,
+    folder: Path,
+    out: Path,
+    store: StoreKeys | None,
+    settings: Settings,
+) -> Job:
+    """The job with all that its description leaves out. Raises ConfigError for a variable that is not set."""
+    missing = [name for name in spec.secrets if name not in os.environ]
+    if missing:
+        raise ConfigError(f"secrets: {missing[0]} is not set in your environment")
+    return Job(
+        id=job_id,
+        spec=spec,
+        folder=folder,
+        out=out,
+        secrets={name: os.environ[name] for name in spec.secrets},
+        store=store,
+        private_key=keys.private,
+        public_key=keys.public,
+        caps=Caps(usd_per_day=settings.usd_per_day, usd_per_job=spec.limits.budget_usd),
+    )
+
+
+def store_of(spec: JobSpec, volume: Volume | None) -> StoreKeys | None:
+    """Where the job saves itself, with keys made for that: the account's own never go onto a node."""
+    if volume is not None:
+        return store_on(volume)
+    where = spec.checkpoint.store
+    if not where or ("://" not in where and "/" not in where):
+        return None
+    if not where.startswith("s3://"):
+        return StoreKeys(where=str(Path(where).expanduser().absolute()))
+    names = ("GPUBROKER_STORE_ACCESS_KEY_ID", "GPUBROKER_STORE_SECRET_ACCESS_KEY")
+    missing = [name for name in names if not os.environ.get(name)]
+    if missing:
+        raise ConfigError(
+            f"checkpoint.store: {missing[0]} is not set: a key that may read and write {where} and nothing"
+            " else, for it goes onto the node"
+        )
+    return StoreKeys(
+        where=where,
+        endpoint=os.environ.get("GPUBROKER_STORE_URL") or None,
+        region=os.environ.get("GPUBROKER_STORE_REGION", "us-east-1"),
+        access_key=os.environ[names[0]],
+        secret_key=os.environ[names[1]],
+    )
+
+
+def check_store(keys: StoreKeys | None) -> None:
+    """Raises ConfigError for a bucket that does not take the key: a node that cannot save only bills."""
+    if keys is None or not keys.where.startswith("s3://"):
+        return
+    from gpubroker.run import stores
+
+    store = stores.open_store(
+        keys.where,
+        endpoint=keys.endpoint,
+        region=keys.region,
+        access_key=keys.access_key,
+        secret_key=keys.secret_key,
+    )
+    stores.check(store, f"check-{secrets.token_hex(4)}")
+
+
+class Market:
+    """What could be rented now, the cheapest bill first; asked again at each attempt."""
+
+    def __init__(
+        self,
+        ask: Ask,
+        known: Any,
+        settings: Settings,
+        clock: Clock,
+        rentable: Mapping[str, Compute],
+        volume: Volume | None = None,
+    ) -> None:
+        self._ask, self._known, self._settings, self._clock = ask, known, settings, clock
+        self._rentable, self._volume = rentable, volume
+        # Why offers cannot mount the volume, of those last looked at.
+        self.elsewhere: Counter[str] = Counter()
+
+    def candidates(self, is_fresh: bool) -> Iterator[Candidate]:
+        """Only what was seen at the vendor, now or lately: a list price cannot be rented."""
+        for quote, pricing in self.quotes(0 if is_fresh else RECENT_S):
+            yield _candidate(quote, pricing, self._rentable[quote.offer.provider])
+
+    def risks(self, providers: set[str]) -> set[str]:
+        """What may go on billing there when nobody looks after it."""
+        return {risk for name in providers if (risk := risk_of(name, self._rentable[name]))}
+
+    def quotes(self, max_age_s: int) -> Iterator[tuple[Quote, Pricing]]:
+        """In order of their bills."""
+        rows = rows_for(
+            self._ask,
+            self._settings,
+            max_age_s=max_age_s,
+            offline=False,
+            clock=self._clock,
+        )
+        pricing = pricing_for(self._ask, self._settings, rows.view.exposures, self._known)
+        self.elsewhere.clear()
+        for quote in rank(rows.priced, self._ask, pricing).quotes:
+            offer = quote.offer
+            if (
+                quote.priced.live
+                and quote.has_stock
+                and offer.market in _RENTED
+                and offer.provider in self._rentable
+            ):
+                found = offer if self._volume is None else at_volume(offer, self._volume)
+                if isinstance(found, str):
+                    self.elsewhere[found] += 1
+                else:
+                    yield replace(quote, priced=replace(quote.priced, offer=found)), pricing
+
+
+def _candidate(quote: Quote, pricing: Pricing, compute: Compute) -> Candidate:
+    offer = quote.offer
+    bid = None
+    if offer.market == "spot" and compute.capabilities.takes_bids:
+        bid = (offer.usd_per_hour * _BID_MARGIN).quantize(Decimal("0.000001"))
+        offer = replace(offer, usd_per_hour=bid)
+    return Candidate(
+        offer=offer,
+        usd_per_hour=_usd_per_hour(replace(quote, priced=replace(quote.priced, offer=offer)), pricing),
+        bid_usd_per_hour=bid,
+        name=name_of(quote),
+    )
+
+
+def _usd_per_hour(quote: Quote, pricing: Pricing) -> Decimal:
+    """All that is billed by the hour, read off the bill: what ten more hours add to it."""
+    offer = replace(quote.offer, billing_increment_s=1, minimum_s=0)
+    course = quote.bill.course
+    longer = replace(course, useful_h=course.useful_h + 10)
+    totals = [
+        bill_for(offer, quote.work, pricing.fees, one, price_source="").total_usd for one in (course, longer)
+    ]
+    return ((totals[1] - totals[0]) / 10).quantize(Decimal("0.000001"))
+
+
+def tick_until(
+    supervisor: Supervisor, clock: Clock, is_enough: Callable[[], bool] = lambda: False
+) -> Outcome | None:
+    """Tick until the job is over, or enough of it is done: None.
+
+    Ctrl-C and SIGTERM are a KeyboardInterrupt. It, and every error, ends what was rented before it is raised.
+    """
+
+    def interrupt(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    with closing(supervisor):
+        try:
+            touch(supervisor.job.id)
+            while (outcome := supervisor.tick()) is None and not is_enough():
+                clock.sleep(_RUNNING_S if supervisor.has_begun else _STARTING_S)
+                touch(supervisor.job.id)
+            return outcome
+        except BaseException as error:
+            what = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
+            say(f"ending what was rented: {what}")
+            supervisor.stop(what)
+            raise
