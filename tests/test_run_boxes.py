@@ -138,7 +138,11 @@ def test_a_vendor_that_ends_every_node_in_time_ends_a_box_too():
     """So does a node that may end its own billing."""
     assert [False, True, True] == [
         ends_itself(c)
-        for c in (Capabilities(), Capabilities(self_terminate=True), Capabilities(max_lifetime_s=86400))
+        for c in (
+            Capabilities(),
+            Capabilities(own_end={"command": ["true"]}),
+            Capabilities(max_lifetime_s=86400),
+        )
     ]
 
 

@@ -132,7 +132,7 @@ class Renting:
         """What bills with our tag and belongs to no open attempt: leaked, whoever leaked it.
 
         An attempt that has no id yet protects its tag; one of a job that is forsaken, or of a box whose time
-        is over, protects nothing: nobody supervises it, so this is where it is found when it did not end itself.
+        is over, protects nothing: nobody supervises it, so this is where it is found.
         """
         now = self._clock.now()
         stops_at = {box.attempt.id: box.stops_at for box in boxes(self._records)}
