@@ -22,6 +22,9 @@ from gpubroker.units import parse_duration_s
 # Variables that have a meaning of their own and are not settings.
 _NOT_SETTINGS = re.compile(r"GPUBROKER_(CONFIG|DB_URL|\w+_URL|TEST_\w+|AWS_SSH_PORT|STORE_\w+)")
 
+OUTSIDE = ("1.1.1.1:443", "pypi.org:443", "huggingface.co:443")
+_PLACE = re.compile(r"[A-Za-z0-9.:_\[\]-]+:\d{1,5}")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalGpu:
@@ -47,6 +50,8 @@ class Settings:
     ram_gib_per_gpu: Decimal = Decimal(16)
     egress_gb_this_month: Decimal = Decimal(0)  # already used: where a tier is account-monthly
     usd_per_day: Decimal | None = Decimal(100)  # over all jobs, by UTC day; 0 in the config = no such cap
+    # host:port outside; a rented node that reaches none of them has no network
+    reach: tuple[str, ...] = OUTSIDE
     fees: Mapping[tuple[str, str], Decimal] = field(default_factory=dict)  # (provider, item) -> override
 
     @property
@@ -89,6 +94,7 @@ def load(env: Mapping[str, str] | None = None) -> Settings:
         ram_gib_per_gpu=values.decimal("ram_gib_per_gpu", Decimal(16)) or Decimal(0),
         egress_gb_this_month=values.decimal("egress_gb_this_month", Decimal(0)) or Decimal(0),
         usd_per_day=values.decimal("usd_per_day", Decimal(100)) or None,
+        reach=values.places("reach", OUTSIDE),
         fees=values.fees(),
     )
     values.refuse_leftovers()
@@ -151,6 +157,13 @@ class _Values:
         if not isinstance(value, list) or not all(isinstance(w, str) for w in value):
             raise ConfigError(f"{where} must be a list of names")
         return value
+
+    def places(self, key: str, default: tuple[str, ...]) -> tuple[str, ...]:
+        found = tuple(self.words(key)) or default
+        wrong = [place for place in found if not _PLACE.fullmatch(place)]
+        if wrong:
+            raise ConfigError(f"{key}: {wrong[0]!r} is not host:port, such as pypi.org:443")
+        return found
 
     def decimal(self, key: str, default: Decimal | None) -> Decimal | None:
         where, value = self._take(key)

@@ -114,6 +114,7 @@ def run(
             clock=clock,
             say=lambda text: say(f"[{clock.now():%H:%M:%S}] {text}"),
             log=_print_log if output == "table" else _log_to_stderr,
+            reach=settings.reach,
         )
         say(f"{job_id}: artifacts will be in {job.out}")
         outcome = _to_the_end(supervisor, clock)
@@ -189,7 +190,7 @@ def _job(job_id: str, spec: JobSpec, out: Path | None, settings: Settings) -> Jo
         folder=Path(spec.folder),
         out=out or Path("gpubroker-out") / job_id,
         secrets={name: os.environ[name] for name in spec.secrets},
-        store=_store(spec),
+        store=store_keys(spec.checkpoint.store),
         private_key=private,
         public_key=public,
         caps=Caps(usd_per_day=settings.usd_per_day, usd_per_job=spec.limits.budget_usd),
@@ -215,9 +216,8 @@ def _keys(job_id: str) -> tuple[str, str]:
     return private, public
 
 
-def _store(spec: JobSpec) -> StoreKeys | None:
-    """Keys made for the store, by name: the account's own never go onto a node."""
-    where = spec.checkpoint.store
+def store_keys(where: str) -> StoreKeys | None:
+    """Keys made for the store, by name: the account's own never go onto a node. None = where the node is."""
     if not where or ("://" not in where and "/" not in where):
         return None
     if not where.startswith("s3://"):

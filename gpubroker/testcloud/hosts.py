@@ -103,6 +103,8 @@ LIARS = (
     Liar(name="no-egress", truth={"network": "no_egress"}),
     Liar(name="dead-network", truth={"network": "dead"}),
     Liar(name="no-ssh", truth={"ssh": "never"}),
+    Liar(name="lost-gpu", truth={"lost_gpus": 1}),
+    Liar(name="riser", truth={"pcie_lanes": 1}),
 )
 
 
