@@ -88,7 +88,8 @@ def _facts(options: argparse.Namespace) -> Facts:
     facts.update({"gpus": [], "processes": [], "smi_error": smi["error"]} if "error" in smi else smi)
     facts["cuda"] = cuda = _one("cuda", {}, most_s)
     # A driver that does not start fails or hangs torch as well, at the renter's expense.
-    is_driver_fine = not cuda.get("error") and "missing" not in cuda
+    broken = [device for device in cuda.get("devices", ()) if device.get("error")]
+    is_driver_fine = not cuda.get("error") and "missing" not in cuda and not broken
     facts["torch"] = torch = _one("torch", {}, most_s) if is_driver_fine else {"skipped": "no CUDA context"}
     facts["group"] = _group(torch, options.backend, most_s)
     facts["disk"] = _one("disk", {"folder": options.folder, "write_mb": options.write_mb}, most_s)
