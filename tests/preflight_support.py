@@ -251,6 +251,9 @@ class Bucket(ThreadingHTTPServer):
         self.fault = ""
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A node that was ended in the middle is no error of ours."""
+
     @property
     def place(self) -> str:
         """host:port."""

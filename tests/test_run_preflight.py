@@ -20,7 +20,7 @@ import pytest
 pytest.importorskip("asyncssh", reason="needs the extra [testcloud]")
 
 from gpubroker.errors import ConfigError
-from gpubroker.gpus import catalogue
+from gpubroker.gpus import catalogue, resolve
 from gpubroker.run.payload import StoreKeys
 from gpubroker.run.verdict import Wanted, least_tflops
 from gpubroker.testcloud.hosts import LIARS, default_market
@@ -102,6 +102,14 @@ def lying(liar, honest=HONEST, machine_id="liar"):
     return Machine(
         replace(honest.offer, machine_id=machine_id), replace(honest.truth, **dict(liar.truth)), env
     )
+
+
+def test_the_honest_hosts_of_the_test_cloud_are_honest():
+    """Each has the card, the form and the memory that it lists: else a verdict against it would be right."""
+    for host in default_market(3):
+        found = resolve("nvidia-smi", host.truth.gpu_name, memory_mib=host.truth.memory_mib)
+        assert host.gpu == found.name, host.id
+        assert "unstated" in (host.form_factor, found.form_factor) or host.form_factor == found.form_factor
 
 
 def test_every_lie_of_the_test_cloud_has_a_name():

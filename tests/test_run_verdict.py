@@ -341,3 +341,10 @@ def test_broken_facts_are_reasons_and_never_exceptions(facts):
     json.dumps(verdict.record())
     if len(facts) == len(HEALTHY):
         assert not verdict.is_trusted
+
+
+def test_what_a_node_says_moves_no_cursor_and_fills_no_screen():
+    """Its words are shown to a person and kept with its machine."""
+    verdict = judge(changed(("gpus", 0, "name"), "\x1b[2J\r" + "x" * 100_000), WANTED)
+    assert not verdict.is_trusted
+    assert (True, True) == (verdict.text.isprintable(), len(verdict.text) < 1000)
