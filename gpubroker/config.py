@@ -22,6 +22,9 @@ from gpubroker.units import parse_duration_s
 # Variables that have a meaning of their own and are not settings.
 _NOT_SETTINGS = re.compile(r"GPUBROKER_(CONFIG|DB_URL|\w+_URL|TEST_\w+|AWS_SSH_PORT|STORE_\w+)")
 
+OUTSIDE = ("1.1.1.1:443", "pypi.org:443", "huggingface.co:443")
+_PLACE = re.compile(r"[A-Za-z0-9.:_\[\]-]+:\d{1,5}")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalGpu:
@@ -48,6 +51,8 @@ class Settings:
     egress_gb_this_month: Decimal = Decimal(0)  # already used: where a tier is account-monthly
     usd_per_day: Decimal | None = Decimal(100)  # over all jobs, by UTC day; 0 in the config = no such cap
     renew_within_s: int = 1800  # a node that nobody has looked at for so long ends its job, then itself
+    # host:port outside; a rented node that reaches none of them has no network
+    reach: tuple[str, ...] = OUTSIDE
     fees: Mapping[tuple[str, str], Decimal] = field(default_factory=dict)  # (provider, item) -> override
 
     @property
@@ -91,6 +96,7 @@ def load(env: Mapping[str, str] | None = None) -> Settings:
         egress_gb_this_month=values.decimal("egress_gb_this_month", Decimal(0)) or Decimal(0),
         usd_per_day=values.decimal("usd_per_day", Decimal(100)) or None,
         renew_within_s=values.duration_s("renew_within", 1800),
+        reach=values.places("reach", OUTSIDE),
         fees=values.fees(),
     )
     values.refuse_leftovers()
@@ -180,6 +186,13 @@ class _Values:
         if not isinstance(value, list) or not all(isinstance(w, str) for w in value):
             raise ConfigError(f"{where} must be a list of names")
         return value
+
+    def places(self, key: str, default: tuple[str, ...]) -> tuple[str, ...]:
+        found = tuple(self.words(key)) or default
+        wrong = [place for place in found if not _PLACE.fullmatch(place)]
+        if wrong:
+            raise ConfigError(f"{key}: {wrong[0]!r} is not host:port, such as pypi.org:443")
+        return found
 
     def decimal(self, key: str, default: Decimal | None) -> Decimal | None:
         where, value = self._take(key)

@@ -54,9 +54,9 @@ OLD = NOW - timedelta(hours=2)
         pytest.param({}, {"node": replace(RUNNING, status="gone", reason="reclaimed", is_preempted=True), "is_reached": False, "state": None}, Replace(reason="preempted: reclaimed"), id="reclaimed"),
         pytest.param({}, {"node": replace(RUNNING, status="stopped", reason="outbid"), "is_reached": False, "state": None}, Replace(reason="preempted: outbid"), id="outbid"),
         pytest.param({"running_at": None}, {"node": replace(RUNNING, status="starting"), "is_reached": False, "state": None}, Wait(why="starting"), id="starts"),
-        pytest.param({"running_at": None, "intended_at": OLD}, {"node": replace(RUNNING, status="starting", reason="loading"), "is_reached": False, "state": None}, Replace(reason="did not start in time: loading"), id="starts for ever"),
+        pytest.param({"running_at": None, "intended_at": OLD}, {"node": replace(RUNNING, status="starting", reason="loading"), "is_reached": False, "state": None}, Replace(reason="did not start in time: loading", fault="no-start"), id="starts for ever"),
         pytest.param({}, {"is_reached": False, "state": None}, Wait(why="not reached"), id="unreachable for a moment"),
-        pytest.param({}, {"is_reached": False, "state": None, "last_reached_at": OLD}, Replace(reason="cannot be reached, though its vendor says that it runs"), id="unreachable for long"),
+        pytest.param({}, {"is_reached": False, "state": None, "last_reached_at": OLD}, Replace(reason="cannot be reached, though its vendor says that it runs", fault="not-reached"), id="unreachable for long"),
     ],
 )  # fmt: skip
 def test_each_case_has_its_action(attempt, seen, action):

@@ -154,6 +154,7 @@ def _rented(at: Desk, spec: JobSpec, settings: Settings, rentable: Mapping[str, 
             clock=clock,
             say=lambda text: say(f"[{clock.now():%H:%M:%S}] {text}"),
             log=lambda data: None,
+            reach=settings.reach,
         )
         try:
             outcome = tick_until(supervisor, clock, lambda: supervisor.has_begun or _is_too_late(at, job_id))

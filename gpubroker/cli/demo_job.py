@@ -169,6 +169,7 @@ def run(cloud: RunningCloud, vendors: Sequence[str], clock: Clock) -> None:
             clock=clock,
             say=scene.say,
             log=scene.hear,
+            reach=settings.reach,
         )
         with Live(scene, console=console(), refresh_per_second=4):
             outcome = _to_the_end(supervisor, scene, cloud)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import secrets
 import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import click
 
-import gpubroker.node
+from gpubroker import config
 from gpubroker.cli.options import GpuName, Size, format_option
 from gpubroker.cli.render import console, print_json, say, table
 from gpubroker.errors import BrokerError, ConfigError
@@ -26,13 +27,14 @@ _NOT_TRUSTED = 3
     epilog="""\b
 Examples:
   gpubroker preflight
-  gpubroker preflight --gpu h100-sxm --count 8 --disk-gb 500GB --folder /workspace --format json""",
+  gpubroker preflight --gpu h100-sxm --count 8 --disk-gb 500GB --folder /workspace --format json
+  gpubroker preflight --store s3://bucket/jobs""",
 )
 @click.option("--gpu", "gpu", type=GpuName(), help="What it should be.  [default: what nvidia-smi says]")
 @click.option("--count", type=click.IntRange(1, 1024), help="GPUs it should have.  [default: all it has]")
-@click.option("--disk-gb", type=Size(), default="0", help="What must be free where the job writes.")
+@click.option("--disk-gb", type=Size(), default="0", help="What the job asked for; half of it must be free.")
 @click.option("--folder", default=".", show_default=True, help="Where the job would write.")
-@click.option("--probe-url", help="An object in your checkpoint store, to measure the way there.")
+@click.option("--store", default="", help="Where checkpoints would go: s3://bucket/prefix, or a folder.")
 @format_option("table", "json")
 def preflight(
     *,
@@ -40,16 +42,18 @@ def preflight(
     count: int | None,
     disk_gb: Any,
     folder: str,
-    probe_url: str | None,
+    store: str,
     output: str,
 ) -> None:
-    """Cards, driver, a CUDA context on each, products and a forward pass by torch, disk and store.
+    """Cards, driver, a CUDA context on each, products and a forward pass by torch, disk, network and store.
 
-    Exits with 3 when something speaks against the machine. Without torch the rest is checked, and what was
-    not is said.
+    Exits with 3 when something speaks against the machine, with 2 when the store is at fault. Without torch
+    the rest is checked, and what was not is said.
     """
-    facts = _facts(folder, probe_url)
-    wanted = _wanted(facts, gpu, count, float(disk_gb), needs_store=probe_url is not None)
+    facts = _facts(folder, config.load().reach)
+    if store:
+        facts |= _try_store(store)
+    wanted = _wanted(facts, gpu, count, float(disk_gb), store)
     verdict = judge(facts, wanted)
     if output == "json":
         print_json({**verdict.record(), "facts": facts})
@@ -57,14 +61,32 @@ def preflight(
         _show(facts, verdict)
     if not verdict.is_trusted:
         click.get_current_context().exit(_NOT_TRUSTED)
+    if verdict.store:
+        click.get_current_context().exit(ConfigError.exit_code)
 
 
-def _facts(folder: str, probe_url: str | None) -> dict[str, Any]:
-    script = Path(gpubroker.node.__file__).with_name("preflight.py")
-    command = [sys.executable, str(script), "--folder", folder]
-    command += ["--probe-url", probe_url] if probe_url else []
+def _facts(folder: str, reach: Sequence[str]) -> dict[str, Any]:
+    return _ran(["--folder", folder, *(word for place in reach for word in ("--reach", place))], b"")
+
+
+def _try_store(where: str) -> dict[str, Any]:
+    """As a job would, with its keys."""
+    from gpubroker.cli.renting import store_keys
+    from gpubroker.run.payload import keys_of, store_config
+
+    keys = store_keys(where)
+    if keys is None:
+        raise ConfigError(f"--store: {where!r} is neither s3://bucket/prefix nor a folder such as ./saves")
+    told = {**store_config(keys), "job": f"preflight-{secrets.token_hex(3)}", "keys": keys_of(keys)}
+    return _ran(["--store"], json.dumps(told).encode())
+
+
+def _ran(words: list[str], told: bytes) -> dict[str, Any]:
+    command = [sys.executable, "-m", "gpubroker.node.preflight", *words]
     try:
-        ran = subprocess.run(command, capture_output=True, timeout=_DEADLINE_S, check=False)  # noqa: S603
+        ran = subprocess.run(  # noqa: S603
+            command, input=told, capture_output=True, timeout=_DEADLINE_S, check=False
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BrokerError(f"the preflight did not run: {error}") from error
     if ran.returncode != 0:
@@ -75,7 +97,7 @@ def _facts(folder: str, probe_url: str | None) -> dict[str, Any]:
 
 
 def _wanted(
-    facts: dict[str, Any], gpu: GpuRequest | None, count: int | None, disk_gb: float, *, needs_store: bool
+    facts: dict[str, Any], gpu: GpuRequest | None, count: int | None, disk_gb: float, store: str
 ) -> Wanted:
     """What was asked for; else what the machine says of itself, so that the rest is checked against that."""
     cards = facts["gpus"]
@@ -97,15 +119,17 @@ def _wanted(
         gpu_count=count or max(1, len(cards)),
         vram_gib=card.vram_gib if card else 0,
         disk_gb=disk_gb,
-        needs_store=needs_store,
+        store=store,
     )
 
 
 def _show(facts: dict[str, Any], verdict: Verdict) -> None:
     out = console()
-    if facts["gpus"]:
-        made = table("#", "GPU", "memory", "driver", "bf16", right=("#", "memory", "bf16"))
-        speeds = {d["index"]: f"{d['bf16_tflops']:g} TFLOPS" for d in facts["torch"].get("devices", ())}
+    if not facts["gpus"]:
+        out.print(f"There is no NVIDIA GPU here that answers: {facts['smi_error'] or facts['words']}.")
+    else:
+        made = table("#", "GPU", "memory", "driver", "TFLOPS", right=("#", "memory", "TFLOPS"))
+        speeds = {d["index"]: f"{d['tflops']:g} {d['kind']}" for d in facts["torch"].get("devices", ())}
         for gpu in facts["gpus"]:
             index = gpu["index"]
             made.add_row(
@@ -114,7 +138,14 @@ def _show(facts: dict[str, Any], verdict: Verdict) -> None:
         out.print(made)
     for reason in verdict.reasons:
         out.print(f"{reason.code}: {reason.text}", style="red")
+    for fault in verdict.store:
+        out.print(f"{fault.code}: {fault.text}", style="red")
+    for text in verdict.told:
+        out.print(text)
     for text in verdict.unchecked:
         out.print(f"not checked: {text}", style="dim")
     say(f"took {facts['took_s']:g} s")
-    out.print("A job may run here." if verdict.is_trusted else "No job should run here.")
+    if verdict.is_trusted and verdict.store:
+        out.print("A job may run here once its store is in order.")
+    else:
+        out.print("A job may run here." if verdict.is_trusted else "No job should run here.")

@@ -66,10 +66,12 @@ def job_of(
 
 
 def store_of(spec: JobSpec, volume: Volume | None) -> StoreKeys | None:
-    """Where the job saves itself, with keys made for that: the account's own never go onto a node."""
-    if volume is not None:
-        return store_on(volume)
-    where = spec.checkpoint.store
+    """Where the job saves itself; None = where its node is."""
+    return store_keys(spec.checkpoint.store) if volume is None else store_on(volume)
+
+
+def store_keys(where: str) -> StoreKeys | None:
+    """Keys made for the store, by name: the account's own never go onto a node. None = where the node is."""
     if not where or ("://" not in where and "/" not in where):
         return None
     if not where.startswith("s3://"):

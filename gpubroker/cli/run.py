@@ -140,6 +140,7 @@ def run(
             say=lambda text: say(f"[{clock.now():%H:%M:%S}] {text}"),
             log=_print_log if output == "table" else _log_to_stderr,
             renew_within_s=float(settings.renew_within_s),
+            reach=settings.reach,
         )
         say(f"{job_id}: artifacts will be in {job.out}")
         outcome = _to_the_end(supervisor, clock)

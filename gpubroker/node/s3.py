@@ -308,7 +308,7 @@ class S3Store:
             raise Taken(self._name(key))
         if answer.status == 501:
             raise _NotImplemented(f"{self._name(key)}: {answer.code}")
-        raise StoreFailed(f"{self._name(key)}: {answer.code}")
+        raise Refused(f"{self._name(key)}: {answer.code}", answer.code)
 
     def _name(self, key: str) -> str:
         return f"s3://{self._bucket}/{self._prefix}{key}"
@@ -349,6 +349,14 @@ class S3Store:
         except BaseException:
             connection.close()
             raise
+
+
+class Refused(StoreFailed):
+    """The store was reached and says no, and would again; `code` is its own word for why."""
+
+    def __init__(self, text: str, code: str) -> None:
+        super().__init__(text)
+        self.code = code
 
 
 class _NotImplemented(StoreFailed):

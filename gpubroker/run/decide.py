@@ -45,9 +45,10 @@ class Prepare:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replace:
-    """End this node and go on with another."""
+    """End this node and go on with another; `fault` = what its machine is to be avoided for, if anything."""
 
     reason: str
+    fault: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,12 +83,13 @@ def _of_living(attempt: Attempt, node: NodeView, seen: Observed, now: datetime) 
     """Starting or running."""
     if node.status == "starting":
         is_late = now - attempt.intended_at > STARTS_WITHIN
-        return Replace(reason=f"did not start in time{_words(node)}") if is_late else Wait(why="starting")
+        late = Replace(reason=f"did not start in time{_words(node)}", fault="no-start")
+        return late if is_late else Wait(why="starting")
     if seen.is_reached:
         return Wait(why="running") if seen.state is not None else Prepare()
     since = seen.last_reached_at or attempt.running_at or attempt.intended_at
     if now - since > ANSWERS_WITHIN:
-        return Replace(reason="cannot be reached, though its vendor says that it runs")
+        return Replace(reason="cannot be reached, though its vendor says that it runs", fault="not-reached")
     return Wait(why="not reached")
 
 

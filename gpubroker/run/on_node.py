@@ -9,21 +9,21 @@ from __future__ import annotations
 import json
 import shlex
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from gpubroker.doors import Ran, Shell
 from gpubroker.errors import Refused, Transient
-from gpubroker.node.bundle import NAME
+from gpubroker.node.bundle import NAME, bundle
 from gpubroker.prices.rows import moment
 from gpubroker.run import payload
-from gpubroker.run.payload import Errand
+from gpubroker.run.payload import Errand, StoreKeys
 from gpubroker.run.records import Checkpoint
 
-_PREFLIGHT = Path(payload.__file__).parents[1] / "node" / "preflight.py"
 _START = f"python3 {NAME} start {payload.CONFIG}"
+_PACK = "preflight.pyz"
 _SEND_S, _CALL_S, _PREFLIGHT_S = 1800.0, 60.0, 600.0
 _MOST_LOG_BYTES = 1 << 18
 _MOST, _MOST_NAME, _MOST_PROBLEMS = 1 << 53, 200, 10
@@ -42,19 +42,30 @@ class OnNode:
     """Where the job lives on a node."""
 
     def __init__(self, shell: Shell, job_id: str) -> None:
-        self._shell = shell
+        self._shell, self._job_id = shell, job_id
         self._place = f"$HOME/gpubroker/{job_id}"
         self._remote = f"~/gpubroker/{job_id}"
+        path = f'PYTHONPATH="{self._place}/{_PACK}${{PYTHONPATH:+:$PYTHONPATH}}"'
+        self._python = f"{path} python3 -m gpubroker.node.preflight"
 
-    def preflight(self) -> Mapping[str, Any]:
-        """The node's facts. Raises Transient when it gives none."""
-        script = f"{self._place}/preflight.py"
+    def preflight(self, reach: Sequence[str] = ()) -> Mapping[str, Any]:
+        """The node's facts. `reach`: "host:port" outside. Raises Transient when it gives none."""
+        places = " ".join(f"--reach {shlex.quote(place)}" for place in reach)
         command = (
-            f'mkdir -p "{self._place}" && cat > "{script}" && '
-            f'python3 "{script}" --folder "{self._place}/{payload.WORK}" --write-mb 64'
+            f'mkdir -p "{self._place}" && cat > "{self._place}/{_PACK}"'
+            """ || { cat >/dev/null; echo '{"no_room": true}'; exit 0; }\n"""
+            f'{self._python} --folder "{self._place}/{payload.WORK}" --write-mb 64'
+            f' --lock "{self._place}/preflight.lock" {places}'
         )
-        ran = self._shell.run(command, stdin=_PREFLIGHT.read_bytes(), deadline_s=_PREFLIGHT_S)
-        return _json_of(ran, "preflight")
+        return _json_of(self._shell.run(command, stdin=bundle(), deadline_s=_PREFLIGHT_S), "preflight")
+
+    def try_store(self, keys: StoreKeys) -> Mapping[str, Any]:
+        """`store` of the facts, by the job's own keys: only for a node that has proved itself otherwise."""
+        told = {**payload.store_config(keys), "job": self._job_id, "keys": payload.keys_of(keys)}
+        ran = self._shell.run(
+            f"{self._python} --store", stdin=json.dumps(told).encode(), deadline_s=_CALL_S * 2
+        )
+        return _json_of(ran, "checkpoint store")
 
     def start(self, errand: Errand, folder: Path, secrets: Mapping[str, str]) -> Mapping[str, Any]:
         """Send everything and start the agent, which goes on without us. Twice is once."""

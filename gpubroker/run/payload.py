@@ -98,7 +98,7 @@ def agent_config(errand: Errand) -> dict[str, Any]:
     if errand.own_end is not None:
         config["end"] = dict(errand.own_end)
     if errand.store is not None:
-        config["store"] = _store(errand.store)
+        config["store"] = store_config(errand.store)
     return config
 
 
@@ -112,7 +112,8 @@ def _in_container(errand: Errand, image: str) -> dict[str, Any]:
     }
 
 
-def _store(keys: StoreKeys) -> dict[str, Any]:
+def store_config(keys: StoreKeys) -> dict[str, Any]:
+    """The store as a node has to know it, without its keys."""
     if keys.folder:
         return {"kind": "folder", "path": keys.folder, "must_exist": True}
     if not keys.where.startswith("s3://"):
@@ -127,6 +128,11 @@ def _store(keys: StoreKeys) -> dict[str, Any]:
         "prefix": prefix,
         "credentials_file": STORE_KEYS,
     }
+
+
+def keys_of(keys: StoreKeys) -> dict[str, str]:
+    """As the node's S3 client reads them."""
+    return {"access_key": keys.access_key, "secret_key": keys.secret_key}
 
 
 def script(spec: JobSpec) -> list[str]:
@@ -177,8 +183,7 @@ def write(file: IO[bytes], errand: Errand, folder: Path, secrets: Mapping[str, s
         _add(tar, CONFIG, json.dumps(agent_config(errand)).encode(), 0o644)
         _add(tar, SECRETS, json.dumps(dict(secrets)).encode(), 0o600)
         if errand.store is not None and errand.store.access_key:
-            keys = {"access_key": errand.store.access_key, "secret_key": errand.store.secret_key}
-            _add(tar, STORE_KEYS, json.dumps(keys).encode(), 0o600)
+            _add(tar, STORE_KEYS, json.dumps(keys_of(errand.store)).encode(), 0o600)
         for path, name in files_of(folder, errand.spec.ignore):
             tar.add(path, f"{WORK}/{name}", recursive=False)
 

@@ -33,6 +33,7 @@ _CHUNK_BYTES = 1 << 18
 _FORWARD_S = 20.0
 # A connection that says nothing for so long three times is dead.
 _KEEPALIVE_S = 15
+_starting = threading.Lock()  # two threads' first calls must not start two loops
 
 
 def make_key() -> tuple[str, str]:
@@ -221,8 +222,13 @@ def _bytes(output: Any) -> bytes:
     return output if isinstance(output, bytes) else b""
 
 
-@cache
 def _loop() -> asyncio.AbstractEventLoop:
+    with _starting:
+        return _started_loop()
+
+
+@cache
+def _started_loop() -> asyncio.AbstractEventLoop:
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, daemon=True, name="ssh").start()
     return loop

@@ -10,7 +10,7 @@ by another that ticks. Only connections and what was said to the person live in 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
@@ -20,6 +20,7 @@ from typing import Any
 from gpubroker.doors import Clock, Shell
 from gpubroker.errors import (
     BrokerError,
+    ConfigError,
     LaunchUncertain,
     NoCapacity,
     OverBudget,
@@ -40,11 +41,12 @@ from gpubroker.run.renting import Order, Renting
 from gpubroker.run.risk import risk_of
 from gpubroker.run.verdict import Verdict, Wanted, judge
 
-# A machine that failed its preflight, and one that nobody could reach, are left alone for so long.
+# A machine that failed its preflight, and one that nobody could reach, are left alone for so long. Where the
+# vendor names no machines it is the place that is: the next node there may be the same one, or a better one.
 AVOID_S = 24 * 3600
+AVOID_PLACE_S = 3600
 # A node that nobody has looked at for so long ends its job by itself.
 RENEW_WITHIN_S = 1800.0
-_DISK_MARGIN_GB = 1.0
 # Less than this of the cap of hours is not worth a node's start.
 _LEAST_S = 60.0
 # A node that answers and yet cannot be prepared costs money all the while.
@@ -112,6 +114,7 @@ class Supervisor:
     say: Callable[[str], None]
     log: Callable[[bytes], None]
     renew_within_s: float = RENEW_WITHIN_S
+    reach: Sequence[str] = ()  # "host:port" outside, of which a node must reach one
     _contacts: dict[int, _Contact] = field(default_factory=dict)
     _said: str = ""
     _is_stale: bool = False  # an offer that is stored was gone: listings live for minutes
@@ -254,9 +257,12 @@ class Supervisor:
             if self._contacts[attempt.id].failures < _MOST_FAILURES:
                 self._prepare(attempt)
             else:
-                self._end(attempt, "it answers, but cannot be prepared")
+                self._reject(attempt, "not-prepared", "it answers, but cannot be prepared")
         elif isinstance(action, Replace):
-            self._end(attempt, action.reason)
+            if action.fault:
+                self._reject(attempt, action.fault, action.reason)
+            else:
+                self._end(attempt, action.reason)
         else:
             return self._finish(attempt, action)
         return None
@@ -280,20 +286,30 @@ class Supervisor:
         ended = self.renting.end(attempt, reason, self._work_lost_s(attempt))
         self.say(f"{attempt.provider} {attempt.node_id}: {reason}; about ${ended.usd_estimated or 0:.4f}")
 
+    def _reject(self, attempt: Attempt, code: str, reason: str) -> None:
+        """End it and keep away from where it was."""
+        for_s = AVOID_S if attempt.machine_id else AVOID_PLACE_S
+        self.records.avoid(attempt.provider, _place(attempt), code, reason, for_s=for_s)
+        self._end(attempt, reason)
+
     def _prepare(self, attempt: Attempt) -> None:
-        """Prove the node, then send and start the job; a node that lies is ended and kept away from."""
+        """Prove the node, then send and start the job; a node that lies is ended and kept away from.
+
+        Raises ConfigError when the checkpoint store is at fault: every node would meet the same.
+        """
         shell = self._contacts[attempt.id].shell
         assert shell is not None  # noqa: S101  it was just looked at
         on_node = OnNode(shell, self.job.id)
         verdict = self._judge(on_node, attempt)
         if not verdict.is_trusted:
-            worst = verdict.reasons[0]
-            text = "; ".join(reason.text for reason in verdict.reasons)
-            self.records.avoid(attempt.provider, attempt.machine_id, worst.code, text, for_s=AVOID_S)
-            self._end(attempt, f"preflight: {text}")
+            self._reject(attempt, verdict.reasons[0].code, f"preflight: {verdict.text}")
             return
+        if verdict.store:
+            raise ConfigError(f"checkpoint.store: {verdict.store[0].text}")
         for text in verdict.unchecked:
             self._once(f"preflight: not checked: {text}")
+        for text in verdict.told:
+            self._once(f"preflight: {text}")
         on_node.start(self._errand(attempt), self.job.folder, self.job.secrets)
         self.say(f"{attempt.provider} {attempt.node_id}: attempt {self._number(attempt)} started")
 
@@ -303,9 +319,14 @@ class Supervisor:
             form_factor=attempt.form_factor,
             gpu_count=attempt.gpu_count,
             vram_gib=attempt.vram_gib,
-            disk_gb=_DISK_MARGIN_GB,
+            disk_gb=float(self.job.spec.disk),
+            store="" if self.job.store is None else self.job.store.where,
         )
-        return judge(on_node.preflight(), wanted)
+        facts = on_node.preflight(self.reach)
+        verdict = judge(facts, wanted)
+        if verdict.is_trusted and self.job.store is not None:  # one that lies never sees the store's keys
+            verdict = judge({**facts, **on_node.try_store(self.job.store)}, wanted)
+        return verdict
 
     def _number(self, attempt: Attempt) -> int:
         """Which of the job's nodes this is; what was refused was none."""
@@ -356,8 +377,7 @@ class Supervisor:
         tried, is_fresh = 0, self._is_stale
         for candidate in self.candidates(is_fresh):
             offer = candidate.offer
-            why = avoided.get((offer.provider, offer.machine_id))
-            if why is not None or offer.provider not in self.computes:
+            if (offer.provider, _place(offer)) in avoided or offer.provider not in self.computes:
                 continue
             tried += 1
             order = Order(
@@ -411,6 +431,11 @@ class Supervisor:
         if text != self._said:
             self._said = text
             self.say(text)
+
+
+def _place(what: Attempt | Offer) -> str:
+    """The machine, or what its vendor has instead of machines."""
+    return what.machine_id or " ".join(filter(None, (what.sku, what.region, what.zone)))
 
 
 @contextlib.contextmanager

@@ -103,6 +103,8 @@ LIARS = (
     Liar(name="no-egress", truth={"network": "no_egress"}),
     Liar(name="dead-network", truth={"network": "dead"}),
     Liar(name="no-ssh", truth={"ssh": "never"}),
+    Liar(name="lost-gpu", truth={"lost_gpus": 1}),
+    Liar(name="riser", truth={"pcie_lanes": 1}),
 )
 
 
@@ -322,8 +324,9 @@ def _smi_name(gpu: str, form: str) -> str:
         return _SMI_NAMES[gpu]
     named = {
         (row["canonical_name"], row["form_factor"]): row["alias"]
+        for vendor in ("nvidia-smi", "runpod")
         for row in read_table("aliases.csv")
-        if row["vendor"] == "runpod"
+        if row["vendor"] == vendor and (vendor == "runpod" or row["alias"].startswith("NVIDIA "))
     }
     fallback = next((alias for (name, _), alias in named.items() if name == gpu), f"NVIDIA {gpu}")
     return named.get((gpu, form), fallback)

@@ -157,6 +157,8 @@ def _facts(truth: HostTruth) -> dict[str, str | int | float]:
         "cuda_error": truth.cuda_error,
         "tflops": truth.bf16_tflops,
         "disk_free_gb": truth.disk_free_gb,
+        "lost_gpus": truth.lost_gpus,
+        "pcie_lanes": truth.pcie_lanes,
     }
 
 

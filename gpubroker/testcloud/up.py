@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import urlsplit
 
 from gpubroker.errors import ConfigError
 from gpubroker.testcloud import faults as fault_script
@@ -109,6 +110,7 @@ async def running(options: Options) -> AsyncIterator[Cloud]:
         control = Control(world, apis)
         stack.push_async_callback(control.close)
         control_url = await control.start()
+        env["GPUBROKER_REACH"] = urlsplit(control_url).netloc  # there is no other outside here
         ticking = asyncio.get_running_loop().create_task(_tick(world))
         stack.push_async_callback(_cancelled, ticking)
         yield Cloud(world=world, env=env, control=control_url, left_out=left_out)

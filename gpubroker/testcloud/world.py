@@ -38,6 +38,8 @@ class HostTruth:
     foreign_process_mib: int = 0  # memory that another tenant's process holds
     bf16_tflops: float = 200.0  # what a matrix product reaches; far below the card's own = held back
     cuda_error: int = 0  # what cuInit answers; 802 = system not yet initialised
+    lost_gpus: int = 0  # of gpu_count: fallen off the bus; nvidia-smi has words for them, CUDA nothing
+    pcie_lanes: int = 16  # of each GPU, of generation 3; 1 = behind a riser
     disk_free_gb: int = 500  # 0: writing fails; any other amount is only what `df` says
     # nodes_network.py; no_egress: SSH works, and nothing that runs there can connect to anybody
     network: Literal["ok", "slow", "no_egress", "dead"] = "ok"

@@ -8,6 +8,8 @@ from pathlib import Path
 
 _NO_DEVICES = 6
 _BAD_ARGUMENT = 2
+_FALLEN_OFF = 15
+_LANES = 16
 _FOREIGN_PID = 4321
 _BOARD_WATTS = 700
 
@@ -27,9 +29,14 @@ def main(arguments: list[str]) -> int:
     if not gpus:
         sys.stdout.write("No devices were found\n")
         return _NO_DEVICES
+    lost = [gpu for gpu in gpus if int(gpu["index"][0]) >= int(facts["gpu_count"]) - int(facts["lost_gpus"])]
+    for gpu in lost:
+        where = f"GPU{gpu['index'][0]}: {gpu['pci.bus_id'][0][4:]}"
+        sys.stdout.write(f"Unable to determine the device handle for {where}: Unknown Error\n")
+    gpus = [gpu for gpu in gpus if gpu not in lost]
     for name, answer in _ANSWERS.items():
         if name in options:
-            return answer(options, gpus, facts)
+            return answer(options, gpus, facts) or (_FALLEN_OFF if lost else 0)
     if unknown := set(options) - {"-i", "-q", "-x"}:
         sys.stdout.write(f"Invalid combination of input arguments. {min(unknown)}\n")
         return _BAD_ARGUMENT
@@ -58,6 +65,11 @@ def _gpu(facts: dict[str, str], index: int) -> Row:
         "uuid": (_uuid(index), ""),
         "gpu_uuid": (_uuid(index), ""),
         "serial": ("[N/A]", ""),
+        "pcie.link.gen.current": ("3", ""),
+        "pcie.link.gen.max": ("3", ""),
+        "pcie.link.width.current": (facts["pcie_lanes"], ""),
+        "pcie.link.width.max": (str(_LANES), ""),
+        "clocks_throttle_reasons.active": ("0x0000000000000001", ""),  # idle
         "pci.bus_id": (f"00000000:{index + 1:02X}:00.0", ""),
         "gpu_bus_id": (f"00000000:{index + 1:02X}:00.0", ""),
         "driver_version": (facts["driver"], ""),
@@ -71,6 +83,7 @@ def _gpu(facts: dict[str, str], index: int) -> Row:
         "temperature.gpu": ("35", ""),
         "power.draw": ("70.00", " W"),
         "power.limit": (f"{_BOARD_WATTS}.00", " W"),
+        "power.default_limit": (f"{_BOARD_WATTS}.00", " W"),
         "persistence_mode": ("Enabled", ""),
         "compute_mode": ("Default", ""),
         "mig.mode.current": ("Disabled", ""),
@@ -95,6 +108,8 @@ def _query(
         if "csv" not in form:
             sys.stdout.write('Option "--format" is missing or has no csv.\n')
             return _BAD_ARGUMENT
+        if not gpus:
+            return _FALLEN_OFF
         fields = _process(gpus[0], facts) if known == "process" else gpus[0]
         for name in names:
             if name not in fields:

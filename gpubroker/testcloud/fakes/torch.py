@@ -39,7 +39,7 @@ class _Cuda:
 
     def device_count(self) -> int:
         """By NVML, which counts GPUs that the driver cannot use."""
-        return int(_facts()["gpu_count"])
+        return int(_facts()["gpu_count"]) - int(_facts()["lost_gpus"])
 
     def current_device(self) -> int:
         """Always the first."""
@@ -59,7 +59,7 @@ class _Cuda:
         """Raises RuntimeError on a device that is not there."""
         self.init()
         facts, index = _facts(), _index(device)
-        if index >= int(facts["gpu_count"]):
+        if index >= self.device_count():
             raise RuntimeError("CUDA error: invalid device ordinal")
         major, _, minor = facts["capability"].partition(".")
         return SimpleNamespace(
