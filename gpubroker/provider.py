@@ -6,7 +6,7 @@ group `gpubroker.providers` that names a class taking one ProviderContext.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
@@ -164,6 +164,17 @@ class Compute(Protocol):
 
     def shell(self, node: NodeView, deadline_s: float) -> Shell | None:
         """The vendor's own way to run commands on it; None where that is SSH."""
+
+
+@runtime_checkable
+class Leftovers(Protocol):
+    """The part of a provider in whose account launches leave things that bill nothing: keys, groups."""
+
+    def sweep_leftovers(self, in_use_tags: Collection[str], deadline_s: float) -> list[str]:
+        """Delete what we made and no node needs any more; what went, for people.
+
+        Tags of launches that may be under way are in use; what nodes use that the vendor lists is found here.
+        """
 
 
 TAG = "gpubroker-"

@@ -43,16 +43,19 @@ def sweep(*, providers: tuple[str, ...], is_ending: bool, output: str) -> None:
     """Nodes with gpubroker's tag that bill and that no running job knows: leaked, whoever leaked them.
 
     Looks at every vendor that you have an account with, in AWS's case in the regions of your config. Run it
-    from cron with --end. Exits with 4 when a vendor did not answer or would not end a node.
+    from cron with --end, which also deletes the SSH keys and security groups that launches left in your
+    accounts and that nothing needs. Exits with 4 when a vendor did not answer or would not end a node.
     """
     with _renting(providers) as (renting, problems):
         listed, silent = renting.list_all(renting.providers)
         renting.settle_doubts(listed)
         found = renting.strays(listed)
         left = renting.sweep(found) if is_ending else []
+        swept, unswept = renting.sweep_leftovers(listed) if is_ending else ([], {})
     ended = {id(stray) for stray in found if is_ending} - {id(stray) for stray in left}
-    _print(found, ended, {**problems, **silent}, listed, output, is_ending=is_ending)
-    if silent or left:
+    told = {**problems, **silent, **unswept}
+    _print(found, ended, told, listed, output, is_ending=is_ending, swept=swept)
+    if silent or left or unswept:
         raise click.exceptions.Exit(_FAILED)
 
 
@@ -108,11 +111,13 @@ def _print(
     output: str,
     *,
     is_ending: bool,
+    swept: Iterable[tuple[str, str]] = (),
 ) -> None:
     rows = [_record(stray, id(stray) in ended) for stray in found]
     if output == "json":
         told = [{"provider": name, "reason": reason} for name, reason in problems.items()]
-        print_json({"nodes": rows, "problems": told})
+        deleted = [{"provider": name, "what": what} for name, what in swept]
+        print_json({"nodes": rows, "deleted": deleted, "problems": told})
         return
     if output == "csv":
         print_csv(_CSV, ([row[name] for name in _CSV] for row in rows))
@@ -129,6 +134,8 @@ def _print(
         console().print(made)
         if not is_ending:
             say("gpubroker sweep --end ends them.")
+    for name, what in swept:
+        say(f"{name}: deleted {what}")
     for name, reason in problems.items():
         say(f"{name}: {reason}")
 

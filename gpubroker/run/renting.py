@@ -17,7 +17,7 @@ from decimal import Decimal
 from gpubroker.doors import Clock
 from gpubroker.errors import BrokerError, LaunchUncertain
 from gpubroker.model import Offer
-from gpubroker.provider import Compute, NodeSpec, NodeView
+from gpubroker.provider import Compute, Leftovers, NodeSpec, NodeView
 from gpubroker.run.records import Attempt, Caps, Records
 
 # How long a node that was asked for may take to appear in its vendor's list.
@@ -144,6 +144,21 @@ class Renting:
         for attempt in self._records.open_attempts():
             if (attempt.provider, attempt.node_id) in ids:
                 self._records.ended(attempt, reason)
+
+    def sweep_leftovers(self, providers: Iterable[str]) -> tuple[list[tuple[str, str]], dict[str, str]]:
+        """What launches left at these vendors: (provider, what went), and why a vendor did not answer."""
+        in_use = {(a.provider, a.tag) for a in self._records.open_attempts()}
+        gone, problems = list[tuple[str, str]](), dict[str, str]()
+        for name in sorted(providers):
+            compute = self._computes[name]
+            if not isinstance(compute, Leftovers):
+                continue
+            try:
+                tags = [tag for provider, tag in in_use if provider == name]
+                gone += [(name, what) for what in compute.sweep_leftovers(tags, _CALL_S)]
+            except BrokerError as error:
+                problems[name] = str(error)
+        return gone, problems
 
     def sweep(self, strays: Iterable[Stray]) -> list[Stray]:
         """End them; returns those that could not be ended, which may still bill."""

@@ -25,7 +25,7 @@ so that the instance that may come up lets the job in.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from datetime import datetime
 from decimal import Decimal
@@ -271,6 +271,19 @@ class LambdaNodes:
     def shell(self, node: NodeView, deadline_s: float) -> Shell | None:
         """See Compute."""
         return None
+
+    def sweep_leftovers(self, in_use_tags: Collection[str], deadline_s: float) -> list[str]:
+        """See Leftovers: keys of launches that came to nothing, or whose node ended by itself."""
+        door = self._door(deadline_s)
+        in_use = {node.tag for node in self.list_nodes(deadline_s) if node.status != "gone"}.union(
+            in_use_tags
+        )
+        rows = self._rows(door, _LIST_KEYS, "/ssh-keys")
+        left = {str(row.get("name")) for row in rows if isinstance(row, dict)} - in_use
+        ours = {name for name in left if name.startswith(TAG)}
+        if ours:
+            self._remove_keys(door, ours)
+        return [f"SSH key {name}" for name in sorted(ours)]
 
     def _add_key(self, door: Door, tag: str, public_key: str) -> None:
         body = {"name": tag, "public_key": public_key}
