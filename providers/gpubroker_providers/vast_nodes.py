@@ -114,9 +114,9 @@ def read_created(answer: HttpAnswer, tag: str, environment: Mapping[str, str]) -
 
     200 with new_contract             the id
     any with new_contract, no success LaunchUncertain with that id: it may bill
+    401, 403, any 4xx with auth_error AuthFailed (a key of nobody's is a 404); 403 about this offer: Refused
     404, 410                          NoCapacity: the ask is gone
     402, or words about credit        QuotaExceeded
-    401, 403                          AuthFailed; 403 about this offer: Refused
     429                               Transient
     other 4xx, success false          Refused
     3xx, 408, 5xx, no JSON            LaunchUncertain
@@ -128,6 +128,8 @@ def read_created(answer: HttpAnswer, tag: str, environment: Mapping[str, str]) -
         if status < 300 and body.get("success") is True:
             return str(contract)
         raise LaunchUncertain(NAME, _CREATE, text, tag=tag, ids=[str(contract)])
+    if 400 <= status < 500 and error == "auth_error":
+        raise AuthFailed(NAME, _CREATE, text)
     if status in (404, 410) or (status < 300 and body.get("success") is False and error == "no_such_ask"):
         raise NoCapacity(NAME, _CREATE, text)
     if status == 429:
@@ -286,6 +288,9 @@ def _instance(node_id: str) -> str:
 
 
 def _is_gone(answer: HttpAnswer) -> bool:
+    """Raises AuthFailed: to a key of nobody's everything is a 404, and what it asks about bills on."""
     body = decoded(answer)
     error = body.get("error") if isinstance(body, dict) else None
+    if answer.status == 404 and error == "auth_error":
+        raise AuthFailed(NAME, "instance", words(answer, {}))
     return answer.status == 404 or error in ("no_such_instance", "not_found")
