@@ -15,6 +15,10 @@ from tests.support import NOW
 from tests.test_bill import offer
 from tests.test_run_renting import Vendor
 
+SPEC = job_from(
+    {"command": ["true"], "gpu": {"name": ["h100"]}, "work": {"hours": "1"}, "limits": {}}, NOW, "test"
+)
+
 
 @dataclass
 class Node:
@@ -40,16 +44,11 @@ def supervised(store, clock, tmp_path):
 
     def _supervised(node):
         records, vendor, said = Records(store.database, clock), Vendor(), []
-        spec = job_from(
-            {"command": ["true"], "gpu": {"name": ["h100"]}, "work": {"hours": "1"}, "limits": {}},
-            NOW,
-            "test",
-        )
         wanted = Candidate(offer=offer(), usd_per_hour=Decimal(2), bid_usd_per_hour=None, name="one")
         found = {wanted.offer.provider: vendor}
         job = Job(
             id=records.add_job("job", "{}"),
-            spec=spec,
+            spec=SPEC,
             folder=tmp_path,
             out=tmp_path,
             secrets={},

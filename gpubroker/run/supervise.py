@@ -24,6 +24,7 @@ from gpubroker.errors import (
     NoCapacity,
     OverBudget,
     ProviderError,
+    QuotaExceeded,
     Transient,
     Unreachable,
 )
@@ -32,6 +33,7 @@ from gpubroker.model import Offer
 from gpubroker.provider import Compute, NodeSpec, NodeView
 from gpubroker.run.decide import Action, Finish, Observed, Prepare, Replace, Wait, decide
 from gpubroker.run.on_node import OnNode, checkpoints_in, unsaved_s
+from gpubroker.run.passing import Passing
 from gpubroker.run.payload import Errand, StoreKeys
 from gpubroker.run.records import Attempt, Caps, JobState, Records
 from gpubroker.run.renting import Order, Renting
@@ -108,8 +110,10 @@ class Supervisor:
     clock: Clock
     say: Callable[[str], None]
     log: Callable[[bytes], None]
+    passing: Passing = field(default_factory=Passing)  # what was not rented, and why
     _contacts: dict[int, _Contact] = field(default_factory=dict)
     _said: str = ""
+    _told: set[str] = field(default_factory=set)
     _is_stale: bool = False  # an offer that is stored was gone: listings live for minutes
 
     def tick(self) -> Outcome | None:
@@ -315,45 +319,67 @@ class Supervisor:
         )
 
     def _rent(self) -> None:
-        """The first candidate that can be had. Raises OverBudget.
+        """The first candidate that can be had. Raises OverBudget, and AuthFailed where everybody refuses us.
 
         The first that is gone shows that what is stored is old: the vendors are asked before the next.
         """
-        avoided = self.records.avoided()
-        tried, is_fresh = 0, self._is_stale
+        avoided, is_fresh = self.records.avoided(), self._is_stale
+        self.passing.over.clear()
         for candidate in self.candidates(is_fresh):
             offer = candidate.offer
-            why = avoided.get((offer.provider, offer.machine_id))
-            if why is not None or offer.provider not in self.computes:
+            if offer.provider not in self.computes:
                 continue
-            tried += 1
-            order = Order(
-                job_id=self.job.id,
-                offer=offer,
-                spec=self._node_spec(),
-                usd_per_hour=candidate.usd_per_hour,
-                bid_usd_per_hour=candidate.bid_usd_per_hour,
-            )
-            try:
-                attempt = self.renting.rent(order, self.job.caps)
-            except LaunchUncertain as error:
-                self.say(f"{candidate.name}: {error.detail}")
-                return
-            except OverBudget:
-                raise
-            except NoCapacity as error:
-                self._once(f"{candidate.name}: {error}")
-                self._is_stale = True
-                if not is_fresh:
+            if why := avoided.get((offer.provider, offer.machine_id)):
+                self.passing.pass_over(candidate.name, f"its machine is kept away from: {why}")
+            elif rest := self.passing.rest_of(offer, self.clock.now()):
+                self.passing.pass_over(candidate.name, str(rest.error), rest.error)
+                if rest.is_short:
                     return
-                continue
-            except BrokerError as error:
-                self._once(f"{candidate.name}: {error}")
-                continue
-            self._is_stale = False
-            self.say(f"renting {candidate.name} at ${candidate.usd_per_hour:.4f}/h: {attempt.node_id}")
-            return
-        self._once("nobody has one now" if tried else "no offer is left to try")
+            elif self._try(candidate, is_fresh):
+                return
+        if refused := self.passing.refused_by_all():
+            raise refused
+        asked = sum(passed.error is not None for passed in self.passing.over)
+        self._once("nobody has one now" if asked else "no offer is left to try")
+
+    def _try(self, candidate: Candidate, is_fresh: bool) -> bool:
+        """Ask for it. True = no other is to be asked for now. Raises OverBudget."""
+        offer = candidate.offer
+        order = Order(
+            job_id=self.job.id,
+            offer=offer,
+            spec=self._node_spec(),
+            usd_per_hour=candidate.usd_per_hour,
+            bid_usd_per_hour=candidate.bid_usd_per_hour,
+        )
+        try:
+            attempt = self.renting.rent(order, self.job.caps)
+        except LaunchUncertain as error:
+            self.say(f"{candidate.name}: {error.detail}")
+            return True
+        except OverBudget:
+            raise
+        except (BrokerError, ValueError) as error:
+            is_gone = isinstance(error, NoCapacity) and not isinstance(error, QuotaExceeded)
+            self._is_stale |= is_gone
+            return self._pass_over(candidate, error) or (is_gone and not is_fresh)
+        self._is_stale = False
+        self.passing.rented(offer.provider)
+        self.say(f"renting {candidate.name} at ${candidate.usd_per_hour:.4f}/h: {attempt.node_id}")
+        return True
+
+    def _pass_over(self, candidate: Candidate, error: Exception) -> bool:
+        """Keep the reason, which a person hears once. True = wait for this provider."""
+        offer, now = candidate.offer, self.clock.now()
+        self.passing.pass_over(candidate.name, str(error), error)
+        is_waiting = self.passing.failed(offer, error, now)
+        text = f"{candidate.name}: {error}"
+        if text not in self._told:
+            self._told.add(text)
+            rest = self.passing.rest_of(offer, now)
+            after = "asked again at" if is_waiting else "not asked for more before"
+            self.say(text if rest is None else f"{text}; {offer.provider} is {after} {rest.until:%H:%M:%S}")
+        return is_waiting
 
     def _node_spec(self) -> NodeSpec:
         limits = self.job.spec.limits
