@@ -95,6 +95,10 @@ class Capabilities:
     idempotent_create: bool = False  # the same tag twice is one node
     tag_max: int = 60  # characters
     max_lifetime_s: int | None = None  # the vendor ends every node after so long; None = never
+    billing_starts: Literal["created", "running"] = "running"  # of all but the disk
+    bills_idle_disk: bool = False  # the disk is billed from the create to the end, whatever runs
+    free_if_preempted_within_s: int = 0  # a node that is taken back so early costs its disk alone
+    least_disk_gb: int = 0  # a smaller disk is made so large all the same
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,6 +168,22 @@ class Compute(Protocol):
 
     def shell(self, node: NodeView, deadline_s: float) -> Shell | None:
         """The vendor's own way to run commands on it; None where that is SSH."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UsageReport:
+    """What a vendor says that nodes have cost so far."""
+
+    usd: Mapping[str, Decimal]  # by node id, all that it charges for the node; a node may be missing
+    complete_until: datetime  # what was used later may not be in it yet
+
+
+@runtime_checkable
+class Usage(Protocol):
+    """The part of a provider whose vendor reports what each node has cost."""
+
+    def usage(self, node_ids: Collection[str], since: datetime, deadline_s: float) -> UsageReport:
+        """Of these nodes, none of which is older than `since`. Raises ProviderError."""
 
 
 @runtime_checkable

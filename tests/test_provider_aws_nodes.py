@@ -255,8 +255,16 @@ def test_an_instance_that_cannot_be_read_is_a_changed_payload(broken):
 
 
 def test_what_aws_can_do():
-    """Two minutes' notice; the tag is a client token."""
-    expected = Capabilities(notice_s=120, self_terminate=True, idempotent_create=True, tag_max=64)
+    """Two minutes' notice; the tag is a client token; what AWS takes back in its first hour is free."""
+    expected = Capabilities(
+        notice_s=120,
+        self_terminate=True,
+        idempotent_create=True,
+        tag_max=64,
+        bills_idle_disk=True,
+        free_if_preempted_within_s=3600,
+        least_disk_gb=100,
+    )
     assert expected == Aws(context(env=ACCOUNT)).capabilities
 
 

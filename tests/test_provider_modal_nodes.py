@@ -74,7 +74,13 @@ def test_a_lifetime_is_the_sandboxes_timeout(lifetime_s, timeout):
 
 def test_what_modal_can_do():
     """No SSH, no notice; a name is taken once; a day at most."""
-    expected = Capabilities(has_ssh=False, idempotent_create=True, tag_max=63, max_lifetime_s=24 * 3600)
+    expected = Capabilities(
+        has_ssh=False,
+        idempotent_create=True,
+        tag_max=63,
+        max_lifetime_s=24 * 3600,
+        billing_starts="created",
+    )
     assert expected == Modal(context()).capabilities
 
 

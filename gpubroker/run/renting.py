@@ -35,6 +35,7 @@ class Order:
     offer: Offer
     spec: NodeSpec
     usd_per_hour: Decimal  # all that is billed by the hour, disk and the like included
+    held_usd_per_hour: Decimal = Decimal(0)  # of that, what is billed while it does not run
     bid_usd_per_hour: Decimal | None  # None = not a bid
 
 
@@ -68,6 +69,7 @@ class Renting:
             order.job_id,
             order.offer,
             usd_per_hour=order.usd_per_hour,
+            held_usd_per_hour=order.held_usd_per_hour,
             bid=order.bid_usd_per_hour,
             caps=caps,
         )
@@ -86,12 +88,20 @@ class Renting:
             raise
         return self._records.created(attempt, node_id)
 
-    def end(self, attempt: Attempt, reason: str, work_lost_s: int | None = None) -> Attempt:
-        """End the node and the attempt. Raises when the vendor does not confirm: it may still bill."""
+    def end(
+        self, attempt: Attempt, reason: str, work_lost_s: int | None = None, *, is_preempted: bool = False
+    ) -> Attempt:
+        """End the node and the attempt. Raises when the vendor does not confirm: it may still bill.
+
+        `is_preempted`: the vendor says that it took the node back.
+        """
         if attempt.node_id is None:
             raise ValueError(f"attempt {attempt.id} has no node to end: settle_doubts finds out")
-        self._computes[attempt.provider].terminate(attempt.node_id, _CALL_S)
-        return self._records.ended(attempt, reason, work_lost_s)
+        compute = self._computes[attempt.provider]
+        compute.terminate(attempt.node_id, _CALL_S)
+        free_for = timedelta(seconds=compute.capabilities.free_if_preempted_within_s)
+        ran_for = self._clock.now() - (attempt.running_at or attempt.intended_at)
+        return self._records.ended(attempt, reason, work_lost_s, is_free=is_preempted and ran_for < free_for)
 
     def settle_doubts(self, listed: Mapping[str, Sequence[NodeView]]) -> list[Attempt]:
         """Open attempts without an id: adopt what carries their tag, end those that never came to be.

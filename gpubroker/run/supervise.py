@@ -54,6 +54,7 @@ class Candidate:
 
     offer: Offer
     usd_per_hour: Decimal  # all that is billed by the hour
+    held_usd_per_hour: Decimal = Decimal(0)  # of that, what is billed while it does not run
     bid_usd_per_hour: Decimal | None
     name: str  # for people
 
@@ -85,6 +86,7 @@ class Outcome:
 class _Contact:
     """With one attempt's node."""
 
+    rented_at: datetime | None = None  # None = not by this process
     shell: Shell | None = None
     host_key: str | None = None
     last_reached_at: datetime | None = None
@@ -128,9 +130,9 @@ class Supervisor:
             return None
         nodes = listed.get(attempt.provider, [])
         node = next((n for n in nodes if n.id == attempt.node_id), None)
+        if node is not None:
+            attempt = self._meter(attempt, node)
         seen = self._observe(attempt, node, is_listed=not problems)
-        if node is not None and node.status == "running":
-            attempt = self.records.running(attempt)
         action = decide(attempt, seen, self.clock.now())
         try:
             return self._apply(attempt, action)
@@ -190,6 +192,27 @@ class Supervisor:
             last_reached_at=contact.last_reached_at,
         )
 
+    def _meter(self, attempt: Attempt, node: NodeView) -> Attempt:
+        """Write down when it began to run, and when it ceased to."""
+        capabilities = self.computes[attempt.provider].capabilities
+        if node.status == "running" and attempt.running_at is None:
+            return self.records.running(attempt, self._ran_since(attempt, node))
+        if attempt.running_at is not None and node.status != "starting":
+            is_off = node.status == "gone" or (node.status == "stopped" and capabilities.stop)
+            return self.records.stopped(attempt, is_stopped=is_off)
+        return attempt
+
+    def _ran_since(self, attempt: Attempt, node: NodeView) -> datetime:
+        """Now, when this process has seen it before; else it may have run since it was made."""
+        now = self.clock.now()
+        contact = self._contacts.get(attempt.id)
+        starts = self.computes[attempt.provider].capabilities.billing_starts
+        if contact is not None and starts == "running":
+            return now
+        rented_at = None if contact is None else contact.rented_at
+        # A vendor's clock may be wrong.
+        return max(attempt.intended_at, min(now, rented_at or node.created_at or attempt.intended_at))
+
     def _keep_checkpoints(self, attempt: Attempt, contact: _Contact) -> None:
         """Write down what the agent says that it has published."""
         if self.job.store is None or contact.state is None:
@@ -240,7 +263,7 @@ class Supervisor:
             else:
                 self._end(attempt, "it answers, but cannot be prepared")
         elif isinstance(action, Replace):
-            self._end(attempt, action.reason)
+            self._end(attempt, action.reason, is_preempted=action.is_preempted)
         else:
             return self._finish(attempt, action)
         return None
@@ -259,9 +282,10 @@ class Supervisor:
         self.records.end_job(self.job.id, action.state, reason)
         return Outcome(state=action.state, reason=reason)
 
-    def _end(self, attempt: Attempt, reason: str) -> None:
+    def _end(self, attempt: Attempt, reason: str, *, is_preempted: bool = False) -> None:
         self._drop(attempt)
-        ended = self.renting.end(attempt, reason, self._work_lost_s(attempt))
+        lost_s = self._work_lost_s(attempt)
+        ended = self.renting.end(attempt, reason, lost_s, is_preempted=is_preempted)
         self.say(f"{attempt.provider} {attempt.node_id}: {reason}; about ${ended.usd_estimated or 0:.4f}")
 
     def _prepare(self, attempt: Attempt) -> None:
@@ -298,7 +322,7 @@ class Supervisor:
 
     def _errand(self, attempt: Attempt) -> Errand:
         now, limits = self.clock.now(), self.job.spec.limits
-        spent = sum((a.usd_so_far(now) for a in self.records.attempts(self.job.id)), Decimal(0))
+        spent = sum((a.usd_known(now) for a in self.records.attempts(self.job.id)), Decimal(0))
         left = None if limits.budget_usd is None else max(Decimal("0.01"), limits.budget_usd - spent)
         running_s = 0.0 if attempt.running_at is None else (now - attempt.running_at).total_seconds()
         capabilities = self.computes[attempt.provider].capabilities
@@ -350,6 +374,7 @@ class Supervisor:
             offer=offer,
             spec=self._node_spec(),
             usd_per_hour=candidate.usd_per_hour,
+            held_usd_per_hour=candidate.held_usd_per_hour,
             bid_usd_per_hour=candidate.bid_usd_per_hour,
         )
         try:
@@ -364,6 +389,7 @@ class Supervisor:
             self._is_stale |= is_gone
             return self._pass_over(candidate, error) or (is_gone and not is_fresh)
         self._is_stale = False
+        self._contacts[attempt.id] = _Contact(rented_at=self.clock.now())
         self.passing.rented(offer.provider)
         self.say(f"renting {candidate.name} at ${candidate.usd_per_hour:.4f}/h: {attempt.node_id}")
         return True

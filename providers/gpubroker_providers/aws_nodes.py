@@ -54,7 +54,15 @@ IMAGE_PARAMETER = (
 _USERNAME = "ubuntu"
 _SSH_PORT = 22
 _ROOT_DEVICE, _ROOT_GB = "/dev/sda1", 100
-_CAPABILITIES = Capabilities(notice_s=120, self_terminate=True, idempotent_create=True, tag_max=64)
+_CAPABILITIES = Capabilities(
+    notice_s=120,
+    self_terminate=True,
+    idempotent_create=True,
+    tag_max=64,
+    bills_idle_disk=True,
+    free_if_preempted_within_s=3600,
+    least_disk_gb=_ROOT_GB,
+)
 # So long after its create an instance may be unknown to another of EC2's machines.
 _SETTLES_S = 300.0
 _RECLAIMED = ("Server.SpotInstanceTermination", "Server.SpotInstanceShutdown")

@@ -51,7 +51,14 @@ VOLUME_PATH = "/root/volume"
 LONGEST_S = 24 * 3600
 MARKETS: tuple[Market, ...] = ("serverless",)
 _PYTHON = "3.12"
-_CAPABILITIES = Capabilities(has_ssh=False, idempotent_create=True, tag_max=63, max_lifetime_s=LONGEST_S)
+# Its create waits for the GPU, so that a sandbox that is there bills.
+_CAPABILITIES = Capabilities(
+    has_ssh=False,
+    idempotent_create=True,
+    tag_max=63,
+    max_lifetime_s=LONGEST_S,
+    billing_starts="created",
+)
 # Kept back of a create's deadline, to find out what became of it.
 _LOOKUP_S = 4.0
 _KILL_S = 10.0

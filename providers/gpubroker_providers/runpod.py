@@ -39,6 +39,7 @@ from gpubroker_providers._vendor import (
     whole,
 )
 from gpubroker_providers.runpod_nodes import KEY_VARIABLE, NAME, RunPodNodes
+from gpubroker_providers.runpod_usage import RunPodUsage
 
 BASE_URL = "https://api.runpod.io"
 CATALOG_PATH = "/v2/catalog/gpus"
@@ -251,7 +252,7 @@ def _first_message(errors: object) -> str:
     return plain_text(first.get("message", first) if isinstance(first, dict) else first)
 
 
-class RunPod(RunPodNodes):
+class RunPod(RunPodNodes, RunPodUsage):
     """The client: REST with a key, GraphQL without one; pods need the key."""
 
     name = NAME

@@ -75,7 +75,7 @@ _CREATES, _LISTS, _ENDS, _STARTS = (
 )
 _REQUIRED = ("id", "label", "actual_status", "intended_status", "cur_state", "next_state", "is_bid")
 _MOST_PAGES = 400
-_CAPABILITIES = Capabilities(takes_bids=True, stop=True, self_terminate=True)
+_CAPABILITIES = Capabilities(takes_bids=True, stop=True, self_terminate=True, bills_idle_disk=True)
 _NEVER_RUNS = ("exited", "unknown", "offline", "frozen", "stopped")
 _NEVER_CAME_UP = "oci runtime create failed"
 
