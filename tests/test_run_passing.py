@@ -173,4 +173,4 @@ def test_when_nobody_takes_our_key_it_is_the_users_turn(supervised):
     vendors = Vendors(one=[refused], two=[NoCapacity("two", "create", "none")])
     supervisor, said = supervised(vendors, in_region("", "one"), in_region("", "two"))
     assert (None, None) == (supervisor.tick(), supervisor.tick())
-    assert "nobody has one now" == said[-1]
+    assert "none of 2 offers can be had now" == said[-1]

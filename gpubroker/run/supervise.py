@@ -130,7 +130,7 @@ class Supervisor:
             return None
         nodes = listed.get(attempt.provider, [])
         node = next((n for n in nodes if n.id == attempt.node_id), None)
-        if node is not None:
+        if not problems:
             attempt = self._meter(attempt, node)
         seen = self._observe(attempt, node, is_listed=not problems)
         action = decide(attempt, seen, self.clock.now())
@@ -192,15 +192,16 @@ class Supervisor:
             last_reached_at=contact.last_reached_at,
         )
 
-    def _meter(self, attempt: Attempt, node: NodeView) -> Attempt:
-        """Write down when it began to run, and when it ceased to."""
-        capabilities = self.computes[attempt.provider].capabilities
-        if node.status == "running" and attempt.running_at is None:
+    def _meter(self, attempt: Attempt, node: NodeView | None) -> Attempt:
+        """Write down when it began to run, and when it ceased to: what it costs goes by that."""
+        can_stop = self.computes[attempt.provider].capabilities.stop
+        if attempt.running_at is None:
+            if node is None or node.status != "running":
+                return attempt
             return self.records.running(attempt, self._ran_since(attempt, node))
-        if attempt.running_at is not None and node.status != "starting":
-            is_off = node.status == "gone" or (node.status == "stopped" and capabilities.stop)
-            return self.records.stopped(attempt, is_stopped=is_off)
-        return attempt
+        # Elsewhere "stopped" is the vendor's word for a state that is billed as before.
+        is_off = node is None or node.status == "gone" or (node.status == "stopped" and can_stop)
+        return self.records.stopped(attempt, is_stopped=is_off)
 
     def _ran_since(self, attempt: Attempt, node: NodeView) -> datetime:
         """Now, when this process has seen it before; else it may have run since it was made."""
@@ -364,7 +365,7 @@ class Supervisor:
         if refused := self.passing.refused_by_all():
             raise refused
         asked = sum(passed.error is not None for passed in self.passing.over)
-        self._once("nobody has one now" if asked else "no offer is left to try")
+        self._once(f"none of {asked} offers can be had now" if asked else "no offer is left to try")
 
     def _try(self, candidate: Candidate, is_fresh: bool) -> bool:
         """Ask for it. True = no other is to be asked for now. Raises OverBudget."""
