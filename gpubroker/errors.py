@@ -91,7 +91,14 @@ class NoCapacity(ProviderError):
 
 
 class QuotaExceeded(NoCapacity):
-    """The account's limit, not the market's: offers of the same kind would fail alike."""
+    """The account's limit, not the market's: offers of the same kind would fail alike.
+
+    `region` is where the limit holds; "" = for all of the account.
+    """
+
+    def __init__(self, provider: str, operation: str, detail: str, *, region: str = "") -> None:
+        super().__init__(provider, operation, detail)
+        self.region = region
 
 
 class Refused(ProviderError):

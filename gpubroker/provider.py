@@ -6,7 +6,7 @@ group `gpubroker.providers` that names a class taking one ProviderContext.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
@@ -97,6 +97,10 @@ class Capabilities:
     tag_max: int = 60  # characters
     max_lifetime_s: int | None = None  # the vendor ends every node after so long; None = never
     image_by: Literal["vendor", "docker", "nobody"] = "vendor"  # who runs a job's image; docker: on the node
+    billing_starts: Literal["created", "running"] = "running"  # of all but the disk
+    bills_idle_disk: bool = False  # the disk is billed from the create to the end, whatever runs
+    free_if_preempted_within_s: int = 0  # a node that is taken back so early costs its disk alone
+    least_disk_gb: int = 0  # a smaller disk is made so large all the same
 
     @property
     def self_terminate(self) -> bool:
@@ -171,6 +175,33 @@ class Compute(Protocol):
 
     def shell(self, node: NodeView, deadline_s: float) -> Shell | None:
         """The vendor's own way to run commands on it; None where that is SSH."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UsageReport:
+    """What a vendor says that nodes have cost so far."""
+
+    usd: Mapping[str, Decimal]  # by node id, all that it charges for the node; a node may be missing
+    complete_until: datetime  # what was used later may not be in it yet
+
+
+@runtime_checkable
+class Usage(Protocol):
+    """The part of a provider whose vendor reports what each node has cost."""
+
+    def usage(self, node_ids: Collection[str], since: datetime, deadline_s: float) -> UsageReport:
+        """Of these nodes, none of which is older than `since`. Raises ProviderError."""
+
+
+@runtime_checkable
+class Leftovers(Protocol):
+    """The part of a provider in whose account launches leave things that bill nothing: keys, groups."""
+
+    def sweep_leftovers(self, in_use_tags: Collection[str], deadline_s: float) -> list[str]:
+        """Delete what we made and no node needs any more; what went, for people.
+
+        Tags of launches that may be under way are in use; what nodes use that the vendor lists is found here.
+        """
 
 
 TAG = "gpubroker-"

@@ -2,9 +2,11 @@
 
 import json
 import os
+from contextlib import contextmanager
 from decimal import Decimal
 
 import pytest
+import requests
 
 pytest.importorskip("aiohttp", reason="needs the extra [testcloud]")
 
@@ -80,6 +82,53 @@ def test_a_running_jobs_nodes_are_left_alone_and_leaked_ones_are_ended(cloud, ca
     code, found = run(capsys, "sweep", "--end")
     assert (0, [("runpod", True)]) == (code, [(n["provider"], n["ended"]) for n in found["nodes"]])
     assert ["lambda", "vast"] == billing(cloud)
+
+
+def test_what_launches_left_in_an_account_goes_with_the_sweep_and_what_is_needed_stays(
+    cloud, capsys, monkeypatch
+):
+    """Keys at Lambda, keys and the security group at AWS; the user's own are never touched."""
+    monkeypatch.setenv("GPUBROKER_DISABLED_PROVIDERS", "vast,runpod,modal,local")
+    monkeypatch.setenv("GPUBROKER_AWS_REGIONS", "us-east-1")
+    attempts = rented(("aws", "lambda"))
+    with account(cloud) as (ec2, lambdas):
+        lambdas("POST", "/ssh-keys", {"name": "gpubroker-left", "public_key": PUBLIC})
+        lambdas("POST", "/ssh-keys", {"name": "mine", "public_key": PUBLIC})
+        for name in ("gpubroker-left", "mine"):
+            ec2.import_key_pair(KeyName=name, PublicKeyMaterial=PUBLIC.encode())
+        code, found = run(capsys, "sweep", "--end")
+        gone = [(one["provider"], one["what"]) for one in found["deleted"]]
+        assert (0, [], []) == (code, found["nodes"], [p for p in found["problems"] if p["provider"] == "aws"])
+        assert [("aws", "us-east-1 key pair gpubroker-left"), ("lambda", "SSH key gpubroker-left")] == gone
+        assert {"mine", attempts[0].tag} == {k["KeyName"] for k in ec2.describe_key_pairs()["KeyPairs"]}
+        assert {"mine", attempts[1].tag} == {k["name"] for k in lambdas("GET", "/ssh-keys")["data"]}
+        assert 0 == run(capsys, "stop-all", "--yes")[0]
+        code, found = run(capsys, "sweep", "--end")
+        assert ["us-east-1 security group"] == [one["what"].rpartition(" ")[0] for one in found["deleted"]]
+        groups = ec2.describe_security_groups(Filters=[{"Name": "group-name", "Values": ["gpubroker-ssh"]}])
+        assert [] == groups["SecurityGroups"]
+        assert ["mine"] == [k["KeyName"] for k in ec2.describe_key_pairs()["KeyPairs"]]
+        assert ["mine"] == [k["name"] for k in lambdas("GET", "/ssh-keys")["data"]]
+
+
+@contextmanager
+def account(cloud):
+    """The user's own doors to AWS and Lambda."""
+    import boto3
+
+    keys = {name.lower(): cloud.env[f"AWS_{name}"] for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY")}
+    keys = {f"aws_{name}": value for name, value in keys.items()}
+    ec2 = boto3.client("ec2", endpoint_url=cloud.env["AWS_ENDPOINT_URL"], region_name="us-east-1", **keys)
+
+    def lambdas(method, path, body=None):
+        url = cloud.env["GPUBROKER_LAMBDA_URL"] + path
+        headers = {"Authorization": f"Bearer {cloud.env['LAMBDA_API_KEY']}"}
+        while True:  # one request a second, for everybody together
+            answer = requests.request(method, url, json=body, headers=headers, timeout=10)
+            if answer.status_code != 429:
+                return answer.json()
+
+    yield ec2, lambdas
 
 
 def test_stop_all_ends_everything_and_its_attempts(cloud, capsys):

@@ -117,6 +117,8 @@ def test_the_newest_image_is_taken_with_its_disk():
 
 # What the errors mean
 
+REQUEST = {"ClientToken": TAG, "InstanceType": "g5.xlarge"}
+
 
 def refused(code, status=400):
     error = {"Error": {"Code": code, "Message": "as it says"}}
@@ -138,6 +140,7 @@ def refused(code, status=400):
         pytest.param(refused("UnauthorizedOperation", 403), AuthFailed, id="not allowed"),
         pytest.param(refused("AuthFailure", 401), AuthFailed, id="wrong key"),
         pytest.param(refused("OptInRequired", 403), AuthFailed, id="no subscription"),
+        pytest.param(refused("Blocked", 403), AuthFailed, id="a blocked account"),
         pytest.param(refused("RequestLimitExceeded", 503), Transient, id="throttled, a 503"),
         pytest.param(refused("Throttling"), Transient, id="throttled"),
         pytest.param(refused("InternalError", 500), LaunchUncertain, id="a 500"),
@@ -158,15 +161,32 @@ def refused(code, status=400):
 )
 def test_what_a_launch_raises_says_whether_something_may_bill(raised, error):
     """Only what AWS refuses for sure is no doubt; a doubt names the tag."""
-    found = launch_error(raised, TAG)
+    found = launch_error(raised, REQUEST, REGION)
     assert error is type(found)
     if isinstance(found, LaunchUncertain):
         assert TAG == found.tag
 
 
+@pytest.mark.parametrize(
+    ("more", "what"),
+    [
+        pytest.param({"InstanceType": "p5.48xlarge"}, "vCPUs of on-demand P instances", id="on demand"),
+        pytest.param(
+            {"InstanceMarketOptions": {"MarketType": "spot"}}, "vCPUs of spot G instances", id="spot"
+        ),
+    ],
+)
+def test_a_quota_says_what_to_ask_for_and_where(more, what):
+    """A quota is one of a region, a family of types and a market."""
+    found = launch_error(refused("VcpuLimitExceeded"), {**REQUEST, **more}, REGION)
+    assert REGION == found.region
+    assert f"{what}: https://{REGION}.console.aws.amazon.com/servicequotas/" in str(found)
+
+
 def test_no_secret_is_in_an_error_of_a_launch():
     """Proxies print what they were sent."""
-    error = launch_error(sdk.ProxyConnectionError(proxy_url="http://u:hidden@p", error="no"), TAG, ["hidden"])
+    proxy = sdk.ProxyConnectionError(proxy_url="http://u:hidden@p", error="no")
+    error = launch_error(proxy, REQUEST, REGION, ["hidden"])
     assert "hidden" not in str(error)
 
 
@@ -235,13 +255,16 @@ def test_an_instance_that_cannot_be_read_is_a_changed_payload(broken):
 
 
 def test_what_aws_can_do():
-    """Two minutes' notice; the tag is a client token."""
+    """Two minutes' notice; the tag is a client token; what AWS takes back in its first hour is free."""
     expected = Capabilities(
         notice_s=120,
         own_end={"command": ["sudo", "-n", "shutdown", "-h", "now"]},
         idempotent_create=True,
         tag_max=64,
         image_by="docker",
+        bills_idle_disk=True,
+        free_if_preempted_within_s=3600,
+        least_disk_gb=100,
     )
     assert expected == Aws(context(env=ACCOUNT)).capabilities
 
@@ -389,8 +412,9 @@ def test_a_refusal_before_the_launch_is_one_too(ec2):
     """By the same table: here the account may have no more groups."""
     prepare(ec2, groups=())
     ec2.add_client_error("create_security_group", "SecurityGroupLimitExceeded", "no more")
-    with pytest.raises(QuotaExceeded, match="SecurityGroupLimitExceeded"):
+    with pytest.raises(QuotaExceeded, match="SecurityGroupLimitExceeded") as caught:
         create(aws())
+    assert REGION == caught.value.region
 
 
 def test_a_launch_that_its_deadline_overtakes_is_not_sent(ec2):

@@ -16,6 +16,7 @@ from gpubroker.errors import (
     LaunchUncertain,
     MissingCredentials,
     NoCapacity,
+    QuotaExceeded,
     Refused,
     Transient,
     Unreachable,
@@ -79,6 +80,7 @@ def test_what_modal_can_do():
         idempotent_create=True,
         tag_max=63,
         max_lifetime_s=24 * 3600,
+        billing_starts="created",
     )
     assert expected == Modal(context()).capabilities
 
@@ -91,6 +93,7 @@ def test_what_modal_can_do():
     [
         pytest.param(sdk.ResourceExhaustedError("Insufficient capacity."), NoCapacity, id="no GPU"),
         pytest.param(sdk.ResourceExhaustedError("Rate limit exceeded."), Transient, id="too often"),
+        pytest.param(sdk.ResourceExhaustedError("GPU limit of 10 reached."), QuotaExceeded, id="the plan's"),
         pytest.param(sdk.AuthError("no"), AuthFailed, id="wrong token"),
         pytest.param(sdk.PermissionDeniedError("no"), AuthFailed, id="not allowed"),
         pytest.param(sdk.InvalidError("no such GPU"), Refused, id="no such GPU"),

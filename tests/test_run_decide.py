@@ -16,9 +16,9 @@ from tests.support import NOW
 ATTEMPT = Attempt(
     id=1, job_id="job", epoch=1, tag="gpubroker-a-1", provider="vast", sku="RTX 4090", gpu="RTX4090",
     form_factor="PCIe", vram_gib=24, gpu_count=1, market="spot", region="US", zone="", machine_id="7",
-    usd_per_hour=Decimal(1), bid_usd_per_hour=Decimal(1), billing_increment_s=1, minimum_s=0,
-    intended_at=NOW - timedelta(minutes=2), node_id="n1", running_at=NOW - timedelta(minutes=1), ended_at=None,
-    end_reason="", usd_estimated=None, usd_settled=None, work_lost_s=None,
+    usd_per_hour=Decimal(1), held_usd_per_hour=Decimal(0), bid_usd_per_hour=Decimal(1), billing_increment_s=1,
+    minimum_s=0, intended_at=NOW - timedelta(minutes=2), node_id="n1", running_at=NOW - timedelta(minutes=1),
+    stopped_at=None, ended_at=None, end_reason="", usd_estimated=None, usd_settled=None, work_lost_s=None,
 )  # fmt: skip
 RUNNING = NodeView(id="n1", tag=ATTEMPT.tag, status="running")
 SEEN = Observed(
@@ -51,7 +51,7 @@ OLD = NOW - timedelta(hours=2)
         pytest.param({"running_at": None}, {"node": None, "is_reached": False, "state": None}, Wait(why="not yet in the vendor's list"), id="list lags"),
         pytest.param({"running_at": None, "intended_at": OLD}, {"node": None, "is_reached": False, "state": None}, Replace(reason="gone"), id="never came"),
         pytest.param({}, {"node": None, "is_reached": False, "state": None}, Replace(reason="gone"), id="ran and is gone"),
-        pytest.param({}, {"node": replace(RUNNING, status="gone", reason="reclaimed", is_preempted=True), "is_reached": False, "state": None}, Replace(reason="preempted: reclaimed"), id="reclaimed"),
+        pytest.param({}, {"node": replace(RUNNING, status="gone", reason="reclaimed", is_preempted=True), "is_reached": False, "state": None}, Replace(reason="preempted: reclaimed", is_preempted=True), id="reclaimed"),
         pytest.param({}, {"node": replace(RUNNING, status="stopped", reason="outbid"), "is_reached": False, "state": None}, Replace(reason="preempted: outbid"), id="outbid"),
         pytest.param({"running_at": None}, {"node": replace(RUNNING, status="starting"), "is_reached": False, "state": None}, Wait(why="starting"), id="starts"),
         pytest.param({"running_at": None, "intended_at": OLD}, {"node": replace(RUNNING, status="starting", reason="loading"), "is_reached": False, "state": None}, Replace(reason="did not start in time: loading", fault="no-start"), id="starts for ever"),

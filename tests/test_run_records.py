@@ -1,14 +1,10 @@
 """What is remembered of jobs and nodes, on both kinds of database: intents, caps, ledger, machines to avoid."""
 
-from datetime import timedelta
 from decimal import Decimal
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from gpubroker.errors import OverBudget
-from gpubroker.run.ledger import estimate_usd
 from gpubroker.run.records import Caps, Checkpoint, Records
 from tests.support import NOW
 from tests.test_bill import offer
@@ -151,21 +147,36 @@ def test_a_machine_is_avoided_until_its_time_is_over(records, clock):
     assert {} == records.avoided()
 
 
-@given(
-    usd=st.decimals(min_value="0.01", max_value=100, places=4),
-    seconds=st.integers(0, 10**6),
-    increment=st.sampled_from([1, 60, 3600]),
-    minimum=st.sampled_from([0, 60]),
-)
-def test_an_estimate_is_within_one_billing_unit_of_the_time_that_passed(usd, seconds, increment, minimum):
-    """Never below what ran, never a unit or the minimum above it."""
-    estimate = estimate_usd(
-        usd_per_hour=usd,
-        since=NOW,
-        until=NOW + timedelta(seconds=seconds),
-        billing_increment_s=increment,
-        minimum_s=minimum,
+def test_what_a_stopped_node_costs_is_its_disk(records, clock):
+    """Also when nobody could end it for a while; one that runs again costs all of it."""
+    job = records.add_job("sft", "{}")
+    attempt = records.intend(
+        job,
+        offer(),
+        usd_per_hour=Decimal(2),
+        held_usd_per_hour=Decimal("0.25"),
+        bid=None,
+        caps=Caps(usd_per_day=None),
     )
-    exact = usd * seconds / 3600
-    most = usd * max(seconds + increment, minimum) / 3600
-    assert exact - Decimal("0.000001") <= estimate <= (most if seconds else Decimal(0)) + Decimal("0.000001")
+    attempt = records.running(records.created(attempt, "n"))
+    clock.advance(3600)
+    attempt = records.stopped(attempt)
+    clock.advance(2 * 3600)
+    assert attempt == records.stopped(attempt)
+    assert Decimal("2.5") == attempt.usd_so_far(clock.now())
+    assert Decimal("2.5") == records.ended(attempt, "preempted").usd_estimated
+    assert Decimal(6) == records.stopped(attempt, is_stopped=False).usd_by(clock.now())
+
+
+def test_what_the_vendor_has_said_counts_instead_of_the_estimate(records, clock):
+    """For the caps: transfer is in no estimate."""
+    caps = Caps(usd_per_day=Decimal(10))
+    attempt = records.running(
+        records.created(intend(records, records.add_job("sft", "{}"), Decimal(1), caps), "n")
+    )
+    clock.advance(3600)
+    attempt = records.ended(attempt, "done")
+    records.settled(attempt, Decimal("9.5"))
+    assert (Decimal(1), Decimal("9.5")) == (attempt.usd_estimated, records.usd_today(clock.now()))
+    with pytest.raises(OverBudget):
+        intend(records, records.add_job("sft", "{}"), Decimal(1), caps)

@@ -17,6 +17,10 @@ from tests.support import NOW
 from tests.test_bill import offer
 from tests.test_run_renting import Vendor
 
+SPEC = job_from(
+    {"command": ["true"], "gpu": {"name": ["h100"]}, "work": {"hours": "1"}, "limits": {}}, NOW, "test"
+)
+
 
 @dataclass
 class Node:

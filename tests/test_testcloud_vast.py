@@ -26,6 +26,7 @@ from tests import openapi
 from tests.testcloud_support import MACHINES, STEADY, Client, HandClock, NoNodes
 
 D = Decimal
+EVER = '{"day": {"gte": 0, "lte": 9999999999}}'
 
 
 def _checker() -> openapi.Checker | None:
@@ -371,7 +372,7 @@ def test_a_bid_that_is_too_low_leaves_a_stopped_instance_whose_disk_is_billed() 
         one = await room.instance(number)
         assert {"stopped"} == {one["cur_state"], one["intended_status"], one["next_state"]}
         room.clock.pass_s(3600)
-        rows = (await room.ask("GET", "/api/v0/charges/", select_filters="{}"))[1]["results"]
+        rows = (await room.ask("GET", "/api/v0/charges/", select_filters=EVER))[1]["results"]
         assert ["disk"] == [line["type"] for line in rows[0]["items"]]
         room.market("0.09")
         await room.pass_s(20)
@@ -742,10 +743,14 @@ def test_a_volume_is_local_outlives_its_instances_and_is_billed_until_it_is_dele
         await room.pass_s(10**6)
         usd = 72 * D(STEADY.facts["storage_cost"]) / 720 * hours
         assert {"data": round(usd, 12)} == room.vast.other_charges(room.clock.now_s())
-        charges = (await room.ask("GET", "/api/v0/charges/", select_filters='{"day": {"gte": 1}}'))[1][
-            "results"
-        ]
+        path = "/api/v0/charges/"
+        charges = (await room.ask("GET", path, select_filters=EVER))[1]["results"]
         assert ["instance", "instance", "volume"] == [row["type"] for row in charges]
+        first = (await room.ask("GET", path, select_filters=EVER, limit="2"))[1]
+        after = {"limit": "2", "after_token": first["next_token"]}
+        last = (await room.ask("GET", path, select_filters=EVER, **after))[1]
+        assert (charges, None) == (first["results"] + last["results"], last["next_token"])
+        assert 400 == (await room.ask("GET", path, select_filters='{"day": {"gte": 1}}'))[0]
 
     run(check)
 

@@ -1,9 +1,9 @@
-"""`gpubroker job show`: what became of a job, its nodes, its checkpoints and its bill."""
+"""`gpubroker job show` and `job settle`: what became of a job, and what its vendors say that it cost."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from decimal import Decimal
 from typing import Any, TypeVar
@@ -12,7 +12,7 @@ import click
 
 from gpubroker import config
 from gpubroker.cli.options import format_option
-from gpubroker.cli.render import console, dollars, iso, print_csv, print_json, table
+from gpubroker.cli.render import console, dollars, iso, print_csv, print_json, say, table
 from gpubroker.doors import SystemClock
 from gpubroker.errors import ConfigError
 from gpubroker.prices.market import open_context
@@ -23,6 +23,8 @@ _CSV = (
     "provider", "sku", "market", "node", "tag", "started", "ended", "end_reason", "usd_estimated",
     "usd_settled", "work_lost_s",
 )  # fmt: skip
+_SETTLED_CSV = ("job", "provider", "node", "tag", "ended", "usd_estimated", "usd_settled", "why_not")
+_FAILED = 4
 
 
 @click.group()
@@ -54,6 +56,62 @@ def show(*, job_id: str, output: str) -> None:
         print_csv(_CSV, ([one[name] for name in _CSV] for one in found["attempts"]))
     else:
         _print(found, kept[1])
+
+
+@job.command(
+    context_settings={"max_content_width": 100},
+    epilog="""\b
+Examples:
+  gpubroker job settle job-1a2b3c
+  gpubroker job settle --format json""",
+)
+@click.argument("job_id", metavar="[ID]", required=False)
+@format_option("table", "json", "csv")
+def settle(*, job_id: str | None, output: str) -> None:
+    """Ask the vendors what ended nodes have cost, of one job or of all, and keep their figures.
+
+    vast.ai and RunPod report by the node; a figure is kept once it is complete, at RunPod after the hour in
+    which the node ended. Elsewhere the estimate stays. Exits with 4 when a vendor did not answer.
+    """
+    from gpubroker.run.computes import computes
+    from gpubroker.run.settle import settle as settle_attempts
+
+    settings, clock = config.load(), SystemClock()
+    with open_context(settings, os.environ, clock) as (store, context):
+        records = Records(store.database, clock)
+        if job_id is not None and records.job(job_id) is None:
+            raise ConfigError(f"no job is called {job_id[:60]!r}")
+        attempts = records.unsettled(job_id)
+        able, _ = computes(context, sorted({attempt.provider for attempt in attempts}))
+        found, problems = settle_attempts(records, able, attempts)
+        rows = [
+            {**_attempt_record(one.attempt, clock.now()), "job": one.attempt.job_id, "why_not": one.why_not}
+            for one in found
+        ]
+    _print_settled(rows, problems, output)
+    if problems:
+        raise click.exceptions.Exit(_FAILED)
+
+
+def _print_settled(rows: list[dict[str, Any]], problems: Mapping[str, str], output: str) -> None:
+    if output == "json":
+        told = [{"provider": name, "reason": reason} for name, reason in problems.items()]
+        print_json({"attempts": rows, "problems": told})
+        return
+    if output == "csv":
+        print_csv(_SETTLED_CSV, ([row[name] for name in _SETTLED_CSV] for row in rows))
+    elif not rows:
+        say("Every ended node has its vendor's figure.")
+    else:
+        made = table("job", "node", "estimated", "settled", "", right=("estimated", "settled"))
+        for row in rows:
+            usd = row["usd_settled"]
+            settled = "" if usd is None else dollars(Decimal(usd))
+            estimated = dollars(Decimal(row["usd_estimated"]))
+            made.add_row(row["job"], f"{row['provider']} {row['node']}", estimated, settled, row["why_not"])
+        console().print(made)
+    for name, reason in problems.items():
+        say(f"{name}: {reason}")
 
 
 def job_record(job_id: str, state: str, records: Records, now: datetime) -> dict[str, Any]:
@@ -124,8 +182,11 @@ def _print(found: dict[str, Any], reason: str) -> None:
     if saves:
         last = saves[-1]
         out.print(f"{len(saves)} checkpoints, the last at {_short(last['published'])}: {last['where']}")
-    settled = "" if found["usd_settled"] is None else f", ${found['usd_settled']} by the vendors' own bills"
-    out.print(f"About ${Decimal(found['usd_estimated']):.4f}{settled}.")
+    settled = [Decimal(a["usd_settled"]) for a in found["attempts"] if a["usd_settled"] is not None]
+    if settled:
+        which = "" if len(settled) == len(found["attempts"]) else f" for {len(settled)} of them"
+        out.print(f"${sum(settled, Decimal(0)):.4f} by the vendors' own bills{which}.")
+    out.print(f"About ${Decimal(found['usd_estimated']):.4f} by our own record, without transfer.")
 
 
 def _short(moment: str | None) -> str:

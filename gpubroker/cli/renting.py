@@ -18,9 +18,12 @@ from gpubroker.config import Settings
 from gpubroker.doors import Clock
 from gpubroker.errors import ConfigError
 from gpubroker.jobspec import JobSpec
-from gpubroker.plan.bill import bill_for
+from gpubroker.model import Offer
+from gpubroker.plan.bill import bill_for, idle_disk_usd_per_hour
+from gpubroker.plan.course import Course
 from gpubroker.plan.rank import Ask, Pricing, Quote, rank
 from gpubroker.plan.sentence import name_of
+from gpubroker.plan.work import Work
 from gpubroker.provider import Compute
 from gpubroker.run.contact import Keys
 from gpubroker.run.looks import touch
@@ -166,22 +169,23 @@ def _candidate(quote: Quote, pricing: Pricing, compute: Compute) -> Candidate:
     if offer.market == "spot" and compute.capabilities.takes_bids:
         bid = (offer.usd_per_hour * _BID_MARGIN).quantize(Decimal("0.000001"))
         offer = replace(offer, usd_per_hour=bid)
+    can = compute.capabilities
+    work = replace(quote.work, disk_gb=max(quote.work.disk_gb, Decimal(can.least_disk_gb)))
+    held = idle_disk_usd_per_hour(offer, work, pricing.fees) if can.bills_idle_disk else Decimal(0)
     return Candidate(
         offer=offer,
-        usd_per_hour=_usd_per_hour(replace(quote, priced=replace(quote.priced, offer=offer)), pricing),
+        usd_per_hour=_usd_per_hour(offer, work, quote.bill.course, pricing),
+        held_usd_per_hour=held,
         bid_usd_per_hour=bid,
         name=name_of(quote),
     )
 
 
-def _usd_per_hour(quote: Quote, pricing: Pricing) -> Decimal:
+def _usd_per_hour(offer: Offer, work: Work, course: Course, pricing: Pricing) -> Decimal:
     """All that is billed by the hour, read off the bill: what ten more hours add to it."""
-    offer = replace(quote.offer, billing_increment_s=1, minimum_s=0)
-    course = quote.bill.course
+    offer = replace(offer, billing_increment_s=1, minimum_s=0)
     longer = replace(course, useful_h=course.useful_h + 10)
-    totals = [
-        bill_for(offer, quote.work, pricing.fees, one, price_source="").total_usd for one in (course, longer)
-    ]
+    totals = [bill_for(offer, work, pricing.fees, one, price_source="").total_usd for one in (course, longer)]
     return ((totals[1] - totals[0]) / 10).quantize(Decimal("0.000001"))
 
 

@@ -49,8 +49,10 @@ def sweep(*, providers: tuple[str, ...], is_ending: bool, volumes: bool, yes: bo
     Those of a job whose `gpubroker run` has died are among them once nobody has looked after it for the
     config's renew_within: until then `gpubroker run --resume` finds them at work. So is a box that is past
     its time and did not end itself. Looks at every vendor that you have an account with, in AWS's case in
-    the regions of your config. Run it from cron with --end. Exits with 4 when a vendor did not answer or
-    would not end a node. Volumes are seen with --volumes only, and none is deleted before you have said so.
+    the regions of your config. Run it from cron with --end, which also deletes the SSH keys and security
+    groups that launches left in your accounts and that nothing needs. Exits with 4 when a vendor did not
+    answer or would not end a node. Volumes are seen with --volumes only, and none is deleted before you have
+    said so.
     """
     if volumes:
         from gpubroker.cli.volume import sweep_volumes
@@ -65,9 +67,11 @@ def sweep(*, providers: tuple[str, ...], is_ending: bool, volumes: bool, yes: bo
         left = renting.sweep(found) if is_ending else []
         if is_ending:
             renting.forget(_gone(found, left), "swept: nobody looked after it")
+        swept, unswept = renting.sweep_leftovers(listed) if is_ending else ([], {})
     ended = {id(stray) for stray in found if is_ending} - {id(stray) for stray in left}
-    _print(found, ended, {**problems, **silent}, listed, output, is_ending=is_ending)
-    if silent or left:
+    told = {**problems, **silent, **unswept}
+    _print(found, ended, told, listed, output, is_ending=is_ending, swept=swept)
+    if silent or left or unswept:
         raise click.exceptions.Exit(_FAILED)
 
 
@@ -131,11 +135,13 @@ def _print(
     output: str,
     *,
     is_ending: bool,
+    swept: Iterable[tuple[str, str]] = (),
 ) -> None:
     rows = [_record(stray, id(stray) in ended) for stray in found]
     if output == "json":
         told = [{"provider": name, "reason": reason} for name, reason in problems.items()]
-        print_json({"nodes": rows, "problems": told})
+        deleted = [{"provider": name, "what": what} for name, what in swept]
+        print_json({"nodes": rows, "deleted": deleted, "problems": told})
         return
     if output == "csv":
         print_csv(_CSV, ([row[name] for name in _CSV] for row in rows))
@@ -152,6 +158,8 @@ def _print(
         console().print(made)
         if not is_ending:
             say("gpubroker sweep --end ends them.")
+    for name, what in swept:
+        say(f"{name}: deleted {what}")
     for name, reason in problems.items():
         say(f"{name}: {reason}")
 

@@ -255,13 +255,23 @@ def _paused_disk(offer: Offer, work: Work, course: Course, fees: FeeTable) -> It
     """The disk of a node that waits to come back."""
     if not keeps_disk(offer) or not course.wait_h:
         return
-    stopped = fees.storage_usd_per_gb_month(offer.provider, "storage_stopped")
-    rate, source = stopped.usd, stopped.source_text
-    if stopped.status == UNKNOWN:
-        rate, running, _ = _disk_rate(offer, fees)
-        source = f"the running rate ({running}); a stopped disk may cost more"
+    rate, source = _idle_disk_rate(offer, fees)
     gb, month_h = work.disk_gb, fees.hours_per_month(offer.provider)
     yield _disk_line("disk while waiting", gb, f"{gb:f}", rate, course.wait_h, month_h, source)
+
+
+def _idle_disk_rate(offer: Offer, fees: FeeTable) -> tuple[Decimal, str]:
+    stopped = fees.storage_usd_per_gb_month(offer.provider, "storage_stopped")
+    if stopped.status != UNKNOWN:
+        return stopped.usd, stopped.source_text
+    rate, running, _ = _disk_rate(offer, fees)
+    return rate, f"the running rate ({running}); a stopped disk may cost more"
+
+
+def idle_disk_usd_per_hour(offer: Offer, work: Work, fees: FeeTable) -> Decimal:
+    """What its disk costs while nothing runs, where that is billed."""
+    extra_gb = max(ZERO, work.disk_gb - offer.disk_included_gb)
+    return round_usd(extra_gb * _idle_disk_rate(offer, fees)[0] / fees.hours_per_month(offer.provider))
 
 
 def _held(offer: Offer, work: Work, course: Course, fees: FeeTable) -> Iterator[CostLine]:

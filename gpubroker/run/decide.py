@@ -49,6 +49,7 @@ class Replace:
 
     reason: str
     fault: str = ""
+    is_preempted: bool = False  # the vendor took it back
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +76,8 @@ def decide(attempt: Attempt, seen: Observed, now: datetime) -> Action:
         return Wait(why="not yet in the vendor's list") if is_new else Replace(reason="gone")
     if node.is_preempted or node.status in ("stopped", "gone"):
         is_taken = node.is_preempted or node.status == "stopped"
-        return Replace(reason=f"{'preempted' if is_taken else 'gone'}{_words(node)}")
+        reason = f"{'preempted' if is_taken else 'gone'}{_words(node)}"
+        return Replace(reason=reason, is_preempted=node.is_preempted)
     return _of_living(attempt, node, seen, now)
 
 

@@ -22,7 +22,7 @@ from gpubroker.model import Offer
 from gpubroker.prices.database import Database
 from gpubroker.provider import TAG
 from gpubroker.run import tables
-from gpubroker.run.ledger import estimate_usd
+from gpubroker.run.ledger import Life, Terms, estimate_usd
 
 JobState = Literal["running", "done", "failed", "stopped", "over_budget"]
 # What an open node is taken to spend at least, before anybody looks at it again.
@@ -57,12 +57,14 @@ class Attempt:
     zone: str
     machine_id: str
     usd_per_hour: Decimal
+    held_usd_per_hour: Decimal
     bid_usd_per_hour: Decimal | None
     billing_increment_s: int
     minimum_s: int
     intended_at: datetime
     node_id: str | None  # None = not known to exist
     running_at: datetime | None  # None = never seen running
+    stopped_at: datetime | None  # when it was seen to run no more; None = not yet, or it ran to the end
     ended_at: datetime | None  # None = may be billing
     end_reason: str
     usd_estimated: Decimal | None
@@ -75,15 +77,29 @@ class Attempt:
 
     def usd_so_far(self, now: datetime) -> Decimal:
         """Estimated: of what has ended as recorded then, of what is open until now."""
-        if self.usd_estimated is not None:
-            return self.usd_estimated
-        return estimate_usd(
+        return self.usd_by(now) if self.usd_estimated is None else self.usd_estimated
+
+    def usd_known(self, now: datetime) -> Decimal:
+        """The vendor's own figure where there is one, else the estimate."""
+        return self.usd_so_far(now) if self.usd_settled is None else self.usd_settled
+
+    def usd_by(self, moment: datetime, *, is_free: bool = False) -> Decimal:
+        """Estimated, of what it had cost by then. See ledger.estimate_usd."""
+        if self.node_id is None or moment <= self.intended_at:
+            return Decimal(0)
+        terms = Terms(
             usd_per_hour=self.usd_per_hour,
-            since=self.running_at,
-            until=self.ended_at or now,
+            held_usd_per_hour=self.held_usd_per_hour,
             billing_increment_s=self.billing_increment_s,
             minimum_s=self.minimum_s,
         )
+        life = Life(
+            created=self.intended_at,
+            running=self.running_at,
+            stopped=self.stopped_at,
+            until=moment if self.ended_at is None else min(moment, self.ended_at),
+        )
+        return estimate_usd(terms, life, is_free=is_free)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +136,14 @@ class Records:
             connection.execute(update(tables.jobs).where(tables.jobs.c.id == job_id).values(values))
 
     def intend(
-        self, job_id: str, offer: Offer, *, usd_per_hour: Decimal, bid: Decimal | None, caps: Caps
+        self,
+        job_id: str,
+        offer: Offer,
+        *,
+        usd_per_hour: Decimal,
+        held_usd_per_hour: Decimal = Decimal(0),
+        bid: Decimal | None,
+        caps: Caps,
     ) -> Attempt:
         """Write down that a node is about to be asked for. Raises OverBudget, and then nothing is written."""
         now = self._clock.now()
@@ -145,6 +168,7 @@ class Records:
                 "zone": offer.zone,
                 "machine_id": offer.machine_id,
                 "usd_per_hour": usd_per_hour,
+                "held_usd_per_hour": held_usd_per_hour,
                 "bid_usd_per_hour": bid,
                 "billing_increment_s": offer.billing_increment_s,
                 "minimum_s": offer.minimum_s,
@@ -163,10 +187,25 @@ class Records:
         """It was seen running, and bills from now or from when the vendor says."""
         return attempt if attempt.running_at else self._change(attempt, running_at=since or self._clock.now())
 
+    def stopped(self, attempt: Attempt, *, is_stopped: bool = True) -> Attempt:
+        """It was seen to run no more, and then costs its disk alone; or to run again."""
+        if (attempt.stopped_at is not None) == is_stopped:
+            return attempt
+        return self._change(attempt, stopped_at=self._clock.now() if is_stopped else None)
+
     def ended(
-        self, attempt: Attempt, reason: str, work_lost_s: int | None = None, *, at: datetime | None = None
+        self,
+        attempt: Attempt,
+        reason: str,
+        work_lost_s: int | None = None,
+        *,
+        at: datetime | None = None,
+        is_free: bool = False,
     ) -> Attempt:
-        """It is known to be gone, now or since `at`, or never to have been."""
+        """It is known to be gone, now or since `at`, or never to have been.
+
+        `is_free`: the vendor does not bill what ran.
+        """
         if attempt.ended_at is not None:
             return attempt
         now = at or self._clock.now()
@@ -174,7 +213,7 @@ class Records:
             attempt,
             ended_at=now,
             end_reason=reason,
-            usd_estimated=attempt.usd_so_far(now),
+            usd_estimated=attempt.usd_by(now, is_free=is_free),
             work_lost_s=work_lost_s,
         )
 
@@ -233,6 +272,17 @@ class Records:
             rows = connection.execute(select(found).where(found.c.ended_at.is_(None)).order_by(found.c.id))
             return [Attempt(**row._mapping) for row in rows]
 
+    def unsettled(self, job_id: str | None = None) -> list[Attempt]:
+        """Ended nodes, of one job or of all, whose vendor has not said what they cost."""
+        found = tables.attempts.c
+        wanted = select(tables.attempts).where(
+            found.ended_at.is_not(None), found.node_id.is_not(None), found.usd_settled.is_(None)
+        )
+        if job_id is not None:
+            wanted = wanted.where(found.job_id == job_id)
+        with self._database.read() as connection:
+            return [Attempt(**row._mapping) for row in connection.execute(wanted.order_by(found.id))]
+
     def avoid(self, provider: str, machine_id: str, code: str, reason: str, *, for_s: int) -> None:
         """Keep away from a machine for a while; nothing where the vendor does not name machines."""
         if not machine_id:
@@ -282,7 +332,7 @@ class Records:
         if caps.usd_per_job is not None:
             rows = connection.execute(select(found).where(found.c.job_id == job_id))
             own = [Attempt(**row._mapping) for row in rows]
-            spent = sum((a.usd_so_far(now) + reserved.get(a.id, Decimal(0)) for a in own), Decimal(0))
+            spent = sum((a.usd_known(now) + reserved.get(a.id, Decimal(0)) for a in own), Decimal(0))
             _refuse("this job", caps.usd_per_job, spent, wanted)
 
 
@@ -300,18 +350,8 @@ def _usd_today(connection: Connection, now: datetime) -> Decimal:
     rows = connection.execute(
         select(tables.attempts).where((found.ended_at.is_(None)) | (found.ended_at > midnight))
     )
-    total = Decimal(0)
-    for row in rows:
-        attempt = Attempt(**row._mapping)
-        if attempt.running_at is None:
-            continue
-        total += estimate_usd(
-            usd_per_hour=attempt.usd_per_hour,
-            since=max(attempt.running_at, midnight),
-            until=attempt.ended_at or now,
-            billing_increment_s=attempt.billing_increment_s,
-        )
-    return total
+    attempts = [Attempt(**row._mapping) for row in rows]
+    return sum((max(Decimal(0), a.usd_known(now) - a.usd_by(midnight)) for a in attempts), Decimal(0))
 
 
 def _one(connection: Connection, attempt_id: int) -> Attempt:

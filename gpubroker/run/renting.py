@@ -17,7 +17,7 @@ from decimal import Decimal
 from gpubroker.doors import Clock
 from gpubroker.errors import BrokerError, LaunchUncertain
 from gpubroker.model import Offer
-from gpubroker.provider import Compute, NodeSpec, NodeView
+from gpubroker.provider import Compute, Leftovers, NodeSpec, NodeView
 from gpubroker.run.boxes import Box, boxes, over
 from gpubroker.run.records import Attempt, Caps, Records
 
@@ -36,6 +36,7 @@ class Order:
     offer: Offer
     spec: NodeSpec
     usd_per_hour: Decimal  # all that is billed by the hour, disk and the like included
+    held_usd_per_hour: Decimal = Decimal(0)  # of that, what is billed while it does not run
     bid_usd_per_hour: Decimal | None  # None = not a bid
 
 
@@ -69,6 +70,7 @@ class Renting:
             order.job_id,
             order.offer,
             usd_per_hour=order.usd_per_hour,
+            held_usd_per_hour=order.held_usd_per_hour,
             bid=order.bid_usd_per_hour,
             caps=caps,
         )
@@ -87,12 +89,20 @@ class Renting:
             raise
         return self._records.created(attempt, node_id)
 
-    def end(self, attempt: Attempt, reason: str, work_lost_s: int | None = None) -> Attempt:
-        """End the node and the attempt. Raises when the vendor does not confirm: it may still bill."""
+    def end(
+        self, attempt: Attempt, reason: str, work_lost_s: int | None = None, *, is_preempted: bool = False
+    ) -> Attempt:
+        """End the node and the attempt. Raises when the vendor does not confirm: it may still bill.
+
+        `is_preempted`: the vendor says that it took the node back.
+        """
         if attempt.node_id is None:
             raise ValueError(f"attempt {attempt.id} has no node to end: settle_doubts finds out")
-        self._computes[attempt.provider].terminate(attempt.node_id, _CALL_S)
-        return self._records.ended(attempt, reason, work_lost_s)
+        compute = self._computes[attempt.provider]
+        compute.terminate(attempt.node_id, _CALL_S)
+        free_for = timedelta(seconds=compute.capabilities.free_if_preempted_within_s)
+        ran_for = self._clock.now() - (attempt.running_at or attempt.intended_at)
+        return self._records.ended(attempt, reason, work_lost_s, is_free=is_preempted and ran_for < free_for)
 
     def settle_doubts(self, listed: Mapping[str, Sequence[NodeView]]) -> list[Attempt]:
         """Open attempts without an id: adopt what carries their tag, end those that never came to be.
@@ -190,6 +200,21 @@ class Renting:
         if node is None:
             return attempt.running_at is not None or self._clock.now() - attempt.intended_at > APPEARS_WITHIN
         return node.status == "gone"
+
+    def sweep_leftovers(self, providers: Iterable[str]) -> tuple[list[tuple[str, str]], dict[str, str]]:
+        """What launches left at these vendors: (provider, what went), and why a vendor did not answer."""
+        in_use = {(a.provider, a.tag) for a in self._records.open_attempts()}
+        gone, problems = list[tuple[str, str]](), dict[str, str]()
+        for name in sorted(providers):
+            compute = self._computes[name]
+            if not isinstance(compute, Leftovers):
+                continue
+            try:
+                tags = [tag for provider, tag in in_use if provider == name]
+                gone += [(name, what) for what in compute.sweep_leftovers(tags, _CALL_S)]
+            except BrokerError as error:
+                problems[name] = str(error)
+        return gone, problems
 
     def sweep(self, strays: Iterable[Stray]) -> list[Stray]:
         """End them; returns those that could not be ended, which may still bill."""

@@ -25,6 +25,7 @@ from gpubroker.errors import (
     NoCapacity,
     OverBudget,
     ProviderError,
+    QuotaExceeded,
     Transient,
     Unreachable,
 )
@@ -35,6 +36,7 @@ from gpubroker.run.boxes import hours_of
 from gpubroker.run.contact import Connect
 from gpubroker.run.decide import Action, Finish, Observed, Prepare, Replace, Wait, decide
 from gpubroker.run.on_node import OnNode, checkpoints_in, problems_in, unsaved_s
+from gpubroker.run.passing import Passing
 from gpubroker.run.payload import Errand, StoreKeys
 from gpubroker.run.records import Attempt, Caps, JobState, Records
 from gpubroker.run.renting import Order, Renting
@@ -59,6 +61,7 @@ class Candidate:
 
     offer: Offer
     usd_per_hour: Decimal  # all that is billed by the hour
+    held_usd_per_hour: Decimal = Decimal(0)  # of that, what is billed while it does not run
     bid_usd_per_hour: Decimal | None
     name: str  # for people
 
@@ -90,6 +93,7 @@ class Outcome:
 class _Contact:
     """With one attempt's node."""
 
+    rented_at: datetime | None = None  # None = not by this process
     shell: Shell | None = None
     host_key: str | None = None
     last_reached_at: datetime | None = None
@@ -115,8 +119,10 @@ class Supervisor:
     log: Callable[[bytes], None]
     renew_within_s: float = RENEW_WITHIN_S
     reach: Sequence[str] = ()  # "host:port" outside, of which a node must reach one
+    passing: Passing = field(default_factory=Passing)  # what was not rented, and why
     _contacts: dict[int, _Contact] = field(default_factory=dict)
     _said: str = ""
+    _told: set[str] = field(default_factory=set)
     _is_stale: bool = False  # an offer that is stored was gone: listings live for minutes
 
     def tick(self) -> Outcome | None:
@@ -131,9 +137,9 @@ class Supervisor:
             return None
         nodes = listed.get(attempt.provider, [])
         node = next((n for n in nodes if n.id == attempt.node_id), None)
+        if not problems:
+            attempt = self._meter(attempt, node)
         seen = self._observe(attempt, node, is_listed=not problems)
-        if node is not None and node.status == "running":
-            attempt = self.records.running(attempt)
         action = decide(attempt, seen, self.clock.now())
         try:
             return self._apply(attempt, action)
@@ -209,6 +215,28 @@ class Supervisor:
                 contact.problems.add(problem)
                 self.say(f"on the node: {problem}")
 
+    def _meter(self, attempt: Attempt, node: NodeView | None) -> Attempt:
+        """Write down when it began to run, and when it ceased to: what it costs goes by that."""
+        can_stop = self.computes[attempt.provider].capabilities.stop
+        if attempt.running_at is None:
+            if node is None or node.status != "running":
+                return attempt
+            return self.records.running(attempt, self._ran_since(attempt, node))
+        # Elsewhere "stopped" is the vendor's word for a state that is billed as before.
+        is_off = node is None or node.status == "gone" or (node.status == "stopped" and can_stop)
+        return self.records.stopped(attempt, is_stopped=is_off)
+
+    def _ran_since(self, attempt: Attempt, node: NodeView) -> datetime:
+        """Now, when this process has seen it before; else it may have run since it was made."""
+        now = self.clock.now()
+        contact = self._contacts.get(attempt.id)
+        starts = self.computes[attempt.provider].capabilities.billing_starts
+        if contact is not None and starts == "running":
+            return now
+        rented_at = None if contact is None else contact.rented_at
+        # A vendor's clock may be wrong.
+        return max(attempt.intended_at, min(now, rented_at or node.created_at or attempt.intended_at))
+
     def _keep_checkpoints(self, attempt: Attempt, contact: _Contact) -> None:
         """Write down what the agent says that it has published."""
         if self.job.store is None or contact.state is None:
@@ -262,7 +290,7 @@ class Supervisor:
             if action.fault:
                 self._reject(attempt, action.fault, action.reason)
             else:
-                self._end(attempt, action.reason)
+                self._end(attempt, action.reason, is_preempted=action.is_preempted)
         else:
             return self._finish(attempt, action)
         return None
@@ -281,9 +309,10 @@ class Supervisor:
         self.records.end_job(self.job.id, action.state, reason)
         return Outcome(state=action.state, reason=reason)
 
-    def _end(self, attempt: Attempt, reason: str) -> None:
+    def _end(self, attempt: Attempt, reason: str, *, is_preempted: bool = False) -> None:
         self._drop(attempt)
-        ended = self.renting.end(attempt, reason, self._work_lost_s(attempt))
+        lost_s = self._work_lost_s(attempt)
+        ended = self.renting.end(attempt, reason, lost_s, is_preempted=is_preempted)
         self.say(f"{attempt.provider} {attempt.node_id}: {reason}; about ${ended.usd_estimated or 0:.4f}")
 
     def _reject(self, attempt: Attempt, code: str, reason: str) -> None:
@@ -366,49 +395,74 @@ class Supervisor:
         return max(0.0, float(hours) * 3600 - sum(a.billed_s(now) for a in others))
 
     def _rent(self) -> None:
-        """The first candidate that can be had. Raises OverBudget.
+        """The first candidate that can be had. Raises OverBudget, and AuthFailed where everybody refuses us.
 
         The first that is gone shows that what is stored is old: the vendors are asked before the next.
         """
         left_s = self._left_s()
         if left_s is not None and left_s < _LEAST_S:
             raise OverBudget(f"limits.max_hours: all of the {self.job.spec.limits.max_hours} h are used")
-        avoided = self.records.avoided()
-        tried, is_fresh = 0, self._is_stale
+        avoided, is_fresh = self.records.avoided(), self._is_stale
+        self.passing.over.clear()
         for candidate in self.candidates(is_fresh):
             offer = candidate.offer
-            if (offer.provider, _place(offer)) in avoided or offer.provider not in self.computes:
+            if offer.provider not in self.computes:
                 continue
-            tried += 1
-            order = Order(
-                job_id=self.job.id,
-                offer=offer,
-                spec=self._node_spec(candidate.usd_per_hour),
-                usd_per_hour=candidate.usd_per_hour,
-                bid_usd_per_hour=candidate.bid_usd_per_hour,
-            )
-            try:
-                attempt = self.renting.rent(order, self.job.caps)
-            except LaunchUncertain as error:
-                self.say(f"{candidate.name}: {error.detail}")
-                return
-            except OverBudget:
-                raise
-            except NoCapacity as error:
-                self._once(f"{candidate.name}: {error}")
-                self._is_stale = True
-                if not is_fresh:
+            if why := avoided.get((offer.provider, _place(offer))):
+                self.passing.pass_over(candidate.name, f"its machine is kept away from: {why}")
+            elif rest := self.passing.rest_of(offer, self.clock.now()):
+                self.passing.pass_over(candidate.name, str(rest.error), rest.error)
+                if rest.is_short:
                     return
-                continue
-            except BrokerError as error:
-                self._once(f"{candidate.name}: {error}")
-                continue
-            self._is_stale = False
-            self.say(f"renting {candidate.name} at ${candidate.usd_per_hour:.4f}/h: {attempt.node_id}")
-            if offer.usd_per_hour and (risk := risk_of(offer.provider, self.computes[offer.provider])):
-                self._once(risk)
-            return
-        self._once("nobody has one now" if tried else "no offer is left to try")
+            elif self._try(candidate, is_fresh):
+                return
+        if refused := self.passing.refused_by_all():
+            raise refused
+        asked = sum(passed.error is not None for passed in self.passing.over)
+        self._once(f"none of {asked} offers can be had now" if asked else "no offer is left to try")
+
+    def _try(self, candidate: Candidate, is_fresh: bool) -> bool:
+        """Ask for it. True = no other is to be asked for now. Raises OverBudget."""
+        offer = candidate.offer
+        order = Order(
+            job_id=self.job.id,
+            offer=offer,
+            spec=self._node_spec(candidate.usd_per_hour),
+            usd_per_hour=candidate.usd_per_hour,
+            held_usd_per_hour=candidate.held_usd_per_hour,
+            bid_usd_per_hour=candidate.bid_usd_per_hour,
+        )
+        try:
+            attempt = self.renting.rent(order, self.job.caps)
+        except LaunchUncertain as error:
+            self.say(f"{candidate.name}: {error.detail}")
+            return True
+        except OverBudget:
+            raise
+        except (BrokerError, ValueError) as error:
+            is_gone = isinstance(error, NoCapacity) and not isinstance(error, QuotaExceeded)
+            self._is_stale |= is_gone
+            return self._pass_over(candidate, error) or (is_gone and not is_fresh)
+        self._is_stale = False
+        self._contacts[attempt.id] = _Contact(rented_at=self.clock.now())
+        self.passing.rented(offer.provider)
+        self.say(f"renting {candidate.name} at ${candidate.usd_per_hour:.4f}/h: {attempt.node_id}")
+        if offer.usd_per_hour and (risk := risk_of(offer.provider, self.computes[offer.provider])):
+            self._once(risk)
+        return True
+
+    def _pass_over(self, candidate: Candidate, error: Exception) -> bool:
+        """Keep the reason, which a person hears once. True = wait for this provider."""
+        offer, now = candidate.offer, self.clock.now()
+        self.passing.pass_over(candidate.name, str(error), error)
+        is_waiting = self.passing.failed(offer, error, now)
+        text = f"{candidate.name}: {error}"
+        if text not in self._told:
+            self._told.add(text)
+            rest = self.passing.rest_of(offer, now)
+            after = "asked again at" if is_waiting else "not asked for more before"
+            self.say(text if rest is None else f"{text}; {offer.provider} is {after} {rest.until:%H:%M:%S}")
+        return is_waiting
 
     def _node_spec(self, usd_per_hour: Decimal) -> NodeSpec:
         left_s = self._left_s()
@@ -424,7 +478,7 @@ class Supervisor:
 
     def _usd_spent(self) -> Decimal:
         now = self.clock.now()
-        return sum((a.usd_so_far(now) for a in self.records.attempts(self.job.id)), Decimal(0))
+        return sum((a.usd_known(now) for a in self.records.attempts(self.job.id)), Decimal(0))
 
     def _once(self, text: str) -> None:
         """Not the same thing at every tick."""

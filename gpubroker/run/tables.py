@@ -46,6 +46,8 @@ attempts = Table(
     Column("usd_estimated", Money),  # NULL until it has ended
     Column("usd_settled", Money),  # NULL = the vendor has not said
     Column("work_lost_s", Integer),  # run since the last save; NULL until it has ended, or nobody knows
+    Column("held_usd_per_hour", Money, nullable=False, server_default="0"),  # its disk, while it does not run
+    Column("stopped_at", Moment),  # NULL = not seen stopped
     UniqueConstraint("job_id", "epoch"),
     Index("ix_attempts_open", "ended_at"),
 )

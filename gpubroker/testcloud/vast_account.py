@@ -5,6 +5,7 @@ Call -> Account -> bill.py for the charges -> Reply
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable
 from datetime import datetime
 from decimal import Decimal
@@ -12,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from gpubroker.testcloud import bill, vast_rows
 from gpubroker.testcloud.keys import is_key
-from gpubroker.testcloud.shapes import complaints, record, text
+from gpubroker.testcloud.shapes import choice, complaints, items, record, text
+from gpubroker.testcloud.shapes import whole as whole_number
 from gpubroker.testcloud.vast_list import decoded, whole
 from gpubroker.testcloud.web import Call, Handler, Refused, Reply
 from gpubroker.testcloud.world import Rental, World
@@ -21,6 +23,11 @@ if TYPE_CHECKING:
     from gpubroker.testcloud.vast_volumes import Volume, Volumes
 
 _USER_ID = 424242
+_MOST_CHARGES = 500  # a page
+_DAYS = record({"gte": whole_number(), "lte": whole_number()}, {})
+_CHARGE_FILTERS = record(
+    {"day": _DAYS}, {"type": record({"in": items(choice("instance", "volume", "serverless"))}, {})}
+)
 _SECRET = record({"key": text(1, 128, r"[A-Za-z_][A-Za-z0-9_]*\Z"), "value": text(0, 4096)}, {}, closed=False)
 
 
@@ -118,24 +125,30 @@ class Account:
         return Reply(body={"success": True, "msg": "The environment variable was deleted."})
 
     async def _charges(self, call: Call) -> Reply:
-        if not isinstance(decoded(call.query("select_filters", "{}")), dict):
-            return refusal(400, "invalid_request", "Error in query parameters: select_filters is not JSON")
-        rentals = [r for r in self.world.rentals.values() if r.vendor == "vast"]
-        now_s = self.world.clock.now_s()
-        limit = whole(call.query("limit", "100"))
+        """Of the contracts that a range of days touches; whole contracts, since none here lasts for long."""
+        filters = decoded(call.query("select_filters", "{}"))
+        if complaints(_CHARGE_FILTERS, filters):
+            return refusal(400, "", "Must provide both 'day' gte and lte filters for instance charges")
+        limit, skip = whole(call.query("limit", "100")), _place(call.query("after_token"))
         if not limit:
             return refusal(400, "invalid_request", "Error in query parameters: limit is not a number")
-        results = [_charge_row(rental, now_s) for rental in rentals]
-        results += [_volume_row(volume, now_s) for volume in self._volumes.all()]
-        return Reply(
-            body={
-                "success": True,
-                "count": len(results[:limit]),
-                "total": len(results),
-                "next_token": None,
-                "results": results[:limit],
-            }
-        )
+        if skip is None:
+            return refusal(400, "invalid_token", "Invalid pagination token")
+        now_s = self.world.clock.now_s()
+        days, kinds = filters["day"], filters.get("type", {}).get("in", ("instance", "volume"))
+        rentals = [r for r in self.world.rentals.values() if r.vendor == "vast"]
+        rows = [_charge_row(rental, now_s) for rental in rentals]
+        rows += [_volume_row(volume, now_s) for volume in self._volumes.all()]
+        found = [
+            row
+            for row in rows
+            if row["type"] in kinds and row["start"] <= days["lte"] and row["end"] >= days["gte"]
+        ]
+        shown = found[skip : skip + min(limit, _MOST_CHARGES)]
+        after = skip + len(shown)
+        token = base64.b64encode(str(after).encode()).decode() if after < len(found) else None
+        body = {"success": True, "count": len(shown), "total": len(found), "next_token": token}
+        return Reply(body={**body, "results": shown})
 
     async def _user(self, call: Call) -> Reply:
         keys = [key for key, _ in self.ssh_keys.values()]
@@ -151,6 +164,14 @@ class Account:
                 "sid": "0" * 32,
             }
         )
+
+
+def _place(token: str) -> int | None:
+    """How many rows were before the page of this token; None = it is none of ours."""
+    try:
+        return whole(base64.b64decode(token, validate=True).decode()) if token else 0
+    except ValueError:
+        return None
 
 
 def _secret(body: Any) -> tuple[str, str]:

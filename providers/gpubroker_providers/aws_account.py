@@ -53,7 +53,7 @@ _CREDENTIAL_LINE = re.compile(
 _SYS_VENDOR = Path("/sys/devices/virtual/dmi/id/sys_vendor")
 _REFUSED = re.compile(
     "UnauthorizedOperation|AuthFailure|ExpiredToken.*|RequestExpired|InvalidClientTokenId|OptInRequired"
-    "|UnrecognizedClientException|InvalidSignature.*|IncompleteSignature|SignatureDoesNotMatch|AccessDenied.*"
+    "|UnrecognizedClientException|InvalidSignature.*|IncompleteSignature|SignatureDoesNotMatch|AccessDenied.*|Blocked"
 )
 _BUSY = re.compile("RequestLimitExceeded|Throttl.*|TooManyRequests.*|(Service)?Unavailable|Internal.*")
 _NOT_SOLD_THERE = re.compile("InvalidParameter.*|Unsupported.*")

@@ -57,7 +57,14 @@ _ROOT_DEVICE, _ROOT_GB = "/dev/sda1", 100
 # By InstanceInitiatedShutdownBehavior of the launch a shutdown from inside is a termination.
 OWN_END: Mapping[str, Any] = {"command": ["sudo", "-n", "shutdown", "-h", "now"]}
 _CAPABILITIES = Capabilities(
-    notice_s=120, own_end=OWN_END, idempotent_create=True, tag_max=64, image_by="docker"
+    notice_s=120,
+    own_end=OWN_END,
+    idempotent_create=True,
+    tag_max=64,
+    image_by="docker",
+    bills_idle_disk=True,
+    free_if_preempted_within_s=3600,
+    least_disk_gb=_ROOT_GB,
 )
 # So long after its create an instance may be unknown to another of EC2's machines.
 _SETTLES_S = 300.0
@@ -136,13 +143,16 @@ def launch_request(
     return request
 
 
-def launch_error(error: Exception, tag: str, secrets: Iterable[str] = ()) -> BrokerError:
+def launch_error(
+    error: Exception, request: Mapping[str, Any], region: str, secrets: Iterable[str] = ()
+) -> BrokerError:
     """What RunInstances raised, by what the caller does next.
 
     A refusal that AWS gives for sure is one of its codes or a 4xx; anything else may have launched.
     """
     from botocore.exceptions import ParamValidationError
 
+    tag = request["ClientToken"]
     ours = our_error("RunInstances", error, secrets)
     if not isinstance(ours, ProviderError) or isinstance(ours, AuthFailed | Unreachable):
         return ours
@@ -155,7 +165,19 @@ def launch_error(error: Exception, tag: str, secrets: Iterable[str] = ()) -> Bro
         known = Refused
     if known is None:
         return LaunchUncertain(NAME, ours.operation, ours.detail, tag=tag)
+    if known is QuotaExceeded:
+        detail = f"{ours.detail} ({quota_remedy(request, region)})"
+        return QuotaExceeded(NAME, ours.operation, detail, region=region)
     return known(NAME, ours.operation, ours.detail)
+
+
+def quota_remedy(request: Mapping[str, Any], region: str) -> str:
+    """What a person does about a quota of vCPUs: one a region, a family of types and a market; new accounts
+    have none of the larger families."""
+    market = "spot" if "InstanceMarketOptions" in request else "on-demand"
+    family = re.split(r"\d", str(request["InstanceType"]))[0].upper()
+    page = f"https://{region}.console.aws.amazon.com/servicequotas/home/services/ec2/quotas"
+    return f"ask for more vCPUs of {market} {family} instances: {page}"
 
 
 def refusal(code: str) -> type[ProviderError] | None:
@@ -210,7 +232,7 @@ class AwsNodes:
         end_s = self._context.clock.monotonic_s() + deadline_s
         account = self._account(deadline_s)
         client = account.client("ec2", offer.region)
-        with _refusals():
+        with _refusals(offer.region):
             image = self._image(account, client, offer.region)
             subnet_id, vpc_id = _subnet(account, client, offer.zone)
             request = launch_request(
@@ -348,7 +370,7 @@ class AwsNodes:
         try:
             node_id = str(client.run_instances(**request)["Instances"][0]["InstanceId"])
         except Exception as error:  # whatever it is, an instance may run
-            raise launch_error(error, tag, secrets) from error
+            raise launch_error(error, request, region, secrets) from error
         self._known[node_id] = _Known(region=region, tag=tag, made_s=self._context.clock.monotonic_s())
         return node_id
 
@@ -360,7 +382,7 @@ class AwsNodes:
 
 
 @contextmanager
-def _refusals() -> Iterator[None]:
+def _refusals(region: str) -> Iterator[None]:
     """What AWS will not do before anything was launched, classed as Compute says."""
     try:
         yield
@@ -368,7 +390,9 @@ def _refusals() -> Iterator[None]:
         if type(error) is not ProviderError:
             raise
         kind = refusal(error.detail.partition(":")[0]) or Refused
-        raise kind(error.provider, error.operation, error.detail) from error
+        if kind is QuotaExceeded:
+            raise QuotaExceeded(NAME, error.operation, error.detail, region=region) from error
+        raise kind(NAME, error.operation, error.detail) from error
     except KeyError as error:
         raise PayloadChanged(NAME, "before RunInstances", str(error.args[0]), "missing") from error
 

@@ -25,7 +25,7 @@ so that the instance that may come up lets the job in.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from datetime import datetime
 from decimal import Decimal
@@ -246,18 +246,18 @@ class LambdaNodes:
         return parse_nodes(self._rows(self._door(deadline_s), _LIST, "/instances"), port)
 
     def terminate(self, node_id: str, deadline_s: float) -> None:
-        """See Compute. Its SSH key goes after it; an error there is one too: the next call finishes it."""
+        """See Compute. Its SSH key goes after it; one that stays bills nothing: the sweep finds it."""
         door = self._door(deadline_s)
         body = {"instance_ids": [_checked(node_id)]}
         answer = door.send(_END, "POST", "/instance-operations/terminate", ALL_REQUESTS, body=body)
-        if error_code(answer) == _MISSING or answer.status == 404:
-            names = self._key_names(door, node_id)
-        else:
+        names: set[str] | None = None
+        if error_code(answer) != _MISSING and answer.status != 404:
             ended = door.answer(_END, answer)
-            rows = rows_at(NAME, _END, ended, "data", "terminated_instances")
-            names = _key_names(rows)
-        if names:
-            self._remove_keys(door, names)
+            names = _key_names(rows_at(NAME, _END, ended, "data", "terminated_instances"))
+        with suppress(ProviderError):
+            names = self._key_names(door, node_id) if names is None else names
+            if names:
+                self._remove_keys(door, names)
 
     def restart(self, node_id: str, deadline_s: float) -> None:
         """See Compute."""
@@ -266,6 +266,17 @@ class LambdaNodes:
     def shell(self, node: NodeView, deadline_s: float) -> Shell | None:
         """See Compute."""
         return None
+
+    def sweep_leftovers(self, in_use_tags: Collection[str], deadline_s: float) -> list[str]:
+        """See Leftovers: keys of launches that came to nothing, or whose node ended by itself."""
+        door = self._door(deadline_s)
+        alive = {node.tag for node in self.list_nodes(deadline_s) if node.status != "gone"}
+        rows = self._rows(door, _LIST_KEYS, "/ssh-keys")
+        names = {str(row.get("name")) for row in rows if isinstance(row, dict)}
+        ours = {name for name in names - alive - set(in_use_tags) if name.startswith(TAG)}
+        if ours:
+            self._remove_keys(door, ours)
+        return [f"SSH key {name}" for name in sorted(ours)]
 
     def _add_key(self, door: Door, tag: str, public_key: str) -> None:
         body = {"name": tag, "public_key": public_key}

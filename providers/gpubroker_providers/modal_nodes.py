@@ -31,6 +31,8 @@ from gpubroker.errors import (
     ConfigError,
     LaunchUncertain,
     NoCapacity,
+    ProviderError,
+    QuotaExceeded,
     Refused,
     Transient,
     Unreachable,
@@ -53,8 +55,14 @@ _PYTHON = "3.12"
 # its processes, and must not end it before its time.
 ENTRY = ("sh", "-c", "trap '' INT TERM HUP; until [ -e ~/.gpubroker-end ]; do sleep 2; done")
 OWN_END: Mapping[str, Any] = {"command": ["sh", "-c", ": > ~/.gpubroker-end"]}
+# Its create waits for the GPU, so that a sandbox that is there bills.
 _CAPABILITIES = Capabilities(
-    has_ssh=False, own_end=OWN_END, idempotent_create=True, tag_max=63, max_lifetime_s=LONGEST_S
+    has_ssh=False,
+    own_end=OWN_END,
+    idempotent_create=True,
+    tag_max=63,
+    max_lifetime_s=LONGEST_S,
+    billing_starts="created",
 )
 # Kept back of a create's deadline, to find out what became of it.
 _LOOKUP_S = 4.0
@@ -91,13 +99,19 @@ def launch_error(tag: str, error: Exception, text: str) -> BrokerError:
     if names & {"AuthError", "PermissionDeniedError"}:
         return AuthFailed(NAME, "Sandbox.create", text)
     if "ResourceExhaustedError" in names:
-        kind = Transient if "rate limit" in text.lower() else NoCapacity
-        return kind(NAME, "Sandbox.create", text)
+        return _exhausted(text.lower())(NAME, "Sandbox.create", text)
     if names & {"InvalidError", "NotFoundError", "UnimplementedError"} and "ConflictError" not in names:
         return Refused(NAME, "Sandbox.create", text)
     if isinstance(error, TimeoutError):
         text = "no answer before the deadline"
     return LaunchUncertain(NAME, "Sandbox.create", text, tag=tag)
+
+
+def _exhausted(text: str) -> type[ProviderError]:
+    """One class of the SDK's for three things, told apart by its words; without any it is the market."""
+    if "rate limit" in text:
+        return Transient
+    return QuotaExceeded if "limit" in text or "quota" in text else NoCapacity
 
 
 def before_launch(operation: str, error: Exception, text: str) -> BrokerError:

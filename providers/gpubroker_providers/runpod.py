@@ -39,6 +39,7 @@ from gpubroker_providers._vendor import (
     whole,
 )
 from gpubroker_providers.runpod_nodes import KEY_VARIABLE, NAME, RunPodNodes
+from gpubroker_providers.runpod_usage import RunPodUsage
 from gpubroker_providers.runpod_volumes import RunPodVolumes
 
 BASE_URL = "https://api.runpod.io"
@@ -252,7 +253,7 @@ def _first_message(errors: object) -> str:
     return plain_text(first.get("message", first) if isinstance(first, dict) else first)
 
 
-class RunPod(RunPodNodes, RunPodVolumes):
+class RunPod(RunPodNodes, RunPodUsage, RunPodVolumes):
     """The client: REST with a key, GraphQL without one; pods need the key."""
 
     name = NAME

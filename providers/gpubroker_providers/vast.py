@@ -39,6 +39,7 @@ from gpubroker_providers._vendor import (
     whole,
 )
 from gpubroker_providers.vast_nodes import KEY_VARIABLE, NAME, VastNodes
+from gpubroker_providers.vast_usage import VastUsage
 
 BASE_URL = "https://console.vast.ai"
 SEARCH_PATH = "/api/v0/bundles/"
@@ -266,7 +267,7 @@ class Search:
         return Slice(reason=reason, gpus=cards, market=self.market)
 
 
-class Vast(VastNodes):
+class Vast(VastNodes, VastUsage):
     """The client: needs no account to list, and one to rent."""
 
     name = NAME

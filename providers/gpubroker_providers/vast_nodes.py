@@ -76,7 +76,7 @@ _CREATES, _LISTS, _ENDS, _STARTS = (
 )
 _REQUIRED = ("id", "label", "actual_status", "intended_status", "cur_state", "next_state", "is_bid")
 _MOST_PAGES = 400
-_CAPABILITIES = Capabilities(takes_bids=True, stop=True)
+_CAPABILITIES = Capabilities(takes_bids=True, stop=True, bills_idle_disk=True)
 # A start that is not the first follows a preemption, and nobody waits for that node any more.
 _END_IF_BACK = (
     "for c in ~/gpubroker/*/config.json; do"
@@ -127,9 +127,9 @@ def read_created(answer: HttpAnswer, tag: str, environment: Mapping[str, str]) -
 
     200 with new_contract             the id
     any with new_contract, no success LaunchUncertain with that id: it may bill
+    401, 403, any 4xx with auth_error AuthFailed (a key of nobody's is a 404); 403 about this offer: Refused
     404, 410                          NoCapacity: the ask is gone
     402, or words about credit        QuotaExceeded
-    401, 403                          AuthFailed; 403 about this offer: Refused
     429                               Transient
     other 4xx, success false          Refused
     3xx, 408, 5xx, no JSON            LaunchUncertain
@@ -141,6 +141,8 @@ def read_created(answer: HttpAnswer, tag: str, environment: Mapping[str, str]) -
         if status < 300 and body.get("success") is True:
             return str(contract)
         raise LaunchUncertain(NAME, _CREATE, text, tag=tag, ids=[str(contract)])
+    if 400 <= status < 500 and error == "auth_error":
+        raise AuthFailed(NAME, _CREATE, text)
     if status in (404, 410) or (status < 300 and body.get("success") is False and error == "no_such_ask"):
         raise NoCapacity(NAME, _CREATE, text)
     if status == 429:
@@ -303,6 +305,9 @@ def _instance(node_id: str) -> str:
 
 
 def _is_gone(answer: HttpAnswer) -> bool:
+    """Raises AuthFailed: to a key of nobody's everything is a 404, and what it asks about bills on."""
     body = decoded(answer)
     error = body.get("error") if isinstance(body, dict) else None
+    if answer.status == 404 and error == "auth_error":
+        raise AuthFailed(NAME, "instance", words(answer, {}))
     return answer.status == 404 or error in ("no_such_instance", "not_found")
