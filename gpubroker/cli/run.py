@@ -284,6 +284,7 @@ def _candidate(quote: Quote, pricing: Pricing, compute: Compute) -> Candidate:
         usd_per_hour=_usd_per_hour(replace(quote, priced=replace(quote.priced, offer=offer)), pricing),
         bid_usd_per_hour=bid,
         name=name_of(quote),
+        hazard_per_hour=quote.risk.per_hour,
     )
 
 

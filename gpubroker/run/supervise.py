@@ -31,7 +31,7 @@ from gpubroker.jobspec import JobSpec
 from gpubroker.model import Offer
 from gpubroker.provider import Compute, NodeSpec, NodeView
 from gpubroker.run.decide import Action, Finish, Observed, Prepare, Replace, Wait, decide
-from gpubroker.run.on_node import OnNode, checkpoints_in, unsaved_s
+from gpubroker.run.on_node import OnNode, checkpoints_in, passed_over_in, problems_in, unsaved_s
 from gpubroker.run.payload import Errand, StoreKeys
 from gpubroker.run.records import Attempt, Caps, JobState, Records
 from gpubroker.run.renting import Order, Renting
@@ -44,6 +44,8 @@ RENEW_WITHIN_S = 1800.0
 _DISK_MARGIN_GB = 1.0
 # A node that answers and yet cannot be prepared costs money all the while.
 _MOST_FAILURES = 5
+# A node may say anything, as often as it likes.
+_MOST_PROBLEMS = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +56,7 @@ class Candidate:
     usd_per_hour: Decimal  # all that is billed by the hour
     bid_usd_per_hour: Decimal | None
     name: str  # for people
+    hazard_per_hour: float | None = None  # how often such a node is lost; None = nobody has said
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +92,10 @@ class _Contact:
     log_bytes: int = 0
     state: Mapping[str, Any] | None = None  # the agent's, when it was last reached
     made: int = 0  # checkpoints that are recorded
+    passed_over: int = 0  # checkpoints that the agent did not trust, and that are recorded
     failures: int = 0  # of what was tried there
+    problems: set[str] = field(default_factory=set)  # that were said
+    hazard_per_hour: float | None = None  # by the plan; None = another process rented it
 
 
 Connect = Callable[[Compute, NodeView, str, str | None], tuple[Shell, str | None]]
@@ -178,6 +184,7 @@ class Supervisor:
             self.log(look.log)
             contact.state = look.state
             self._keep_checkpoints(attempt, contact)
+            self._tell_problems(attempt, contact)
         return Observed(
             is_listed=is_listed,
             node=node,
@@ -195,6 +202,18 @@ class Supervisor:
         if made and made[-1].number != contact.made:
             self.records.published(self.job.id, made)
             contact.made = made[-1].number
+        passed_over = passed_over_in(contact.state, attempt.epoch, base)
+        if len(passed_over) != contact.passed_over:
+            for one in self.records.add_passed_over(self.job.id, passed_over):
+                self.say(f"checkpoint {one.place} is passed over: {one.reason}")
+            contact.passed_over = len(passed_over)
+
+    def _tell_problems(self, attempt: Attempt, contact: _Contact) -> None:
+        """What the agent cannot do while the job goes on, such as saving into a full store; each once."""
+        for text in problems_in(contact.state or {}):
+            if text not in contact.problems and len(contact.problems) < _MOST_PROBLEMS:
+                contact.problems.add(text)
+                self.say(f"{attempt.provider} {attempt.node_id}: {text}")
 
     def _work_lost_s(self, attempt: Attempt) -> int | None:
         """Run since the save that is in the store; None = not by this process, so nobody knows."""
@@ -312,6 +331,7 @@ class Supervisor:
             has_imds=attempt.provider == "aws",
             ends_by_shutdown=attempt.provider == "aws" and capabilities.self_terminate,
             store=self.job.store,
+            hazard_per_hour=self._contacts[attempt.id].hazard_per_hour,
         )
 
     def _rent(self) -> None:
@@ -351,6 +371,7 @@ class Supervisor:
                 self._once(f"{candidate.name}: {error}")
                 continue
             self._is_stale = False
+            self._contacts[attempt.id] = _Contact(hazard_per_hour=candidate.hazard_per_hour)
             self.say(f"renting {candidate.name} at ${candidate.usd_per_hour:.4f}/h: {attempt.node_id}")
             return
         self._once("nobody has one now" if tried else "no offer is left to try")
