@@ -10,10 +10,11 @@ from io import BytesIO
 
 import pytest
 
+from gpubroker.errors import ConfigError
 from gpubroker.jobspec import job_from
 from gpubroker.node.bundle import NAME
 from gpubroker.run import payload
-from gpubroker.run.payload import Errand, save_plan
+from gpubroker.run.payload import Errand, agent_config, save_plan
 from tests.support import NOW
 
 SHOW = "from gpubroker.checkpoint import Checkpointer as C; c = C(); a = c.interval_s; c.pause_s = 2.0; print(a, c.interval_s)"
@@ -84,6 +85,17 @@ def test_the_jobs_process_sees_the_plan(tmp_path, hazard, checkpoint, shown):
         assert (place / "job.log").read_text().startswith(shown)
     finally:
         _agent(place, "stop")
+
+
+def test_retention_is_what_the_user_asks_for(tmp_path):
+    """Two generations unless said otherwise; fewer are refused."""
+    kept = [
+        (told["keep"], told["keep_bytes"])
+        for told in map(agent_config, [errand(), errand(keep=5, keep_size="20GB")])
+    ]
+    assert [(2, None), (5, 20 * 10**9)] == kept
+    with pytest.raises(ConfigError, match=r"checkpoint\.keep"):
+        errand(keep=1)
 
 
 def _agent(place, command):

@@ -92,6 +92,8 @@ def agent_config(errand: Errand) -> dict[str, Any]:
         "env": dict(spec.env),
         "env_file": SECRETS,
         "checkpoint_dir": spec.checkpoint.folder,
+        "keep": spec.checkpoint.keep,
+        "keep_bytes": None if (most := spec.checkpoint.keep_size) is None else int(most * 10**9),
         "usd_per_hour": errand.usd_per_hour,
         "max_usd": errand.max_usd,
         "max_s": errand.max_s,
