@@ -2,7 +2,8 @@
 
 1 GB of state in eight parts: torch tensors on the CPU where torch is installed (written by torch.save), else
 bytearrays (written by pickle); `detail` says which. Each pair saves the same state both ways into one folder,
-fsync included. A card's memory is copied to the host in the same pause, over PCIe: not measured here.
+fsync included. Torch copies with one thread, as a machine that trains has no idle ones; two on a busy machine
+wait for each other. A card's memory is copied to the host in the same pause, over PCIe: not measured here.
 """
 
 from __future__ import annotations
@@ -53,5 +54,6 @@ def _state(size: int) -> tuple[dict[str, Any], str]:
     if importlib.util.find_spec("torch") is None:
         return {"weights": parts}, "bytearrays by pickle"
     torch = importlib.import_module("torch")
+    torch.set_num_threads(1)
     tensors = [torch.frombuffer(part, dtype=torch.uint8) for part in parts]
     return {"weights": tensors}, f"torch {torch.__version__} tensors on the CPU by torch.save"
