@@ -10,6 +10,7 @@ import click
 
 from benchmarks.agent_idle import agent_idle
 from benchmarks.backtest_greedy import backtest_greedy
+from benchmarks.checkpoint_pause import checkpoint_pause
 from benchmarks.checkpoint_publish import checkpoint_publish
 from benchmarks.harness import Result
 from benchmarks.launch_overhead import launch_overhead
@@ -23,6 +24,7 @@ from benchmarks.testcloud_nodes import testcloud_nodes
 BENCHMARKS: dict[str, Callable[[bool], Result]] = {
     "agent-idle": agent_idle,
     "backtest-greedy": backtest_greedy,
+    "checkpoint-pause": checkpoint_pause,
     "checkpoint-publish": checkpoint_publish,
     "launch-overhead": launch_overhead,
     "plan-coverage": plan_coverage,

@@ -12,6 +12,7 @@
 The agent publishes what lies in GPUBROKER_CHECKPOINT_DIR once it is whole: a folder step-<n> with a marker,
 written under another name and renamed. `save` copies the state to host memory, where the copy stays to be
 used again, and returns; a thread writes it. Where several processes train together, one of them saves.
+A framework that saves by itself asks `should_save` and tells `saved` (examples/hf_trainer.py).
 Saved with it, and set again by `load_latest`: the random states of Python, NumPy, torch and CUDA where they
 are loaded. The position in the data is the caller's: put it into the state.
 
@@ -24,6 +25,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import copy
+import errno
 import importlib
 import json
 import math
@@ -44,7 +46,12 @@ LONGEST_INTERVAL_S = 900.0  # unless the user says otherwise
 SHORTEST_INTERVAL_S = 1.0
 _KEPT = 2
 _STEP = re.compile(r"step-(\d+)\Z")
-_WRITING = re.compile(r"\.step-\d+\.\d+\.tmp\Z")
+_WRITING = re.compile(r"\.step-\d+\.(\d+)\.tmp\Z")
+_CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
+
+
+class SaveFailed(Exception):
+    """A checkpoint could not be written; those before it are still there."""
 
 
 class Checkpointer:
@@ -69,19 +76,29 @@ class Checkpointer:
     def save(self, state: Any, step: int, *, wait: bool = False) -> None:
         """Copy the state, and write it as step-<step> in the background; `wait` writes it before it returns.
 
-        A save that is still being written is waited for first, and its failure is raised here.
+        A save that is still being written is waited for first, and its failure is raised here. Raises
+        SaveFailed at once for a folder that cannot be written.
         """
         self.wait()
         began_s = self._clock()
-        held = {"state": self._host.copy(state), "random": random_states(), "step": int(step)}
-        self.pause_s = self._clock() - began_s
-        self._asked = False
-        self._last_s = self._clock()
-        self._thread = threading.Thread(target=self._write, args=(held, began_s), name="checkpoint")
+        writing = self._begin(step)
+        try:
+            held = {"state": self._host.copy(state), "random": random_states(), "step": int(step)}
+        except BaseException:
+            shutil.rmtree(writing, ignore_errors=True)
+            raise
+        self.saved(self._clock() - began_s)
+        self._thread = threading.Thread(target=self._write, args=(held, writing, began_s), name="checkpoint")
         self._thread.start()
         if wait:
             self.wait()
             self.pause_s = self._clock() - began_s
+
+    def saved(self, pause_s: float) -> None:
+        """A state is safe from now on, in whatever way; training stood still for so long."""
+        self.pause_s = pause_s
+        self._asked = False
+        self._last_s = self._clock()
 
     def wait(self) -> None:
         """Until nothing is being written. Raises what went wrong."""
@@ -102,17 +119,19 @@ class Checkpointer:
 
     @property
     def interval_s(self) -> float:
-        """Between saves: the user's, else the best for what a save costs, 5 minutes until that is known."""
+        """Between saves: the user's, else the best for what a save costs, 5 minutes until that is known.
+
+        And 5 minutes where nobody has said how often nodes like this one are lost.
+        """
         plan = self._plan
         if plan.get("interval_s"):
-            return float(plan["interval_s"])
-        if self.pause_s is None:
-            return FIRST_INTERVAL_S
-        hazard = float(plan.get("hazard_per_hour") or 0.0)
-        longest = float(plan.get("longest_s") or LONGEST_INTERVAL_S)
+            return plan["interval_s"]
+        longest_s, hazard = plan.get("longest_s", LONGEST_INTERVAL_S), plan.get("hazard_per_hour")
+        if self.pause_s is None or hazard is None:
+            return min(longest_s, FIRST_INTERVAL_S)
         # The next save cannot begin before this one is written.
-        shortest = max(SHORTEST_INTERVAL_S, self.write_s or 0.0)
-        return min(longest, max(shortest, best_interval_s(hazard / 3600, self.pause_s)))
+        shortest_s = max(SHORTEST_INTERVAL_S, self.write_s or 0.0)
+        return min(longest_s, max(shortest_s, best_interval_s(hazard / 3600, self.pause_s)))
 
     def load_latest(self, *, restore_random: bool = True) -> Any:
         """The state of GPUBROKER_RESUME_FROM, else of the newest whole step in the folder; None = none."""
@@ -137,19 +156,35 @@ class Checkpointer:
     def _path(self, step: int) -> str:
         return os.path.join(self.folder, f"step-{step}")
 
-    def _write(self, held: dict[str, Any], began_s: float) -> None:
+    def _begin(self, step: int) -> str:
+        """The folder for a save, under a name that nobody publishes."""
+        if step < 0:
+            raise ValueError(f"step {step}: steps count from 0")
+        writing = os.path.join(self.folder, f".step-{step}.{os.getpid()}.tmp")
+        self._sweep()
         try:
-            self._write_whole(held)
+            os.makedirs(writing)
+        except OSError as error:
+            raise self._failure(step, error) from error
+        return writing
+
+    def _failure(self, step: int, error: OSError) -> SaveFailed:
+        folder = os.path.abspath(self.folder)
+        return SaveFailed(f"step {step} could not be saved in {folder}: {error.strerror or error}")
+
+    def _write(self, held: dict[str, Any], writing: str, began_s: float) -> None:
+        try:
+            self._write_whole(held, writing)
             self.write_s = self._clock() - began_s
+        except OSError as error:
+            self.error = self._failure(held["step"], error)
+            self.error.__cause__ = error
         except BaseException as error:
             self.error = error
 
-    def _write_whole(self, held: dict[str, Any]) -> None:
-        """Under a name that nobody publishes; the marker; then the name. Older steps go, but for one."""
+    def _write_whole(self, held: dict[str, Any], writing: str) -> None:
+        """The state; the marker; then the name. Older steps go, but for one."""
         step = held["step"]
-        writing = os.path.join(self.folder, f".step-{step}.{os.getpid()}.tmp")
-        self._sweep()
-        os.makedirs(writing)
         try:
             _store(held, os.path.join(writing, "state"))
             with open(os.path.join(writing, MARKER), "w", encoding="utf-8") as file:
@@ -167,10 +202,11 @@ class Checkpointer:
             shutil.rmtree(self._path(older), ignore_errors=True)
 
     def _sweep(self) -> None:
-        """What a save that was killed left behind."""
-        with contextlib.suppress(FileNotFoundError):
+        """What a save that was killed left behind; what another process is writing stays."""
+        with contextlib.suppress(OSError):
             for name in os.listdir(self.folder):
-                if _WRITING.match(name):
+                found = _WRITING.match(name)
+                if found and not _is_other(int(found.group(1))):
                     shutil.rmtree(os.path.join(self.folder, name), ignore_errors=True)
 
 
@@ -230,12 +266,16 @@ class _Host:
     def __init__(self) -> None:
         self._old: dict[tuple[Any, ...], Any] = {}
         self._new: dict[tuple[Any, ...], Any] = {}
-        self._shared: dict[int, Any] = {}
+        # Each with its copy, held so that nothing else gets its place in memory meanwhile.
+        self._shared: dict[Any, tuple[Any, Any]] = {}
 
     def copy(self, state: Any) -> Any:
         """The copy before this one is overwritten."""
-        self._old, self._new, self._shared = self._new, {}, {}
-        return self._copy(state, ())
+        self._old, self._new = self._new, {}
+        try:
+            return self._copy(state, ())
+        finally:
+            self._shared.clear()
 
     def _copy(self, value: Any, path: tuple[Any, ...]) -> Any:
         torch = sys.modules.get("torch")
@@ -248,16 +288,26 @@ class _Host:
             return made
         if type(value) in (list, tuple, set):
             return type(value)(self._copy(item, (*path, i)) for i, item in enumerate(value))
-        if id(value) in self._shared:  # weights that are tied stay so
-            return self._shared[id(value)]
+        same = _identity(value, torch)
+        if same in self._shared:  # weights that are tied stay so
+            return self._shared[same][1]
         if type(value) is bytearray:
             self._new[path] = _refill(self._old.get(path), value)
         elif torch is not None and isinstance(value, torch.Tensor):
             self._new[path] = _refill_tensor(self._old.get(path), value.detach(), torch)
         else:
             return copy.deepcopy(value)
-        self._shared[id(value)] = self._new[path]
+        self._shared[same] = value, self._new[path]
         return self._new[path]
+
+
+def _identity(value: Any, torch: Any) -> Any:
+    """Equal for what is one thing: a state dict has a tensor of its own for every name of a weight."""
+    is_plain = torch is not None and type(value) in (torch.Tensor, torch.nn.Parameter)
+    if not is_plain or value.layout != torch.strided or not value.data_ptr():
+        return id(value)
+    view = (value.shape, value.stride(), value.is_conj(), value.is_neg())
+    return (value.device, value.data_ptr(), value.dtype, view)
 
 
 def _refill(old: Any, value: bytearray) -> bytearray:
@@ -268,6 +318,8 @@ def _refill(old: Any, value: bytearray) -> bytearray:
 
 
 def _refill_tensor(old: Any, value: Any, torch: Any) -> Any:
+    if value.layout != torch.strided:
+        return value.to("cpu", copy=True)
     fits = isinstance(old, torch.Tensor) and (old.shape, old.dtype, old.stride()) == (
         value.shape,
         value.dtype,
@@ -299,20 +351,42 @@ def _read(path: str) -> dict[str, Any]:
     return held
 
 
-def _read_plan() -> dict[str, Any]:
+def _read_plan() -> dict[str, float]:
     """What is wrong in it is as if it were not there: a job does not fail for its plan."""
-    plan: dict[str, Any] = {}
+    told: Any = {}
     path = os.environ.get("GPUBROKER_PLAN_FILE", "")
     with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
-        plan = json.load(file)
-    with contextlib.suppress(KeyError, ValueError):
-        plan["interval_s"] = float(os.environ["GPUBROKER_CHECKPOINT_EVERY_S"])
+        told = json.load(file)
+    told = dict(told) if isinstance(told, dict) else {}
+    told["interval_s"] = os.environ.get("GPUBROKER_CHECKPOINT_EVERY_S") or told.get("interval_s")
+    plan = {}
+    for name in ("hazard_per_hour", "interval_s", "longest_s"):
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            if 0 <= float(told[name]) < math.inf:
+                plan[name] = float(told[name])
     return plan
 
 
+def _is_other(pid: int) -> bool:
+    """Whether another process has this number now."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
 def _sync(fd: int) -> None:
-    with contextlib.suppress(OSError):
+    """It is on the disk; a mount that cannot say so is no error."""
+    try:
         os.fsync(fd)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise
 
 
 def _sync_folder(path: str) -> None:
@@ -344,6 +418,11 @@ def usual() -> Checkpointer:
 def save(state: Any, step: int, *, wait: bool = False) -> None:
     """See Checkpointer.save."""
     usual().save(state, step, wait=wait)
+
+
+def saved(pause_s: float) -> None:
+    """See Checkpointer.saved."""
+    usual().saved(pause_s)
 
 
 def load_latest(*, restore_random: bool = True) -> Any:

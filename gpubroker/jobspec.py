@@ -162,6 +162,8 @@ class Checkpoint(_Part):
     save_time: DurationS | None = None  # the pause that one save costs; None = measured, assumed until then
     every: Annotated[DurationS, Field(ge=1)] | None = None  # None = the interval that costs least
     store: str = ""  # "" = where the node is; s3://bucket/prefix, volume:NAME, a provider's name, a folder
+    keep: Annotated[int, Field(ge=2, le=1000, strict=True)] = 2  # the newest so many stay in the store
+    keep_size: SizeGb | None = None  # and no more than this, but for two; None = no such limit
 
     @field_validator("store")
     @classmethod

@@ -41,6 +41,22 @@ def ids(found: generations.Pick) -> tuple[str | None, list[str]]:
     return picked.id if picked else None, [rejected.id for rejected in found.rejected]
 
 
+class LateStore:
+    """Something happens between the last look and the manifest."""
+
+    def __init__(self, store) -> None:
+        self._store = store
+        self.before_manifest = lambda: None
+
+    def __getattr__(self, name):
+        return getattr(self._store, name)
+
+    def put(self, key, data, *, exclusive=False):
+        if key.endswith(".manifest.json"):
+            self.before_manifest()
+        self._store.put(key, data, exclusive=exclusive)
+
+
 class Killed(BaseException):
     """Stands for kill -9: nothing that handles it gets anything done any more."""
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from gpubroker.testcloud.client import running
 
 TRAIN = """
 import json, os, time
+WAIT_AT = 0
 folder = os.environ["GPUBROKER_CHECKPOINT_DIR"]
 start = 0
 if os.environ.get("GPUBROKER_RESUME_FROM"):
@@ -33,28 +35,35 @@ for step in range(start + 1, 31):
     open(part + "/.complete", "w")
     os.rename(part, f"{folder}/step-{step}")
     print("step", step, flush=True)
+    while step == WAIT_AT and os.environ["GPUBROKER_ATTEMPT"] == "1":
+        time.sleep(0.1)
 os.makedirs("out")
+open("out/plan.json", "w").write(open(os.environ["GPUBROKER_PLAN_FILE"]).read())
 open("out/result.txt", "w").write(str(total))
 """
+
+
+def client(cloud):
+    """Of the test cloud's S3."""
+    import boto3
+
+    return boto3.client(
+        "s3",
+        endpoint_url=cloud.env["AWS_ENDPOINT_URL"],
+        region_name="us-east-1",
+        aws_access_key_id=cloud.env["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=cloud.env["AWS_SECRET_ACCESS_KEY"],
+    )
 
 
 @contextmanager
 def bucket(cloud):
     """A bucket of the test cloud's AWS for checkpoints, as the environment that names it."""
-    import boto3
-
+    client(cloud).create_bucket(Bucket="jobs")
     keys = {name: cloud.env[f"AWS_{name}"] for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY")}
-    endpoint = cloud.env["AWS_ENDPOINT_URL"]
-    boto3.client(
-        "s3",
-        endpoint_url=endpoint,
-        region_name="us-east-1",
-        aws_access_key_id=keys["ACCESS_KEY_ID"],
-        aws_secret_access_key=keys["SECRET_ACCESS_KEY"],
-    ).create_bucket(Bucket="jobs")
     yield {
         **{f"GPUBROKER_STORE_{name}": value for name, value in keys.items()},
-        "GPUBROKER_STORE_URL": endpoint,
+        "GPUBROKER_STORE_URL": cloud.env["AWS_ENDPOINT_URL"],
     }
 
 
@@ -124,6 +133,42 @@ def test_a_preempted_job_goes_on_from_its_checkpoint_and_its_artifacts_come_back
     )
     assert (0, record) == ended(shown)[:2]
     assert str(sum(range(31))) == (tmp_path / "back" / "out" / "result.txt").read_text()
+    plan = json.loads((tmp_path / "back" / "out" / "plan.json").read_text())
+    assert (True, 900.0, False) == (plan["hazard_per_hour"] > 0, plan["longest_s"], "interval_s" in plan)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_the_person_is_told(job, tmp_path):
+    """A bit of the newest flips in the bucket: the next node goes on from the one before, and says why."""
+    with running(speed=10) as cloud, bucket(cloud) as store:
+        (tmp_path / "job" / "train.py").write_text(TRAIN.replace("WAIT_AT = 0", "WAIT_AT = 12"))
+        process = job(cloud, "--provider", "runpod", "--store", "s3://jobs/sft", **store)
+        heard(process, "step 12")
+        s3 = client(cloud)
+        key = newest(s3, step=12)
+        data = bytearray(s3.get_object(Bucket="jobs", Key=key)["Body"].read())
+        data[3] ^= 1
+        s3.put_object(Bucket="jobs", Key=key, Body=bytes(data))
+        (node,) = [node for node in cloud.nodes() if node["state"] == "running"]
+        cloud.preempt(node["id"])
+        code, record, said = ended(process)
+    assert (0, "done") == (code, record["state"])
+    (passed,) = record["passed_over"]
+    reason = "state.json has other content than was published (SHA-256)"
+    assert (2, reason) == (passed["epoch"], passed["reason"])
+    assert f"s3://jobs/{key.rpartition('-step-12')[0]}" == passed["where"]
+    assert 1 == said.count(f"checkpoint {passed['where']} is passed over: {reason}")
+    assert "attempt 2 from 11" in said
+    assert str(sum(range(31))) == (tmp_path / "back" / "out" / "result.txt").read_text()
+
+
+def newest(s3, step):
+    """The key of the step's only file, once it is published."""
+    while True:
+        keys = [row["Key"] for row in s3.list_objects_v2(Bucket="jobs").get("Contents", [])]
+        numbers = [key.split("/")[-2].partition("-")[0] for key in keys if f"-step-{step}." in key]
+        if numbers and any(key.endswith(f"{numbers[0]}.manifest.json") for key in keys):
+            return next(key for key in keys if key.endswith("/state.json") and f"-step-{step}." in key)
+        time.sleep(0.1)
 
 
 def test_a_job_that_fails_is_exit_6_and_leaves_nothing_that_bills(job, tmp_path):

@@ -28,7 +28,7 @@ from gpubroker.node.config import BadConfig, Config, read_config
 from gpubroker.node.ending import NotEnded, end_node, variables
 from gpubroker.node.job import Exit, Task, read_json
 from gpubroker.node.lease import Lease, Terms
-from gpubroker.node.store import FolderStore
+from gpubroker.node.store import FolderStore, Full, StoreFailed, _store_errors
 from gpubroker.node.watch import Imds, Scanner
 from tests.checkpoint_support import a_checkpoint
 
@@ -714,6 +714,64 @@ def test_a_full_disk_stops_neither_job_nor_agent(node: Node, monkeypatch, tmp_pa
     assert any("No space left" in problem for problem in made.heartbeat()["problems"])
 
 
+def test_a_full_store_is_emptied_to_two_generations_before_it_is_a_problem(node: Node) -> None:
+    """Room for three: the oldest goes for the newest. No room: it is said, the job runs on, two whole ones stay."""
+    node.configure("exit 0", keep=9)
+    made = node_agent.open_agent(read_config(str(node.config)))
+    store = made._store = QuotaStore(node.store.where)
+    for step in (1, 2, 3):
+        path = Path(a_checkpoint(node.root / "checkpoints", step))
+        made._publish(path.name)
+    size = sum(size for key, size in store.entries("train/") if "/000003-" in key)
+    store.most_bytes = 3 * size + 5000
+    a_checkpoint(node.root / "checkpoints", 4)
+    assert 4 == made._publish("checkpoint-4").number
+    assert [2, 3, 4] == numbers(store)
+    store.most_bytes = 2 * size + 5000
+    a_checkpoint(node.root / "checkpoints", 5)
+    with pytest.raises(Full) as caught:
+        made._publish("checkpoint-5")
+    made._heard_of("checkpoint-5", "", 0.0, caught.value)
+    told = "publishing checkpoint-5: the store is full: No space left on device"
+    assert ([told], None, None) == (made.heartbeat()["problems"], made._stop, made._result)
+    assert ([3, 4], "checkpoint-4") == (numbers(store), node.pick())  # and nothing of the torn one
+    assert [] == store.entries("train/00000001/000005")
+    store.most_bytes = 9 * size
+    assert 5 == made._publish("checkpoint-5").number
+
+
+def numbers(store: FolderStore) -> list[int]:
+    """Of the generations that are there."""
+    return [int(key.split("/")[2][:6]) for key, _ in store.entries("train/") if key.endswith("manifest.json")]
+
+
+class QuotaStore(FolderStore):
+    """Has room for so many bytes."""
+
+    most_bytes = 1 << 40
+
+    def upload(self, key: str, path: str) -> tuple[str, int]:
+        """A part of it is written when there is no more room, as on a disk."""
+        used = sum(size for _, size in self.entries(""))
+        done = super().upload(key, path)
+        if used + done[1] > self.most_bytes:
+            os.truncate(Path(self.where, key), max(0, self.most_bytes - used))
+            with _store_errors():
+                raise OSError(28, "No space left on device")
+        return done
+
+
+def test_a_publication_that_fails_is_tried_again_ever_more_seldom(node: Node) -> None:
+    """A checkpoint of many gigabytes is not sent every few seconds; one that works begins anew."""
+    node.configure("exit 0", retry_s=10)
+    made = node_agent.open_agent(read_config(str(node.config)))
+    waits = []
+    for _ in range(8):
+        made._heard_of("step-1", "", 0.0, StoreFailed("away"))
+        waits.append(round(made._due["publish"] - node_agent.steady_s()))
+    assert [10, 20, 40, 80, 160, 320, 320, 320] == waits
+
+
 def test_output_that_a_full_disk_refuses_is_counted(tmp_path: Path, monkeypatch) -> None:
     """The job never waits for its log, and a person sees that a part is missing."""
     task = Task(
@@ -815,6 +873,47 @@ def test_what_is_a_finished_checkpoint(tmp_path: Path) -> None:
     assert ["step-1", "b.ckpt"] == [name for name, _ in found]
     scanner.known.update(found)
     assert [] == scanner.finished(13.0)
+
+
+@pytest.mark.parametrize(
+    ("entries", "checkpoints", "strangers"),
+    [
+        pytest.param(
+            ["checkpoint-500/", "checkpoint-1000/", "runs/", "config.json", "training_args.bin", "README.md"],
+            ["checkpoint-1000", "checkpoint-500"],
+            ["runs"],
+            id="Hugging Face Trainer",
+        ),
+        pytest.param(
+            ["epoch=3-step=400.ckpt", "last.ckpt", "hparams.yaml", "lightning_logs/"],
+            ["epoch=3-step=400.ckpt", "last.ckpt"],
+            ["lightning_logs"],
+            id="Lightning",
+        ),
+        pytest.param(["global_step100/", "latest"], ["global_step100"], [], id="DeepSpeed"),
+        pytest.param(["step-7/", ".step-8.1.tmp/", "step-9.partial/"], ["step-7"], [], id="ours"),
+        pytest.param(["state.json"], ["state.json"], [], id="one file of any name"),
+        pytest.param(["best/", "best/.complete", "logs/"], ["best"], ["logs"], id="marked"),
+        pytest.param(["model.pt", "model.pt.complete"], ["model.pt"], [], id="marked beside it"),
+    ],
+)
+def test_what_is_a_checkpoint(tmp_path: Path, entries, checkpoints, strangers) -> None:
+    """Whatever the framework; what it writes beside its checkpoints is none, and a folder of that kind is told once."""
+    for entry in entries:
+        path = tmp_path / entry
+        path.mkdir() if entry.endswith("/") else path.write_text("x")
+        if entry.endswith("/"):
+            (path / "x").write_text("x")
+    scanner = Scanner(str(tmp_path), 0.0, {})
+    assert sorted(checkpoints) == sorted(name for name, _ in scanner.finished(0.0))
+    assert [strangers, []] == [scanner.strangers(), scanner.strangers()]
+
+
+def test_a_folder_that_is_not_saved_is_told(node: Node) -> None:
+    """Somebody may have meant it as a checkpoint."""
+    node.run("mkdir -p checkpoints/latest; echo x > checkpoints/latest/x; sleep 0.3")
+    told = "latest/ is not saved: it has no number in its name and no file .complete in it"
+    assert ([told], None) == (node.beat()["problems"], node.pick())
 
 
 def test_the_bundle_is_one_file_of_the_standard_library_for_python_3_8() -> None:

@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpubroker.node import generations
+from gpubroker.node.files import files_of
 from gpubroker.node.generations import StaleEpoch
-from gpubroker.node.store import Changed, FolderStore, Missing, StoreFailed, Taken, Unreadable
-from tests.checkpoint_support import JOB, a_checkpoint, ids, publish, two_generations
+from gpubroker.node.store import Changed, FolderStore, Full, Missing, StoreFailed, Taken, Unreadable
+from tests.checkpoint_support import JOB, LateStore, a_checkpoint, ids, publish, two_generations
+from tests.corruptions import LINKS, flip
 from tests.support import EXAMPLES_FACTOR
 
 
@@ -31,10 +33,8 @@ def test_a_published_checkpoint_comes_back_bit_for_bit(tmp_path: Path) -> None:
     assert ("00000001/000002", []) == ids(found)
     assert found.generation is not None
     assert ("checkpoint-200", 200) == (found.generation.name, found.generation.step)
-    published = {
-        n: Path(p).read_bytes() for n, p in generations.files_of(str(tmp_path / "work/checkpoint-200"))
-    }
-    assert published == {n: Path(p).read_bytes() for n, p in generations.files_of(path or "")}
+    published = {n: Path(p).read_bytes() for n, p in files_of(str(tmp_path / "work/checkpoint-200"))}
+    assert published == {n: Path(p).read_bytes() for n, p in files_of(path or "")}
     assert ["checkpoint-200"] == os.listdir(tmp_path / "back")
 
 
@@ -65,113 +65,27 @@ def test_the_step_is_the_last_number_of_the_name(name: str, step: int | None) ->
     assert step == generations.step_of(name)
 
 
-def _rewrite(path: Path, change) -> None:
-    told = json.loads(path.read_text())
-    change(told)
-    path.write_text(json.dumps(told))
-
-
-def _sign(path: Path, change) -> None:
-    """A manifest that is whole and wrong."""
-    told = json.loads(path.read_text())
-    change(told)
-    told["digest"] = generations._digest(told)
-    path.write_text(json.dumps(told))
-
-
-def _truncate(path: Path) -> None:
-    os.truncate(path, path.stat().st_size - 1)
-
-
-def _flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
-def _of_the_one_before(store: FolderStore) -> None:
-    newest(store, "000002.manifest.json").write_bytes(newest(store, "000001.manifest.json").read_bytes())
-
-
-def _swap(store: FolderStore) -> None:
-    """Two files of one checkpoint are exchanged: same sizes, all hashes known."""
-    model = newest(store, "000002-*/model.bin")
-    other = newest(store, "000001-*/model.bin")
-    model.write_bytes(other.read_bytes())
-
-
-CORRUPTIONS = {
-    "truncated": (lambda s: _truncate(newest(s, "000002-*/model.bin")), "bytes instead of"),
-    "torn, zeros at the end": (
-        lambda s: newest(s, "000002-*/model.bin").write_bytes(
-            newest(s, "000002-*/model.bin").read_bytes()[:7000]
-            + bytes(newest(s, "000002-*/model.bin").stat().st_size - 7000)
-        ),
-        "other content than was published",
-    ),
-    "one bit flipped": (lambda s: _flip(newest(s, "000002-*/shards/*")), "other content than was published"),
-    "a file is missing": (lambda s: newest(s, "000002-*/trainer.json").unlink(), "trainer.json is missing"),
-    "all files are missing": (
-        lambda s: generations.remove_tree(s, f"{JOB}/00000001/{newest(s, '000002-*.????????').name}/"),
-        "is missing",
-    ),
-    "a file too many": (
-        lambda s: (newest(s, "000002-*.????????") / "extra.bin").write_bytes(b"x"),
-        "extra.bin does not belong to it",
-    ),
-    "another checkpoint's file": (_swap, "other content than was published"),
-    "the manifest is cut": (
-        lambda s: _truncate(newest(s, "000002.manifest.json")),
-        "manifest cannot be read",
-    ),
-    "the manifest is empty": (
-        lambda s: newest(s, "000002.manifest.json").write_bytes(b""),
-        "manifest cannot be read",
-    ),
-    "a bit of the manifest": (
-        lambda s: _rewrite(newest(s, "000002.manifest.json"), lambda t: t.update(step=201)),
-        "the digest does not fit",
-    ),
-    "the manifest of the one before": (_of_the_one_before, "its manifest is that of train 00000001/000001"),
-    "another job's manifest": (
-        lambda s: _sign(newest(s, "000002.manifest.json"), lambda t: t.update(job="other")),
-        "its manifest is that of other 00000001/000002",
-    ),
-    "a manifest that lies about a hash": (
-        lambda s: _sign(newest(s, "000002.manifest.json"), lambda t: t["files"][0].update(sha256="0" * 64)),
-        "other content than was published",
-    ),
-    "a manifest that leads outside": (
-        lambda s: _sign(newest(s, "000002.manifest.json"), lambda t: t["files"][0].update(path="../../x")),
-        "a path outside of it",
-    ),
-    "a manifest that contradicts itself": (
-        lambda s: _sign(newest(s, "000002.manifest.json"), lambda t: t.update(bytes=1)),
-        "contradicts itself",
-    ),
-    "no manifest": (lambda s: newest(s, "000002.manifest.json").unlink(), None),
-}
-
-
-@pytest.mark.parametrize("way", CORRUPTIONS)
-def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_used(tmp_path: Path, way: str) -> None:
-    """Whoever resumes is told which one and why; without a manifest there was no checkpoint."""
-    damage, reason = CORRUPTIONS[way]
+@pytest.mark.parametrize("way", LINKS)
+def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path, way: str) -> None:
+    """Even to the very content: what lies elsewhere is not kept by the store."""
+    damage, reason = LINKS[way]
     store = two_generations(tmp_path)
     damage(store)
     found, path = generations.restore(store, JOB, None, str(tmp_path / "back"))
-    assert found == generations.pick(store, JOB)
-    assert ("00000001/000001", ["00000001/000002"] if reason else []) == ids(found)
-    assert all(reason in rejected.reason for rejected in found.rejected)
+    assert ("00000001/000001", ["00000001/000002"]) == ids(found)
+    assert reason in found.rejected[0].reason
     assert '{"step": 100}' == Path(path or "", "trainer.json").read_text()
-    assert ["checkpoint-100"] == os.listdir(tmp_path / "back")
+
+
+def _flip(path: Path) -> None:
+    path.write_bytes(flip(path.read_bytes()))
 
 
 def test_a_file_that_cannot_be_read_is_as_good_as_none(tmp_path: Path) -> None:
     """The one before is used; retention leaves alone what it cannot judge."""
     store = two_generations(tmp_path)
 
-    class BadDisk(_LateStore):
+    class BadDisk(LateStore):
         def download(self, key, path):
             if "/000002-" in key:
                 raise Unreadable("Input/output error")
@@ -256,7 +170,7 @@ def test_a_publication_that_overlaps_a_claim_is_refused_or_does_not_count(
 ) -> None:
     """All its looks came before the claim: a conditional store refuses it, on any other no reader takes it."""
     store = two_generations(tmp_path)
-    late = _LateStore(store)
+    late = LateStore(store)
     if not conditional:
         store.conditional = False
         store._link = os.replace  # type: ignore[method-assign]
@@ -280,22 +194,6 @@ def test_a_publication_that_overlaps_a_claim_is_refused_or_does_not_count(
         assert [reason] == [rejected.reason for rejected in found.rejected]
 
 
-class _LateStore:
-    """Something happens between the last look and the manifest."""
-
-    def __init__(self, store) -> None:
-        self._store = store
-        self.before_manifest = lambda: None
-
-    def __getattr__(self, name):
-        return getattr(self._store, name)
-
-    def put(self, key, data, *, exclusive=False):
-        if key.endswith(".manifest.json"):
-            self.before_manifest()
-        self._store.put(key, data, exclusive=exclusive)
-
-
 def test_an_epoch_is_claimed_once(tmp_path: Path) -> None:
     """The owner may claim again, for it may have been restarted; a reader with a lower epoch is stale."""
     store = two_generations(tmp_path)
@@ -312,7 +210,7 @@ def test_an_epoch_is_claimed_once(tmp_path: Path) -> None:
 def test_two_writers_of_one_epoch_cannot_both_publish_a_number(tmp_path: Path) -> None:
     """The second finds the number taken."""
     store = two_generations(tmp_path)
-    late, path = _LateStore(store), a_checkpoint(tmp_path / "work", 300)
+    late, path = LateStore(store), a_checkpoint(tmp_path / "work", 300)
     late.before_manifest = lambda: publish(store, path) and None
     with pytest.raises(StaleEpoch, match="another writer publishes as epoch 1"):
         publish(late, path)
@@ -323,7 +221,7 @@ def test_a_yes_that_was_lost_is_still_a_yes(tmp_path: Path) -> None:
     """The same manifest found in its place was ours."""
     store = two_generations(tmp_path)
 
-    class Deaf(_LateStore):
+    class Deaf(LateStore):
         def put(self, key, data, *, exclusive=False):
             self._store.put(key, data, exclusive=exclusive)
             if exclusive:
@@ -340,7 +238,7 @@ def test_a_checkpoint_that_changes_while_it_is_read_is_not_published(tmp_path: P
     store = two_generations(tmp_path)
     path = a_checkpoint(tmp_path / "work", 300)
 
-    class Writing(_LateStore):
+    class Writing(LateStore):
         def upload(self, key, source):
             done = self._store.upload(key, source)
             Path(path, "model.bin").write_bytes(b"newer")
@@ -400,7 +298,7 @@ def test_a_store_that_is_away_proves_nothing(tmp_path: Path) -> None:
     """No checkpoint is given up for it."""
     store = two_generations(tmp_path)
 
-    class Away(_LateStore):
+    class Away(LateStore):
         def download(self, key, path):
             raise StoreFailed("the network is down")
 
@@ -488,9 +386,10 @@ def test_killed_at_any_step_of_publishing_no_reader_selects_wrongly(tmp_path: Pa
     assert "00000001/000003" == picked[-1]
     assert sorted(picked) == picked
     assert {"00000001/000002", "00000001/000003"} == set(picked)
-    assert [[[], True, [], 2]] == [
-        list(x) for x in {tuple(map(str, row[1:])): row[1:] for row in found}.values()
-    ]
+    assert {(True, (), 2)} == {(good, tuple(bad), folders) for _, _, good, bad, folders in found}
+    passed_over = [name for row in found for name in row[1]]
+    assert {"00000001/000003"} == set(passed_over)  # what was not finished is named
+    assert [] == [row for row in found if row[0] == "00000001/000003" and row[1]]
 
 
 # The folder's doors
@@ -528,10 +427,11 @@ def test_a_full_disk_is_said_and_publishes_nothing(tmp_path: Path, monkeypatch) 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "sendfile", full)
-    with pytest.raises(StoreFailed, match="No space left"):
+    with pytest.raises(Full, match="the store is full: No space left"):
         publish(store, path)
     monkeypatch.undo()
     assert ("00000001/000002", []) == ids(generations.pick(store, JOB))
+    assert [] == store.entries(f"{JOB}/00000001/000003")
 
 
 def test_a_system_without_sendfile_between_files_copies_by_hand(tmp_path: Path, monkeypatch) -> None:

@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpubroker.doors import Ran
-from gpubroker.run.on_node import OnNode, checkpoints_in, unsaved_s
+from gpubroker.run.on_node import OnNode, checkpoints_in, passed_over_in, problems_in, unsaved_s
 
 MADE = {"epoch": 2, "number": 7, "name": "step-12", "step": 12, "bytes": 512, "published_s": 1_790_000_000}
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from([*MADE, "made"]), inner),
+    lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from([*MADE, "made", "id", "reason"]), inner),
 )
 
 
@@ -67,8 +67,18 @@ def test_nonsense_is_left_out(change):
     assert 1 == len(checkpoints_in({"made": [{**MADE, **change}, MADE]}, 2, "s3://b"))
 
 
+def test_what_a_node_passes_over_is_shown_with_its_place():
+    """One line of printable text for each, whatever the node says; what is no generation is left out."""
+    told = [{"id": "00000001/000007", "reason": "a\x1b[2J\nb" + "c" * 999}, {"id": "../../x"}, 7]
+    (found,) = passed_over_in({"rejected": told}, 2, "s3://bucket/job")
+    assert ("s3://bucket/job/00000001/000007", 2, "a [2J bc") == (found.place, found.epoch, found.reason[:8])
+    assert ["a b"] * 20 == problems_in({"problems": ["a\rb"] * 50})
+
+
 @given(JSON, JSON)
 def test_whatever_a_node_says_nothing_breaks(made, unsaved):
     """Any JSON at all."""
     checkpoints_in({"made": made}, 2, "s3://b")
+    passed_over_in({"rejected": made}, 2, "s3://b")
+    problems_in({"problems": made})
     assert 0 <= unsaved_s({"unsaved_s": unsaved}) < 1e12

@@ -325,7 +325,13 @@ def test_the_product_has_no_branch_on_the_test_cloud():
     import gpubroker_providers
 
     roots = [Path(gpubroker.__file__).parent, *map(Path, gpubroker_providers.__path__)]
-    allowed = {"cli/testcloud.py", "cli/demo.py", "cli/demo_job.py", "cli/demo_market.py", "cli/__init__.py"}  # the commands that start it
+    allowed = {
+        "cli/testcloud.py",
+        "cli/demo.py",
+        "cli/demo_job.py",
+        "cli/demo_market.py",
+        "cli/__init__.py",
+    }  # the commands that start it
     for root in roots:
         for path in root.rglob("*.py"):
             name = path.relative_to(root).as_posix()

@@ -1,15 +1,17 @@
 """A run goes on when a node or its vendor is away in the middle of something; nothing is billed for ever."""
 
+import json
 from dataclasses import dataclass, field
 from decimal import Decimal
 
 import pytest
 
+from gpubroker.cli.job import job_record
 from gpubroker.doors import Ran
 from gpubroker.errors import OverBudget, Transient, Unreachable
 from gpubroker.jobspec import job_from
 from gpubroker.provider import Capabilities
-from gpubroker.run.payload import agent_config
+from gpubroker.run.payload import StoreKeys, agent_config
 from gpubroker.run.records import Caps, Records
 from gpubroker.run.renting import Renting
 from gpubroker.run.supervise import Candidate, Job, Supervisor
@@ -27,11 +29,12 @@ class Node:
     """An idle node: its agent was never started, and its preflight ends as `preflight` says."""
 
     preflight: object
+    state: object = None  # the agent's; None = it was never started
     closed: int = field(default=0)
 
     def run(self, command, *, stdin=b"", deadline_s):
         if "preflight.py" not in command:
-            return Ran(status=0, signal=None, stdout=b"null\n", stderr=b"")
+            return Ran(status=0, signal=None, stdout=json.dumps(self.state).encode() + b"\n", stderr=b"")
         if isinstance(self.preflight, Exception):
             raise self.preflight
         return self.preflight
@@ -44,7 +47,7 @@ class Node:
 def supervised(store, clock, tmp_path):
     """`supervised(node, **limits)` is a supervisor with a vendor of such nodes, the vendor, and what it has said."""
 
-    def _supervised(node, **limits):
+    def _supervised(node, keys=None, **limits):
         records, vendor, said = Records(store.database, clock), Vendor(), []
         spec = job_from(
             {"command": ["true"], "gpu": {"name": ["h100"]}, "work": {"hours": "1"}, "limits": limits},
@@ -59,7 +62,7 @@ def supervised(store, clock, tmp_path):
             folder=tmp_path,
             out=tmp_path,
             secrets={},
-            store=None,
+            store=keys,
             private_key="",
             public_key="",
             caps=Caps(usd_per_day=Decimal(100)),
@@ -164,3 +167,41 @@ def test_a_node_that_cannot_end_itself_is_told_of_once_it_is_rented(supervised):
     vendor.capabilities = Capabilities(own_end={"command": ["halt"]})
     supervisor.tick()
     assert not any("cannot end its own billing" in text for text in said)
+
+
+def test_a_checkpoint_that_is_passed_over_is_said_once_and_kept_in_the_record(supervised):
+    """Which one and why; by `job show` as well, and not again by a later attempt or another supervisor."""
+    rejected = [{"id": "00000001/000007", "reason": "model.bin is missing"}]
+    node = Node(None, state={"state": "running", "rejected": rejected})
+    supervisor, _, said = supervised(node, StoreKeys(where="s3://bucket/sft/"))
+    for _ in range(4):
+        assert supervisor.tick() is None
+    place = f"s3://bucket/sft/{supervisor.job.id}/00000001/000007"
+    told = f"checkpoint {place} is passed over: model.bin is missing"
+    assert [told] == [text for text in said if "passed over" in text]
+    record = job_record(supervisor.job.id, "running", supervisor.records, supervisor.clock.now())
+    assert [{"where": place, "epoch": 1, "reason": "model.bin is missing"}] == record["passed_over"]
+    supervisor._contacts.clear()
+    assert supervisor.tick() is None
+    assert [told] == [text for text in said if "passed over" in text]
+
+
+def test_a_store_that_is_full_is_said_once_and_the_job_goes_on(supervised):
+    """The agent tells it at every look; the node stays."""
+    full = "publishing step-7: [Errno 28] No space left on device"
+    supervisor, vendor, said = supervised(Node(None, state={"state": "running", "problems": [full]}))
+    for _ in range(4):
+        assert supervisor.tick() is None
+    (node_id,) = vendor.nodes
+    (attempt,) = supervisor.records.open_attempts()
+    assert [f"{attempt.provider} {node_id}: {full}"] == [text for text in said if "No space" in text]
+
+
+def test_a_node_cannot_flood_the_terminal(supervised):
+    """Other problems at every look are shown up to a number."""
+    node = Node(None)
+    supervisor, _, said = supervised(node)
+    for number in range(40):
+        node.state = {"state": "running", "problems": [f"problem {number}"]}
+        assert supervisor.tick() is None
+    assert 20 == sum("problem " in text for text in said)

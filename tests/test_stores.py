@@ -25,7 +25,8 @@ from gpubroker.node.store import FolderStore, Missing, StoreFailed, Taken
 from gpubroker.run.stores import BucketStore, open_store
 from gpubroker.testcloud import aws, runpod_s3
 from gpubroker.testcloud.runpod import RunPod
-from tests.checkpoint_support import JOB, DyingStore, Killed, a_checkpoint, ids, publish
+from tests.checkpoint_support import JOB, DyingStore, Killed, LateStore, a_checkpoint, ids, publish
+from tests.corruptions import WAYS
 from tests.testcloud_aws import aws_room
 from tests.testcloud_room import room
 
@@ -149,23 +150,30 @@ def test_files_go_up_and_come_back(here: Here, tmp_path: Path, size: int) -> Non
     assert data == (tmp_path / "down").read_bytes()
 
 
-def test_a_checkpoint_is_published_damaged_and_passed_over(here: Here, tmp_path: Path) -> None:
-    """The same in every store."""
+@pytest.mark.parametrize("way", WAYS)
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_used(
+    here: Here, tmp_path: Path, way: str
+) -> None:
+    """In every store, in every way; whoever resumes is told which one and why, and is left with no part of it."""
+    damage, reason = WAYS[way]
 
     def work():
-        generations.claim(here.store, JOB, 1, "first")
+        store = here.store
+        generations.claim(store, JOB, 1, "first")
         for step in (100, 200):
-            publish(here.store, a_checkpoint(tmp_path / "work", step))
-        assert ("00000001/000002", []) == ids(generations.pick(here.store, JOB))
-        key = next(k for k, _ in here.store.entries(f"{JOB}/00000001/000002-") if k.endswith("model.bin"))
-        here.store.put(key, here.store.get(key)[:-1] + b"?")
-        found, path = generations.restore(here.store, JOB, None, str(tmp_path / "back"))
-        assert '{"step": 100}' == Path(path or "", "trainer.json").read_text()
+            publish(store, a_checkpoint(tmp_path / "work", step))
+        damage(store)
+        generations.claim(store, JOB, 2, "second")
+        found = generations.restore(store, JOB, 2, str(tmp_path / "back")), generations.pick(store, JOB, 2)
+        generations.remove_tree(store, JOB)
         return found
 
-    found = here.run(work)
+    (found, path), picked = here.run(work)
+    assert found == picked
     assert ("00000001/000001", ["00000001/000002"]) == ids(found)
-    assert "model.bin has other content than was published (SHA-256)" == found.rejected[0].reason
+    assert reason in found.rejected[0].reason
+    assert '{"step": 100}' == Path(path or "", "trainer.json").read_text()
+    assert ["checkpoint-100"] == os.listdir(tmp_path / "back")
 
 
 def test_a_stale_epoch_is_refused(here: Here, tmp_path: Path) -> None:
@@ -186,6 +194,63 @@ def test_a_stale_epoch_is_refused(here: Here, tmp_path: Path) -> None:
         return generations.pick(store, JOB)
 
     assert ("00000002/000001", []) == ids(here.run(work))
+
+
+def test_a_node_thought_dead_that_publishes_later_is_never_resumed_from(here: Here, tmp_path: Path) -> None:
+    """Its looks came before the next attempt: a conditional store refuses it; even forced in, no reader takes it."""
+
+    def work():
+        store, old, new = here.store, tmp_path / "step-100", tmp_path / "step-900"
+        old.write_bytes(b"old")
+        new.write_bytes(b"of the dead")
+        generations.claim(store, JOB, 1, "first")
+        publish(store, str(old))
+
+        def take_over():
+            generations.claim(store, JOB, 2, "second")
+            found, _ = generations.restore(store, JOB, 2, str(tmp_path / "back"))
+            generations.went_on_from(store, JOB, 2, "second", found.generation)
+
+        dead = LateStore(store)
+        dead.before_manifest = take_over
+        try:
+            publish(dead, str(new))
+            is_refused = False
+        except StaleEpoch:
+            is_refused = True
+        _force_in(store, str(new), number=7)
+        found = [generations.pick(store, JOB, 2)]
+        generations.claim(store, JOB, 3, "third")
+        found.append(generations.pick(store, JOB, 3))
+        publish(store, str(old), epoch=3)
+        generations.retain(store, JOB, 3, keep=2)
+        left = [key for key, _ in store.entries(f"{JOB}/00000001/") if "step-900" in key]
+        return is_refused, found, left
+
+    is_refused, found, left = here.run(work)
+    assert (here.conditional, []) == (is_refused, left)
+    for one in found:
+        picked, rejected = ids(one)
+        assert ("00000001/000001", "00000001/000007") == (picked, rejected[0])
+        assert "epoch 1 published it after epoch 2 had gone on from an older one" == one.rejected[0].reason
+
+
+def _force_in(store, path: str, number: int) -> None:
+    """A whole generation of epoch 1, whatever anybody has claimed."""
+    data = f"{number:06d}-step-900.0a0b0c0d"
+    digest, size = store.upload(f"{JOB}/00000001/{data}/step-900", path)
+    made = generations.Generation(
+        epoch=1,
+        number=number,
+        name="step-900",
+        step=900,
+        data=data,
+        bytes=size,
+        published_s=1,
+        files=(("step-900", size, digest),),
+        is_single_file=True,
+    )
+    store.put(f"{JOB}/00000001/{number:06d}.manifest.json", generations.manifest_text(JOB, made, "gb-dead"))
 
 
 @pytest.mark.parametrize(
@@ -218,7 +283,7 @@ def test_killed_at_any_request_no_reader_selects_wrongly(here: Here, tmp_path: P
                 pass
             found = ids(generations.pick(store, job))
             picked.append(found[0])
-            assert [] == found[1]
+            assert found[1] in ([], ["00000001/000002"])
             again = generations.publish(store, job, 1, str(new), node="", now_s=3)
             assert (again.id, []) == ids(generations.pick(store, job))
             generations.remove_tree(store, job)

@@ -132,6 +132,10 @@ def job_record(job_id: str, state: str, records: Records, now: datetime) -> dict
             }
             for made in records.checkpoints(job_id)
         ],
+        "passed_over": [
+            {"where": one.place, "epoch": one.epoch, "reason": one.reason}
+            for one in records.passed_over(job_id)
+        ],
         "usd_estimated": f"{sum((a.usd_so_far(now) for a in attempts), Decimal(0)):.6f}",
         "usd_settled": None if settled is None else f"{settled:.6f}",
         "work_lost_s": _sum(0, (a.work_lost_s for a in attempts if a.ended_at is not None)),
@@ -182,6 +186,8 @@ def _print(found: dict[str, Any], reason: str) -> None:
     if saves:
         last = saves[-1]
         out.print(f"{len(saves)} checkpoints, the last at {_short(last['published'])}: {last['where']}")
+    for one in found["passed_over"]:
+        out.print(f"passed over: {one['where']}: {one['reason']}", markup=False)
     settled = [Decimal(a["usd_settled"]) for a in found["attempts"] if a["usd_settled"] is not None]
     if settled:
         which = "" if len(settled) == len(found["attempts"]) else f" for {len(settled)} of them"

@@ -155,6 +155,7 @@ def ask_of(job: JobSpec, settings: Settings) -> Ask:
             save_s=None if job.checkpoint.save_time is None else Decimal(job.checkpoint.save_time),
             every_s=None if job.checkpoint.every is None else Decimal(job.checkpoint.every),
             store=_store_of(job.checkpoint.store, "checkpoint.store"),
+            generations=job.checkpoint.keep,
         ),
     )
     vram = job.gpu.min_vram

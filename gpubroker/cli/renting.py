@@ -178,6 +178,7 @@ def _candidate(quote: Quote, pricing: Pricing, compute: Compute) -> Candidate:
         held_usd_per_hour=held,
         bid_usd_per_hour=bid,
         name=name_of(quote),
+        hazard_per_hour=quote.risk.per_hour,
     )
 
 

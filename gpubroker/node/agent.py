@@ -44,11 +44,12 @@ from gpubroker.node.job import (
     strike,
 )
 from gpubroker.node.lease import Lease
-from gpubroker.node.store import Changed, Missing, Store, StoreFailed, write_atomically
-from gpubroker.node.watch import Imds, Scanner
+from gpubroker.node.store import Changed, Full, Missing, Store, StoreFailed, write_atomically
+from gpubroker.node.watch import MARKER, Imds, Scanner
 
 _PROBLEMS = 5
 _MOST_SHOWN = 50
+_MOST_DOUBLINGS = 5  # of the wait before a publication is tried again
 _KEEPER_WAIT_S = 5.0
 
 
@@ -131,6 +132,7 @@ class Agent:
         self._rejected: list[dict[str, str]] = self._memory.get("rejected", [])
         self._due: dict[str, float] = {}
         self._terms_heard = 0
+        self._failures = 0  # of publications, one after the other
         self._inbox: queue.Queue[Callable[[], None]] = queue.Queue()
 
     # Beginning
@@ -456,6 +458,8 @@ class Agent:
         if settle_s is None and not self._is_due("scan", now_s, self._config.scan_s):
             return False
         found = self._scanner.finished(now_s, settle_s=settle_s)
+        for stranger in self._scanner.strangers():
+            self._note(f"{stranger}/ is not saved: it has no number in its name and no file {MARKER} in it")
         if not found:
             return False
         name, prints = found[0]
@@ -467,13 +471,22 @@ class Agent:
         return True
 
     def _publish(self, name: str) -> generations.Generation:
-        """In the store's thread."""
+        """In the store's thread. A store that is full is emptied but for the least that is kept."""
         config, store = self._config, self._store
         assert store is not None
         path = os.path.join(config.checkpoints, name)
-        made = generations.publish(
-            store, config.job, config.epoch, path, node=config.node, now_s=int(time.time())
-        )
+
+        def publish() -> generations.Generation:
+            return generations.publish(
+                store, config.job, config.epoch, path, node=config.node, now_s=int(time.time())
+            )
+
+        try:
+            made = publish()
+        except Full:
+            if not generations.retain(store, config.job, config.epoch, keep=generations.LEAST_KEPT):
+                raise
+            made = publish()
         try:
             generations.retain(
                 store, config.job, config.epoch, keep=config.keep, keep_bytes=config.keep_bytes
@@ -484,6 +497,7 @@ class Agent:
 
     def _heard_of(self, name: str, prints: str, saved_s: float, result: Any) -> None:
         if isinstance(result, generations.Generation):
+            self._failures = 0
             self._scanner.known[name] = prints
             self._newest = _shown(result)
             self._made = [*self._made, self._newest][-_MOST_SHOWN:]
@@ -497,7 +511,8 @@ class Agent:
             self._begin_stop("fenced", str(result), steady_s(), save=False)
         elif not isinstance(result, Changed):
             self._note(f"publishing {name}: {result}")
-            self._due["publish"] = steady_s() + self._config.retry_s
+            self._due["publish"] = steady_s() + self._config.retry_s * 2**self._failures
+            self._failures = min(self._failures + 1, _MOST_DOUBLINGS)
 
     # The end
 

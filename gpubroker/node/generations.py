@@ -10,11 +10,12 @@ also takes the next number of every lower epoch, and such a node finds out: its 
 
 A generation is good when its manifest is whole and says where it lies, when exactly the files that it names
 are there, and when each has its size and SHA-256. Readers take the newest good one: highest epoch first, then
-highest number.
+highest number; what is newer and not good is named with the reason, files without a manifest included.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -22,7 +23,8 @@ import re
 import shutil
 from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
-from gpubroker.node.store import Changed, Missing, Store, Taken, Unreadable, sync_folder
+from gpubroker.node.files import files_of, fingerprint, is_same
+from gpubroker.node.store import Changed, Missing, Store, StoreFailed, Taken, Unreadable, sync_folder
 
 VERSION = 1
 LEAST_KEPT = 2
@@ -30,6 +32,7 @@ _MANIFEST = re.compile(r"(\d{8})/(\d{6})\.manifest\.json\Z")
 _EPOCH = re.compile(r"(\d{8})/")
 _DATA = re.compile(r"(\d{8})/((\d{6})-[^/]*\.[0-9a-f]{8})/")
 _STEP = re.compile(r"(\d+)\D*\Z")
+_UNFINISHED = "it was not finished: it has no manifest of its own"
 _HEX = re.compile(r"[0-9a-f]{64}\Z")
 
 
@@ -65,6 +68,19 @@ class Rejected(NamedTuple):
 
     id: str
     reason: str
+
+
+class _Candidate(NamedTuple):
+    """A number of an epoch that has a manifest, or files, or both."""
+
+    epoch: int
+    number: int
+    why_out: str  # it was published too late; "" = it was not
+    has_files: bool
+
+    @property
+    def id(self) -> str:
+        return f"{self.epoch:08d}/{self.number:06d}"
 
 
 class Pick(NamedTuple):
@@ -121,35 +137,51 @@ def publish(
     number = max(number, 1 + max((n for e, n in _numbers(store, job) if e == epoch), default=0))
     data = "{:06d}-{}.{}".format(number, re.sub(r"[^A-Za-z0-9._=-]", "_", name)[:80], os.urandom(4).hex())
     base = f"{job}/{epoch:08d}/{data}/"
-    files = []
+    try:
+        files = _upload(store, base, path)
+        made = Generation(
+            epoch=epoch,
+            number=number,
+            name=name,
+            step=step_of(name),
+            data=data,
+            bytes=sum(size for _, size, _ in files),
+            published_s=now_s,
+            files=files,
+            is_single_file=not os.path.isdir(path),
+        )
+        _refuse_stale(store, job, epoch)
+    except (Changed, StaleEpoch, StoreFailed):
+        _remove_leftovers(store, base)
+        raise
+    try:
+        _commit(store, job, made, node)
+    except StaleEpoch:  # after StoreFailed the manifest may be there
+        _remove_leftovers(store, base)
+        raise
+    return made
+
+
+def _upload(store: Store, base: str, path: str) -> tuple[tuple[str, int, str], ...]:
+    """Each file's path, bytes and SHA-256, once all are safe. Raises Changed, StoreFailed."""
+    name, files = os.path.basename(path), []
     try:
         before = fingerprint(path)
         for relative, source in files_of(path):
             digest, size = store.upload(base + relative, source)
             files.append((relative, size, digest))
-    except Changed:
-        remove_tree(store, base)
-        raise
     except (Missing, FileNotFoundError) as error:
         raise Changed(f"{name} went away while it was read") from error
-    if not files or not _is_same(path, before):
-        remove_tree(store, base)
+    if not files or not is_same(path, before):
         raise Changed(f"{name} changed while it was read")
     store.settle(base)
-    made = Generation(
-        epoch=epoch,
-        number=number,
-        name=name,
-        step=step_of(name),
-        data=data,
-        bytes=sum(size for _, size, _ in files),
-        published_s=now_s,
-        files=tuple(files),
-        is_single_file=not os.path.isdir(path),
-    )
-    _refuse_stale(store, job, epoch)
-    _commit(store, job, made, node)
-    return made
+    return tuple(files)
+
+
+def _remove_leftovers(store: Store, base: str) -> None:
+    """The next publication needs the room; what cannot be removed now is swept by retention."""
+    with contextlib.suppress(StoreFailed):
+        remove_tree(store, base)
 
 
 def _commit(store: Store, job: str, made: Generation, node: str) -> None:
@@ -184,21 +216,21 @@ def retain(store: Store, job: str, epoch: int, *, keep: int, keep_bytes: int | N
     _refuse_stale(store, job, epoch)
     listed = store.entries(job + "/")
     known, unsure = set(), set()
-    for found_epoch, number, is_out in _candidates(store, job):
+    for found in _candidates(store, job):
         try:
-            generation = read_manifest(store, job, found_epoch, number)
+            generation = read_manifest(store, job, found.epoch, found.number)
         except (Bad, Missing):
             continue
         except Unreadable:
-            unsure.add((found_epoch, number))
+            unsure.add((found.epoch, found.number))
             continue
         if generation is None:
             continue
-        total += 0 if is_out else generation.bytes
-        kept += 0 if is_out else 1
+        total += 0 if found.why_out else generation.bytes
+        kept += 0 if found.why_out else 1
         fits = kept <= LEAST_KEPT or (kept <= keep and (keep_bytes is None or total <= keep_bytes))
-        if fits and not is_out:
-            known.add((found_epoch, generation.data))
+        if fits and not found.why_out:
+            known.add((found.epoch, generation.data))
             continue
         store.delete(_manifest_key(job, generation))
         gone.append(generation.id)
@@ -215,15 +247,12 @@ def _sweep(
     unsure: set[tuple[int, int]],
 ) -> None:
     newest = max((n for e, n in _numbers_in(listed, job) if e == epoch), default=0)
-    for key, _ in listed:
-        found = _DATA.match(key[len(job) + 1 :])
-        if not found:
-            continue
+    for found in _data_in(listed, job):
         its_epoch, number = int(found.group(1)), int(found.group(3))
         is_over = its_epoch < epoch or (its_epoch == epoch and number <= newest)
         is_known = (its_epoch, found.group(2)) in known or (its_epoch, number) in unsure
         if is_over and not is_known:
-            store.delete(key)
+            store.delete(f"{job}/{found.string}")
 
 
 # Reading
@@ -246,40 +275,56 @@ def _first_good(store: Store, job: str, epoch: int | None, prove: Callable[[Gene
     if epoch is not None:
         _refuse_stale(store, job, epoch)
     rejected = []
-    for found_epoch, number, reason in _candidates(store, job):
-        name = f"{found_epoch:08d}/{number:06d}"
+    for found in _candidates(store, job):
         try:
-            generation = read_manifest(store, job, found_epoch, number)
-            if generation is None:
-                continue
-            if reason:
-                raise Bad(reason)
-            prove(generation)
+            generation = _proven(store, job, found, prove)
         except Bad as error:
-            rejected.append(Rejected(name, str(error)))
-        except Missing:
-            rejected.append(Rejected(name, "it went away while it was read"))
+            rejected.append(Rejected(found.id, str(error)))
         except Unreadable as error:
-            rejected.append(Rejected(name, f"it cannot be read: {error}"))
+            rejected.append(Rejected(found.id, f"it cannot be read: {error}"))
         else:
-            return Pick(generation, tuple(rejected))
+            if generation is not None:
+                return Pick(generation, tuple(rejected))
     return Pick(None, tuple(rejected))
 
 
-def _candidates(store: Store, job: str) -> Iterator[tuple[int, int, str]]:
-    """(epoch, number, why it is out), the newest first."""
+def _proven(
+    store: Store, job: str, found: _Candidate, prove: Callable[[Generation], None]
+) -> Generation | None:
+    """None = there never was one. Raises Bad, Unreadable."""
+    try:
+        generation = read_manifest(store, job, found.epoch, found.number)
+    except Missing:
+        raise Bad(_UNFINISHED) from None
+    if generation is None:
+        if found.has_files:
+            raise Bad(_UNFINISHED)
+        return None
+    if found.why_out:
+        raise Bad(found.why_out)
+    try:
+        prove(generation)
+    except Missing:
+        raise Bad("it went away while it was read") from None
+    return generation
+
+
+def _candidates(store: Store, job: str) -> Iterator[_Candidate]:
+    """The newest first."""
     cuts = []
     for epoch in _epochs(store, job):
         start = _claim(store, job, epoch).get("from")
         if isinstance(start, str):
             last = tuple(int(part) for part in start.split("/")) if re.match(r"\d+/\d+\Z", start) else (0, 0)
             cuts.append((epoch, last))
-    for epoch, number in sorted(_numbers(store, job), reverse=True):
+    listed = store.entries(job + "/")
+    with_files = {(int(m.group(1)), int(m.group(3))) for m in _data_in(listed, job)}
+    for epoch, number in sorted({*_numbers_in(listed, job), *with_files}, reverse=True):
         over = [cut for cut, last in cuts if epoch < cut and (epoch, number) > last]
         reason = (
             f"epoch {epoch} published it after epoch {over[0] if over else 0} had gone on from an older one"
         )
-        yield epoch, number, reason if over else ""
+        yield _Candidate(epoch, number, reason if over else "", (epoch, number) in with_files)
 
 
 def read_manifest(store: Store, job: str, epoch: int, number: int) -> Generation | None:
@@ -369,39 +414,6 @@ def _check_listing(store: Store, job: str, made: Generation) -> str:
     return base
 
 
-# What the job wrote
-
-
-def files_of(path: str) -> list[tuple[str, str]]:
-    """(relative name, path) of the regular files of a checkpoint; links to files are followed."""
-    if not os.path.isdir(path):
-        return [(os.path.basename(path), path)]
-    found = []
-    for here, folders, names in os.walk(path):
-        folders.sort()
-        for name in sorted(names):
-            whole = os.path.join(here, name)
-            if os.path.isfile(whole):
-                found.append((os.path.relpath(whole, path).replace(os.sep, "/"), whole))
-    return found
-
-
-def fingerprint(path: str) -> tuple[tuple[str, int, int, int], ...]:
-    """(name, bytes, mtime in ns, inode) of each file: another one means that the job has written again."""
-    found = []
-    for name, whole in files_of(path):
-        status = os.stat(whole)
-        found.append((name, status.st_size, status.st_mtime_ns, status.st_ino))
-    return tuple(found)
-
-
-def _is_same(path: str, before: tuple[tuple[str, int, int, int], ...]) -> bool:
-    try:
-        return fingerprint(path) == before
-    except FileNotFoundError:
-        return False
-
-
 # Names and texts
 
 
@@ -479,6 +491,12 @@ def _numbers(store: Store, job: str) -> list[tuple[int, int]]:
 def _numbers_in(listed: Sequence[tuple[str, int]], job: str) -> list[tuple[int, int]]:
     found = (_MANIFEST.match(key[len(job) + 1 :]) for key, _ in listed)
     return [(int(match.group(1)), int(match.group(2))) for match in found if match]
+
+
+def _data_in(listed: Sequence[tuple[str, int]], job: str) -> list[re.Match[str]]:
+    """Of every file of a generation: its epoch, folder and number; the whole string is its key in the job."""
+    found = (_DATA.match(key[len(job) + 1 :]) for key, _ in listed)
+    return [match for match in found if match]
 
 
 def _claim_key(job: str, epoch: int) -> str:

@@ -22,7 +22,7 @@ from html import unescape
 from typing import Any, BinaryIO, Iterator, Mapping, NamedTuple
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
-from gpubroker.node.store import CHUNK_BYTES, Missing, StoreFailed, Taken
+from gpubroker.node.store import CHUNK_BYTES, Full, Missing, StoreFailed, Taken
 
 PART_BYTES = 64 << 20
 _MOST_PARTS = 10_000
@@ -306,6 +306,8 @@ class S3Store:
             raise Missing(self._name(key))
         if answer.status == 412:
             raise Taken(self._name(key))
+        if answer.status == 507 or "Quota" in answer.code:
+            raise Full(f"the store is full: {answer.code}")
         if answer.status == 501:
             raise _NotImplemented(f"{self._name(key)}: {answer.code}")
         raise Refused(f"{self._name(key)}: {answer.code}", answer.code)

@@ -20,11 +20,16 @@ CHUNK_BYTES = 1 << 20
 _STRIDE_BYTES = 32 << 20
 _sync_data = getattr(os, "fdatasync", os.fsync)
 _NO_SENDFILE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.ENOTSOCK)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 
 
 class StoreFailed(Exception):
     """The store could not be asked, or said no: nothing is known about what it holds."""
+
+
+class Full(StoreFailed):
+    """It has no room, or no more of it for us."""
 
 
 class Unreadable(StoreFailed):
@@ -291,6 +296,8 @@ def _store_errors() -> Iterator[None]:
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise Missing(str(error)) from error
     except OSError as error:
+        if error.errno in _NO_ROOM:
+            raise Full(f"the store is full: {error.strerror}") from error
         failure = Unreadable if error.errno in (errno.EACCES, errno.EIO) else StoreFailed
         raise failure(str(error)) from error
 

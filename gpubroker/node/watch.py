@@ -1,9 +1,11 @@
 """What the agent looks out for: checkpoints that the job has finished, and the vendor's notice.
 
-Which of the job's files are a finished checkpoint: each entry of the checkpoint folder is one, a file or a
-folder, but for names that begin with "." or "tmp" or end in .tmp, .part, .partial, .incomplete or .complete.
-It is finished when it holds a file `.complete` (a folder) or has NAME.complete beside it (either), and else
-when nothing about its files has changed for `settle_s`. Writing under a temporary name and renaming is safe.
+Which of the job's files are a finished checkpoint: a folder with a number in its name (checkpoint-500), a
+file with one (epoch=3-step=400.ckpt) or with the suffix of a state (last.ckpt), and whatever is marked; any
+other file only where there is nothing of these, for frameworks put logs and configurations beside what they
+save. Never what begins with "." or "tmp" or ends in .tmp, .part, .partial, .incomplete or .complete. It is
+finished when it holds a file `.complete` (a folder) or has NAME.complete beside it (either), and else when
+nothing about its files has changed for `settle_s`. Writing under a temporary name and renaming is safe.
 """
 
 from __future__ import annotations
@@ -16,10 +18,12 @@ import time
 import urllib.error
 import urllib.request
 
-from gpubroker.node.generations import fingerprint
+from gpubroker.node.files import fingerprint
+from gpubroker.node.generations import step_of
 
 MARKER = ".complete"
 _UNFINISHED = (".tmp", ".part", ".partial", ".incomplete", MARKER)
+_STATES = (".ckpt", ".pt", ".pth", ".pkl", ".npz")
 _METADATA = "http://169.254.169.254"
 _TOKEN_S = 21600
 _TIMEOUT_S = 2.0
@@ -33,6 +37,7 @@ class Scanner:
         self._folder = folder
         self._settle_s = settle_s
         self._seen: dict[str, tuple[str, float]] = {}
+        self._strangers: set[str] = set()
 
     def finished(self, now_s: float, *, settle_s: float | None = None) -> list[tuple[str, str]]:
         """(name, fingerprint) of what may be published now, the oldest first. `settle_s`: another wait."""
@@ -71,20 +76,38 @@ class Scanner:
         """What lies there now was not written by this attempt."""
         self.known.update(self.prints())
 
+    def strangers(self) -> list[str]:
+        """Folders that are not taken for checkpoints, each told once."""
+        found = {name for name in self._entries() if self._is_folder(name)} - {
+            *self._names(),
+            *self._strangers,
+        }
+        self._strangers |= found
+        return sorted(found)
+
     def _names(self) -> list[str]:
+        entries = self._entries()
+        sure = [name for name in entries if self._is_checkpoint(name)]
+        return sure or [name for name in entries if not self._is_folder(name)]
+
+    def _entries(self) -> list[str]:
         try:
-            return [name for name in sorted(os.listdir(self._folder)) if _is_checkpoint(name)]
+            names = sorted(os.listdir(self._folder))
         except OSError:
             return []
+        return [name for name in names if not (name.startswith((".", "tmp")) or name.endswith(_UNFINISHED))]
+
+    def _is_checkpoint(self, name: str) -> bool:
+        is_named = step_of(name) is not None or (name.endswith(_STATES) and not self._is_folder(name))
+        return is_named or _is_marked(os.path.join(self._folder, name))
+
+    def _is_folder(self, name: str) -> bool:
+        return os.path.isdir(os.path.join(self._folder, name))
 
 
 def print_text(prints: tuple[tuple[str, int, int, int], ...]) -> str:
     """A fingerprint as it is kept in a file."""
     return json.dumps(prints)
-
-
-def _is_checkpoint(name: str) -> bool:
-    return not (name.startswith((".", "tmp")) or name.endswith(_UNFINISHED))
 
 
 def _is_marked(path: str) -> bool:

@@ -7,6 +7,7 @@ state and the new part of the log.
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -20,14 +21,15 @@ from gpubroker.node.bundle import NAME, bundle
 from gpubroker.prices.rows import moment
 from gpubroker.run import payload
 from gpubroker.run.payload import Errand, StoreKeys
-from gpubroker.run.records import Checkpoint
+from gpubroker.run.records import Checkpoint, PassedOver
 
 _START = f"python3 {NAME} start {payload.CONFIG}"
 _PACK = "preflight.pyz"
 _SEND_S, _CALL_S, _PREFLIGHT_S = 1800.0, 60.0, 600.0
 _MOST_LOG_BYTES = 1 << 18
-_MOST, _MOST_NAME, _MOST_PROBLEMS = 1 << 53, 200, 10
+_MOST, _MOST_NAME, _MOST_TEXT, _MOST_LINES = 1 << 53, 200, 300, 20
 _LAST_S = 253_402_300_799  # the year 9999
+_GENERATION = re.compile(r"\d{8}/\d{6}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,6 +158,29 @@ def _checkpoint(told: Any, epoch: int, base: str) -> Checkpoint | None:
     )
 
 
+def passed_over_in(state: Mapping[str, Any], epoch: int, base: str) -> list[PassedOver]:
+    """What this attempt's agent did not dare to go on from."""
+    told = state.get("rejected")
+    found = []
+    for one in (told if isinstance(told, list) else [])[:_MOST_LINES]:
+        if isinstance(one, dict) and _GENERATION.fullmatch(str(one.get("id"))):
+            name = str(one["id"])
+            reason = _line(one.get("reason"))
+            found.append(PassedOver(generation=name, epoch=epoch, place=f"{base}/{name}", reason=reason))
+    return found
+
+
+def problems_in(state: Mapping[str, Any]) -> list[str]:
+    """What goes wrong on the node though the job goes on: a full store, metadata that do not answer."""
+    told = state.get("problems")
+    return [_line(one) for one in (told if isinstance(told, list) else [])[:_MOST_LINES]]
+
+
+def _line(told: Any) -> str:
+    """For a person: one line, without what moves a terminal's cursor."""
+    return "".join(sign if sign.isprintable() else " " for sign in str(told)[:_MOST_TEXT])
+
+
 def _is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST
 
@@ -164,13 +189,6 @@ def unsaved_s(state: Mapping[str, Any]) -> float:
     """What the job has run since its last save that is safe; 0 where the node says nonsense."""
     told = state.get("unsaved_s")
     return float(told) if isinstance(told, int | float) and 0 <= told < _LAST_S else 0.0
-
-
-def problems_in(state: Mapping[str, Any]) -> list[str]:
-    """What the agent says that it could not do, for people: a few, short, and printable."""
-    told = state.get("problems")
-    found = told[:_MOST_PROBLEMS] if isinstance(told, list) else []
-    return ["".join(c if c.isprintable() else " " for c in str(one))[:_MOST_NAME] for one in found]
 
 
 def _quoted(remote: str) -> str:

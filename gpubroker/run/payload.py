@@ -17,12 +17,13 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import IO, Any
 
+from gpubroker.checkpoint import LONGEST_INTERVAL_S
 from gpubroker.errors import ConfigError
 from gpubroker.jobspec import JobSpec
 from gpubroker.node.bundle import NAME, bundle
 from gpubroker.node.container import NODES_FAULT
 
-CONFIG, SECRETS, STORE_KEYS, WORK = "config.json", "secrets.json", "store.json", "work"
+CONFIG, PLAN, SECRETS, STORE_KEYS, WORK = "config.json", "plan.json", "secrets.json", "store.json", "work"
 # Never sent, whatever the job says: they are large, private, or another machine's.
 _ALWAYS_IGNORED = (
     ".git",
@@ -68,6 +69,17 @@ class Errand:
     has_docker_run_it: bool  # the job's image; else the vendor does, or there is none
     own_end: Mapping[str, Any] | None  # how the node ends its own billing; None = it cannot
     store: StoreKeys | None
+    hazard_per_hour: float | None  # how often such a node is lost; None = nobody has said
+
+
+def save_plan(errand: Errand) -> dict[str, Any]:
+    """What gpubroker.checkpoint reads beside the agent's configuration to find its interval."""
+    plan: dict[str, Any] = {"longest_s": LONGEST_INTERVAL_S}
+    if errand.hazard_per_hour is not None:
+        plan["hazard_per_hour"] = errand.hazard_per_hour
+    if errand.spec.checkpoint.every is not None:
+        plan["interval_s"] = errand.spec.checkpoint.every
+    return plan
 
 
 def agent_config(errand: Errand) -> dict[str, Any]:
@@ -84,6 +96,8 @@ def agent_config(errand: Errand) -> dict[str, Any]:
         "env": dict(spec.env),
         "env_file": SECRETS,
         "checkpoint_dir": spec.checkpoint.folder,
+        "keep": spec.checkpoint.keep,
+        "keep_bytes": None if (most := spec.checkpoint.keep_size) is None else int(most * 10**9),
         "usd_per_hour": errand.usd_per_hour,
         "max_usd": errand.max_usd,
         "max_s": errand.max_s,
@@ -181,6 +195,7 @@ def write(file: IO[bytes], errand: Errand, folder: Path, secrets: Mapping[str, s
     with tarfile.open(fileobj=file, mode="w") as tar:
         _add(tar, NAME, bundle(), 0o755)
         _add(tar, CONFIG, json.dumps(agent_config(errand)).encode(), 0o644)
+        _add(tar, PLAN, json.dumps(save_plan(errand)).encode(), 0o644)
         _add(tar, SECRETS, json.dumps(dict(secrets)).encode(), 0o600)
         if errand.store is not None and errand.store.access_key:
             _add(tar, STORE_KEYS, json.dumps(keys_of(errand.store)).encode(), 0o600)

@@ -115,6 +115,16 @@ class Checkpoint:
     place: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassedOver:
+    """A checkpoint that an attempt could not trust, and went on from an older one."""
+
+    generation: str  # epoch/number
+    epoch: int  # of the attempt that found out
+    place: str
+    reason: str
+
+
 class Records:
     """Over a migrated database. Every method is one transaction."""
 
@@ -264,6 +274,29 @@ class Records:
                 .order_by(table.c.epoch, table.c.number)
             )
             return [Checkpoint(**row._mapping) for row in rows]
+
+    def add_passed_over(self, job_id: str, found: Iterable[PassedOver]) -> list[PassedOver]:
+        """Keep those that are not known yet, and return them."""
+        table, new = tables.passed_over, []
+        with self._database.write(_LOCK) as connection:
+            known = set(connection.scalars(select(table.c.generation).where(table.c.job_id == job_id)))
+            for one in found:
+                if one.generation not in known:
+                    known.add(one.generation)
+                    connection.execute(insert(table).values(job_id=job_id, **asdict(one)))
+                    new.append(one)
+        return new
+
+    def passed_over(self, job_id: str) -> list[PassedOver]:
+        """Of one job, in the order in which they were found."""
+        table = tables.passed_over
+        with self._database.read() as connection:
+            rows = connection.execute(
+                select(*[c for c in table.c if c is not table.c.job_id])
+                .where(table.c.job_id == job_id)
+                .order_by(table.c.epoch, table.c.generation)
+            )
+            return [PassedOver(**row._mapping) for row in rows]
 
     def open_attempts(self) -> list[Attempt]:
         """Everything that may be billing, of all jobs."""

@@ -35,7 +35,7 @@ from gpubroker.provider import Compute, NodeSpec, NodeView
 from gpubroker.run.boxes import hours_of
 from gpubroker.run.contact import Connect
 from gpubroker.run.decide import Action, Finish, Observed, Prepare, Replace, Wait, decide
-from gpubroker.run.on_node import OnNode, checkpoints_in, problems_in, unsaved_s
+from gpubroker.run.on_node import OnNode, checkpoints_in, passed_over_in, problems_in, unsaved_s
 from gpubroker.run.passing import Passing
 from gpubroker.run.payload import Errand, StoreKeys
 from gpubroker.run.records import Attempt, Caps, JobState, Records
@@ -53,6 +53,8 @@ RENEW_WITHIN_S = 1800.0
 _LEAST_S = 60.0
 # A node that answers and yet cannot be prepared costs money all the while.
 _MOST_FAILURES = 5
+# A node may say anything, as often as it likes.
+_MOST_PROBLEMS = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +66,7 @@ class Candidate:
     held_usd_per_hour: Decimal = Decimal(0)  # of that, what is billed while it does not run
     bid_usd_per_hour: Decimal | None
     name: str  # for people
+    hazard_per_hour: float | None = None  # how often such a node is lost; None = nobody has said
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,8 +103,10 @@ class _Contact:
     log_bytes: int = 0
     state: Mapping[str, Any] | None = None  # the agent's, when it was last reached
     made: int = 0  # checkpoints that are recorded
+    passed_over: int = 0  # checkpoints that the agent did not trust, and that are recorded
     failures: int = 0  # of what was tried there
-    problems: set[str] = field(default_factory=set)  # of the agent's, that were told
+    problems: set[str] = field(default_factory=set)  # that were said
+    hazard_per_hour: float | None = None  # by the plan; None = another process rented it
 
 
 @dataclass(kw_only=True)
@@ -198,8 +203,8 @@ class Supervisor:
             contact.log_bytes += len(look.log)
             self.log(look.log)
             contact.state = look.state
-            self._pass_on(contact)
             self._keep_checkpoints(attempt, contact)
+            self._tell_problems(attempt, contact)
         return Observed(
             is_listed=is_listed,
             node=node,
@@ -207,13 +212,6 @@ class Supervisor:
             state=None if look is None else look.state,
             last_reached_at=contact.last_reached_at,
         )
-
-    def _pass_on(self, contact: _Contact) -> None:
-        """What the agent could not do, each thing once."""
-        for problem in problems_in(contact.state or {}):
-            if problem not in contact.problems:
-                contact.problems.add(problem)
-                self.say(f"on the node: {problem}")
 
     def _meter(self, attempt: Attempt, node: NodeView | None) -> Attempt:
         """Write down when it began to run, and when it ceased to: what it costs goes by that."""
@@ -246,6 +244,18 @@ class Supervisor:
         if made and made[-1].number != contact.made:
             self.records.published(self.job.id, made)
             contact.made = made[-1].number
+        passed_over = passed_over_in(contact.state, attempt.epoch, base)
+        if len(passed_over) != contact.passed_over:
+            for one in self.records.add_passed_over(self.job.id, passed_over):
+                self.say(f"checkpoint {one.place} is passed over: {one.reason}")
+            contact.passed_over = len(passed_over)
+
+    def _tell_problems(self, attempt: Attempt, contact: _Contact) -> None:
+        """What the agent cannot do while the job goes on, such as saving into a full store; each once."""
+        for text in problems_in(contact.state or {}):
+            if text not in contact.problems and len(contact.problems) < _MOST_PROBLEMS:
+                contact.problems.add(text)
+                self.say(f"{attempt.provider} {attempt.node_id}: {text}")
 
     def _work_lost_s(self, attempt: Attempt) -> int | None:
         """Run since the save that is in the store; None = not by this process, so nobody knows."""
@@ -383,6 +393,7 @@ class Supervisor:
             has_docker_run_it=capabilities.image_by == "docker",
             own_end=capabilities.own_end,
             store=self.job.store,
+            hazard_per_hour=self._contacts[attempt.id].hazard_per_hour,
         )
 
     def _left_s(self, attempt: Attempt | None = None) -> float | None:
@@ -444,7 +455,9 @@ class Supervisor:
             self._is_stale |= is_gone
             return self._pass_over(candidate, error) or (is_gone and not is_fresh)
         self._is_stale = False
-        self._contacts[attempt.id] = _Contact(rented_at=self.clock.now())
+        self._contacts[attempt.id] = _Contact(
+            rented_at=self.clock.now(), hazard_per_hour=candidate.hazard_per_hour
+        )
         self.passing.rented(offer.provider)
         self.say(f"renting {candidate.name} at ${candidate.usd_per_hour:.4f}/h: {attempt.node_id}")
         if offer.usd_per_hour and (risk := risk_of(offer.provider, self.computes[offer.provider])):

@@ -64,6 +64,16 @@ checkpoints = Table(
     Column("published_at", Moment, nullable=False),  # by the node's clock
     Column("place", Text, nullable=False),
 )
+# Checkpoints that an attempt found damaged or stale when it looked for one to go on from.
+passed_over = Table(
+    "passed_over",
+    metadata,
+    Column("job_id", Text, ForeignKey("jobs.id"), primary_key=True),
+    Column("generation", Text, primary_key=True),  # epoch/number, as its node names it
+    Column("epoch", Integer, nullable=False),  # of the attempt that found it first
+    Column("place", Text, nullable=False),
+    Column("reason", Text, nullable=False),
+)
 # Machines that failed a preflight, for a while.
 avoided = Table(
     "avoided",
