@@ -119,6 +119,7 @@ def _errand(line: Path) -> Errand:
         renew_within_s=600.0,
         spent_s=0.0,
         has_imds=False,
-        ends_by_shutdown=False,
+        has_docker_run_it=False,
+        own_end=None,
         store=None,
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gpubroker.node.generations import step_of
-from gpubroker.node.job import _catches
+from gpubroker.node.job import catches
 from gpubroker.node.watch import Scanner
 
 REPOSITORY = Path(__file__).parents[1]
@@ -126,7 +126,7 @@ def test_an_example_saves_when_the_agent_asks_and_goes_on_from_where_it_is_told(
     whole, parts = trainings(example)
     process = parts.begin(GPUBROKER_CHECKPOINT_EVERY_S="3600")
     for _ in range(3):
-        while process.poll() is None and not _catches(process.pid, signal.SIGUSR1):
+        while process.poll() is None and not catches(process.pid, signal.SIGUSR1):
             time.sleep(0.005)
         process.send_signal(signal.SIGUSR1)
         parts.wait_for_save(process)

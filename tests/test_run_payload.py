@@ -35,7 +35,8 @@ def errand(hazard=None, **checkpoint):
         renew_within_s=60.0,
         spent_s=0.0,
         has_imds=False,
-        ends_by_shutdown=False,
+        has_docker_run_it=False,
+        own_end=None,
         store=None,
         hazard_per_hour=hazard,
     )
