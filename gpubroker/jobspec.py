@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from datetime import datetime
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Annotated, Any, Literal, cast
 
@@ -17,6 +17,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainSerializer,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -77,8 +78,13 @@ def _decimal(value: object) -> object:
     return text
 
 
-DurationS = Annotated[int, BeforeValidator(_duration)]
-SizeGb = Annotated[Decimal, BeforeValidator(_size)]
+# Written as they are read, with their units: a job's record is read again when it is resumed.
+DurationS = Annotated[
+    int, BeforeValidator(_duration), PlainSerializer(lambda seconds: f"{seconds}s", when_used="json")
+]
+SizeGb = Annotated[
+    Decimal, BeforeValidator(_size), PlainSerializer(lambda size: f"{size:f}GB", when_used="json")
+]
 Figure = Annotated[Decimal, BeforeValidator(_decimal), Field(allow_inf_nan=False)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_words)]
 
@@ -128,7 +134,9 @@ class Limits(_Part):
 
     @field_validator("deadline", mode="before")
     @classmethod
-    def _deadline(cls, value: object, info: ValidationInfo) -> datetime:
+    def _deadline(cls, value: object, info: ValidationInfo) -> datetime | None:
+        if value is None:
+            return None
         try:
             return parse_deadline(value, cast(dict[str, datetime], info.context)["now"], "")
         except ConfigError as error:
@@ -174,6 +182,7 @@ class JobSpec(_Part):
     version: Literal[1] = 1
     name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$")] = "job"
     nodes: int = 1
+    box: bool = False  # nothing is to be done: the node is the user's own until limits.max_hours
     command: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = None  # None = only to be planned
     setup: Names = ()
     requirements: str | None = None  # a pip requirements file inside the folder
@@ -233,6 +242,12 @@ class JobSpec(_Part):
         return self
 
     @model_validator(mode="after")
+    def _box_ends(self) -> JobSpec:
+        if self.box and self.limits.max_hours is None:
+            raise ValueError("limits.max_hours: a box needs an end")
+        return self
+
+    @model_validator(mode="after")
     def _some_gpu(self) -> JobSpec:
         if not self.gpu.name and self.gpu.min_vram is None:
             raise ValueError('say which GPU: [gpu] name = "h100", or min_vram = "48GiB" for any with as much')
@@ -254,6 +269,11 @@ def job_from(table: dict[str, Any], now: datetime, where: str) -> JobSpec:
         return JobSpec.model_validate(table, context={"now": now})
     except ValidationError as error:
         raise ConfigError(f"{where}: {_told(error)}") from None
+
+
+def kept_job(text: str) -> JobSpec:
+    """A job from its record: it was right once, so a deadline that has passed by now is read all the same."""
+    return JobSpec.model_validate_json(text, context={"now": datetime.min.replace(tzinfo=UTC)})
 
 
 def _told(error: ValidationError) -> str:

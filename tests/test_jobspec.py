@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpubroker.errors import ConfigError
-from gpubroker.jobspec import parse_job
+from gpubroker.jobspec import kept_job, parse_job
 from tests.support import NOW
 
 WHOLE = """
@@ -162,3 +162,16 @@ def test_no_text_makes_a_traceback(text):
     """Whatever the file holds: a job, or one sentence; ConfigError is the only exception."""
     with suppress(ConfigError):
         read(text)
+
+
+@pytest.mark.parametrize("text", [pytest.param(WHOLE, id="whole"), pytest.param(LEAST, id="least")])
+def test_a_job_is_read_again_from_its_record(text):
+    """As it was, long after its deadline has passed."""
+    job = read(text)
+    assert job == kept_job(job.model_dump_json())
+
+
+def test_a_box_without_an_end_is_refused():
+    """It would bill for ever: nobody supervises it."""
+    with pytest.raises(ConfigError, match=r"limits\.max_hours: a box needs an end"):
+        read(f"box = true\n{LEAST}")
