@@ -50,6 +50,9 @@ def sweep(*, providers: tuple[str, ...], is_ending: bool, output: str) -> None:
         renting.settle_doubts(listed)
         found = renting.strays(listed)
         left = renting.sweep(found) if is_ending else []
+        if is_ending:
+            gone = {(s.provider, s.node.id) for s in found} - {(s.provider, s.node.id) for s in left}
+            renting.forget(gone, "swept")
     ended = {id(stray) for stray in found if is_ending} - {id(stray) for stray in left}
     _print(found, ended, {**problems, **silent}, listed, output, is_ending=is_ending)
     if silent or left:

@@ -183,6 +183,13 @@ class Records:
             row = connection.execute(select(found).where(found.c.id == job_id)).first()
             return None if row is None else (row.state, row.reason, row.spec)
 
+    def state(self, job_id: str) -> tuple[JobState, str]:
+        """Of a job that is there: its state and why."""
+        found = tables.jobs
+        with self._database.read() as connection:
+            row = connection.execute(select(found.c.state, found.c.reason).where(found.c.id == job_id)).one()
+            return row.state, row.reason
+
     def attempts(self, job_id: str) -> list[Attempt]:
         """Of one job, the first first."""
         found = tables.attempts
@@ -211,12 +218,15 @@ class Records:
             )
             return [Checkpoint(**row._mapping) for row in rows]
 
-    def open_attempts(self) -> list[Attempt]:
-        """Everything that may be billing, of all jobs."""
+    def open_attempts(self, *, only_wanted: bool = False) -> list[Attempt]:
+        """Everything that may be billing, of all jobs, or only of those that are not over."""
         found = tables.attempts
+        query = select(found).where(found.c.ended_at.is_(None)).order_by(found.c.id)
+        if only_wanted:
+            running = select(tables.jobs.c.id).where(tables.jobs.c.state == "running")
+            query = query.where(found.c.job_id.in_(running))
         with self._database.read() as connection:
-            rows = connection.execute(select(found).where(found.c.ended_at.is_(None)).order_by(found.c.id))
-            return [Attempt(**row._mapping) for row in rows]
+            return [Attempt(**row._mapping) for row in connection.execute(query)]
 
     def avoid(self, provider: str, machine_id: str, code: str, reason: str, *, for_s: int) -> None:
         """Keep away from a machine for a while; nothing where the vendor does not name machines."""

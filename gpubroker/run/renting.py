@@ -3,13 +3,14 @@
     rent: intent (within the caps) -> create -> id        a crash between any two leaves an open attempt
     settle_doubts: open attempts + the vendors' lists -> adopted, or known never to have been
     end: terminate -> ended                               gone already is success
+    end_all: the same with all of a job's, once around    what is left may still bill
 
 A create that may have worked is never repeated: its tag is looked for first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from decimal import Decimal
@@ -61,7 +62,7 @@ class Renting:
         """Ask for one node. Raises OverBudget before anything is asked, and what the provider raises.
 
         After NoCapacity, Refused and the like the attempt is ended: nothing was created. After
-        LaunchUncertain it stays open, for settle_doubts to find out.
+        LaunchUncertain it stays open: with its node where the vendor gave an id, else for settle_doubts.
         """
         compute = self._computes[order.offer.provider]
         attempt = self._records.intend(
@@ -79,7 +80,9 @@ class Renting:
                 bid_usd_per_hour=order.bid_usd_per_hour,
                 deadline_s=_CREATE_S,
             )
-        except LaunchUncertain:
+        except LaunchUncertain as error:
+            if len(error.ids) == 1:
+                self._records.created(attempt, error.ids[0])
             raise
         except (BrokerError, ValueError) as error:
             self._records.ended(attempt, f"not created: {error}")
@@ -98,15 +101,13 @@ class Renting:
 
         `listed` is what each vendor that answered just listed. A vendor that did not answer says nothing: its
         attempts stay open. One that has been silent about a tag for long enough has no such node. Of
-        several nodes with one tag the first is kept and the others are ended. Returns the adopted.
+        several nodes with one tag the first is kept: the others are strays from then on. Returns the adopted.
         """
         adopted = []
         for attempt in self._records.open_attempts():
             if attempt.node_id is not None or attempt.provider not in listed:
                 continue
             mine = [n for n in listed[attempt.provider] if n.tag == attempt.tag and n.status != "gone"]
-            for extra in mine[1:]:
-                self._computes[attempt.provider].terminate(extra.id, _CALL_S)
             if mine:
                 adopted.append(self._records.created(attempt, mine[0].id))
             elif self._clock.now() - attempt.intended_at > APPEARS_WITHIN:
@@ -123,13 +124,39 @@ class Renting:
                 problems[name] = str(error)
         return listed, problems
 
+    def end_all(
+        self, job_id: str, reason: str, lost_s: Callable[[Attempt], int | None]
+    ) -> dict[tuple[str, str], str]:
+        """End what a job has rented, once around: (provider, node or tag) that may still bill -> why."""
+        mine = [a for a in self._records.open_attempts() if a.job_id == job_id]
+        listed, problems = self.list_all(a.provider for a in mine)
+        self.settle_doubts(listed)
+        left = {(stray.provider, stray.node.id): "not ended" for stray in self.end_strays_of(job_id, listed)}
+        for attempt in self._records.open_attempts():
+            if attempt.job_id != job_id:
+                continue
+            if attempt.node_id is None:
+                why = problems.get(attempt.provider, "it was asked for, and may appear yet")
+                left[attempt.provider, attempt.tag] = why
+                continue
+            try:
+                self.end(attempt, reason, lost_s(attempt))
+            except BrokerError as error:
+                left[attempt.provider, attempt.node_id] = str(error)
+        return left
+
+    def end_strays_of(self, job_id: str, listed: Mapping[str, Sequence[NodeView]]) -> list[Stray]:
+        """A job's nodes that came late or twice; returns those that could not be ended."""
+        tags = {a.tag for a in self._records.attempts(job_id)}
+        return self.sweep(stray for stray in self.strays(listed) if stray.node.tag in tags)
+
     def strays(self, listed: Mapping[str, Sequence[NodeView]]) -> list[Stray]:
-        """What bills with our tag and belongs to no open attempt: leaked, whoever leaked it.
+        """What bills with our tag and is no open attempt's of a job that runs: leaked, whoever leaked it.
 
         An attempt that has no id yet protects its tag.
         """
-        attempts = self._records.open_attempts()
-        tags = {(a.provider, a.tag) for a in attempts}
+        attempts = self._records.open_attempts(only_wanted=True)
+        tags = {(a.provider, a.tag) for a in attempts if a.node_id is None}
         ids = {(a.provider, a.node_id) for a in attempts}
         return [
             Stray(provider=name, node=node)
