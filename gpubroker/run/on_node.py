@@ -23,6 +23,7 @@ from gpubroker.run.payload import Errand
 from gpubroker.run.records import Checkpoint
 
 _PREFLIGHT = Path(payload.__file__).parents[1] / "node" / "preflight.py"
+_START = f"python3 {NAME} start {payload.CONFIG}"
 _SEND_S, _CALL_S, _PREFLIGHT_S = 1800.0, 60.0, 600.0
 _MOST_LOG_BYTES = 1 << 18
 _MOST, _MOST_NAME = 1 << 53, 200
@@ -63,8 +64,15 @@ class OnNode:
             self._shell.put(Path(file.name), f"{self._remote}/payload.tar", deadline_s=_SEND_S)
         command = (
             f'cd "{self._place}" && umask 077 && tar -xf payload.tar --no-same-owner && rm payload.tar && '
-            f"mkdir -p {payload.WORK} && python3 {NAME} start {payload.CONFIG}"
+            f"mkdir -p {payload.WORK} && {_START}"
         )
+        return self._started(command)
+
+    def start_agent(self) -> Mapping[str, Any]:
+        """Start it where everything is there already; it goes on with what runs."""
+        return self._started(f'cd "{self._place}" && {_START}')
+
+    def _started(self, command: str) -> Mapping[str, Any]:
         found = _json_of(self._shell.run(command, deadline_s=_CALL_S), "start")
         if found.get("error"):
             raise Refused("node", "start", str(found["error"])[:200])
