@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
@@ -19,6 +18,7 @@ from gpubroker.cli.job import job_record
 from gpubroker.cli.options import Amount, filter_options, format_option, work_options
 from gpubroker.cli.plan import ask_of, known_of, read_job, refuse_both
 from gpubroker.cli.render import print_json, say
+from gpubroker.cli.watching import tell, to_the_end
 from gpubroker.config import Settings
 from gpubroker.doors import Clock, Shell, SystemClock
 from gpubroker.errors import ConfigError, NoFeasibleOffer, Unreachable
@@ -32,7 +32,7 @@ from gpubroker.run.computes import computes
 from gpubroker.run.payload import StoreKeys
 from gpubroker.run.records import Caps, Records
 from gpubroker.run.renting import Renting
-from gpubroker.run.supervise import Candidate, Job, Outcome, Supervisor, closing
+from gpubroker.run.supervise import Candidate, Job, Outcome, Supervisor
 
 _TICK_S = 5.0
 _CONNECT_S = 20.0
@@ -66,7 +66,7 @@ Examples:
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Where artifacts go.  [default: gpubroker-out/JOB]"
 )
-@click.option("--resume", help="Go on with a job whose supervisor is gone, by its id.")
+@click.option("--resume", help="Go on with a job whose run was interrupted or killed, by its id.")
 @click.option("--dry-run", is_flag=True, help="Show the offers it would try and what each would cost.")
 @format_option("table", "json")
 @click.pass_context
@@ -83,8 +83,8 @@ def run(
 ) -> None:
     """Rent the cheapest node that proves itself, run the command there, and see it through preemptions.
 
-    The folder is sent as it is, artifacts come back. Ctrl-C ends what was rented. With --format json the
-    last line is the job's record.
+    The folder is sent as it is, artifacts come back. Ctrl-C, and closing the terminal, end what was rented;
+    --resume goes on from the last checkpoint. With --format json the last line is the job's record.
     """
     settings, clock = config.load(), SystemClock()
     with open_context(settings, os.environ, clock) as (store, provider_context):
@@ -94,6 +94,8 @@ def run(
             ask, known = ask_of(spec, settings), known_of(spec)
         else:
             spec, ask, known = _asked(context, words, asked, settings, clock)
+            # Whoever resumes it may be elsewhere by then.
+            spec = spec.model_copy(update={"folder": str(Path(spec.folder).absolute())})
             job_id = ""
         found, without = computes(provider_context, ask.providers or None)
         market = _Market(ask, known, settings, clock, found)
@@ -104,6 +106,7 @@ def run(
             raise ConfigError("no provider can rent: " + "; ".join(f"{n}: {r}" for n, r in without.items()))
         job_id = job_id or records.add_job(spec.name, spec.model_dump_json())
         job = _job(job_id, spec, out, settings)
+        _refuse_missing(records, job_id, found, without)
         supervisor = Supervisor(
             job=job,
             records=records,
@@ -112,11 +115,16 @@ def run(
             candidates=market.candidates,
             connect=_connect,
             clock=clock,
-            say=lambda text: say(f"[{clock.now():%H:%M:%S}] {text}"),
+            say=lambda text: tell(f"[{clock.now():%H:%M:%S}] {text}"),
             log=_print_log if output == "table" else _log_to_stderr,
         )
-        say(f"{job_id}: artifacts will be in {job.out}")
-        outcome = _to_the_end(supervisor, clock)
+        with store.database.hold(f"job {job_id}") as is_ours:
+            if not is_ours:
+                raise ConfigError(
+                    f"{job_id} is being run by another gpubroker: stop that one, or wait for it"
+                )
+            say(f"{job_id}: artifacts will be in {job.out}")
+            outcome = to_the_end(supervisor, clock, _TICK_S)
         _report(job_id, outcome, records, output, clock)
 
 
@@ -172,10 +180,21 @@ def _resumed(records: Records, job_id: str, clock: Clock) -> tuple[JobSpec, str]
     if kept is None:
         raise ConfigError(f"--resume: no job is called {job_id[:60]!r}")
     state, reason, spec = kept
-    if state != "running":
+    is_over = state != "running" and all(a.ended_at for a in records.attempts(job_id))
+    if is_over:
         raise ConfigError(f"--resume: {job_id} is {state}{f': {reason}' if reason else ''}")
     # A deadline that has passed by now must not keep the job from being read.
     return JobSpec.model_validate_json(spec, context={"now": clock.now().replace(year=1970)}), job_id
+
+
+def _refuse_missing(
+    records: Records, job_id: str, found: Mapping[str, Compute], without: Mapping[str, str]
+) -> None:
+    """A job may have a node at a vendor whose key is not set here."""
+    for attempt in records.open_attempts():
+        if attempt.job_id == job_id and attempt.provider not in found:
+            why = without.get(attempt.provider, "not among the providers that were asked for")
+            raise ConfigError(f"{job_id} has a node at {attempt.provider}, which cannot be asked: {why}")
 
 
 def _job(job_id: str, spec: JobSpec, out: Path | None, settings: Settings) -> Job:
@@ -209,9 +228,11 @@ def _keys(job_id: str) -> tuple[str, str]:
         private = path.read_text(encoding="utf-8")
         return private, public_of(private)
     private, public = make_key()
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    part = folder / f"key.{os.getpid()}"
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         file.write(private)
+    part.rename(path)  # whole or not there
     return private, public
 
 
@@ -310,29 +331,6 @@ def _connect(compute: Compute, node: NodeView, key: str, host_key: str | None) -
         raise Unreachable("node", "connect", "its vendor does not say yet where SSH is")
     connected = ssh.connect(node.ssh, key, host_key=host_key, deadline_s=_CONNECT_S)
     return connected, connected.host_key
-
-
-def _to_the_end(supervisor: Supervisor, clock: Clock) -> Outcome:
-    """Tick until it is over. Ctrl-C and SIGTERM end what was rented first."""
-
-    def interrupt(signum: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
-    with closing(supervisor):
-        try:
-            while (outcome := supervisor.tick()) is None:
-                clock.sleep(_TICK_S)
-            return outcome
-        except BaseException as error:
-            what = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
-            say(f"ending what was rented: {what}")
-            supervisor.stop(what)
-            if isinstance(error, KeyboardInterrupt):
-                job_id = supervisor.job.id
-                say(f"to go on: gpubroker run --resume {job_id}")
-                raise click.Abort from None
-            raise
 
 
 def _print_log(data: bytes) -> None:
