@@ -180,6 +180,19 @@ def test_a_job_is_run_by_one_gpubroker_at_a_time(room, user):
     assert 1 == len(user.nodes())
 
 
+def test_stop_all_stops_a_job_that_runs_and_not_only_its_node(room, user):
+    """Else its run would rent the next one; --resume takes it up."""
+    first = user.start(*user.run_words())
+    end_s = time.monotonic() + 60
+    while not user.rows("SELECT id FROM attempts WHERE node_id IS NOT NULL"):
+        assert time.monotonic() < end_s
+        time.sleep(0.05)
+    assert 0 == user.do("stop-all", "--yes", "--format", "json"), user.text("err")
+    assert 6 == room.killing.wait(first)
+    assert (1, []) == (len(user.nodes()), alive(user))
+    assert (0, []) == go_on(user)
+
+
 def test_a_job_that_is_over_and_whose_node_is_not_is_only_ended(user):
     """Killed between the two: nothing is run a second time, and its record is told as at any end."""
     user.do(*user.run_words(), strikes=[("after write Records.end_job", 0, SIGKILL)])

@@ -123,6 +123,8 @@ def run(
                 raise ConfigError(
                     f"{job_id} is being run by another gpubroker: stop that one, or wait for it"
                 )
+            if resume is not None:
+                records.reopen(job_id)
             say(f"{job_id}: artifacts will be in {job.out}")
             outcome = to_the_end(supervisor, clock, _TICK_S)
         _report(job_id, outcome, records, output, clock)
@@ -180,7 +182,7 @@ def _resumed(records: Records, job_id: str, clock: Clock) -> tuple[JobSpec, str]
     if kept is None:
         raise ConfigError(f"--resume: no job is called {job_id[:60]!r}")
     state, reason, spec = kept
-    is_over = state != "running" and all(a.ended_at for a in records.attempts(job_id))
+    is_over = state not in ("running", "stopped") and all(a.ended_at for a in records.attempts(job_id))
     if is_over:
         raise ConfigError(f"--resume: {job_id} is {state}{f': {reason}' if reason else ''}")
     # A deadline that has passed by now must not keep the job from being read.

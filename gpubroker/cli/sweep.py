@@ -68,6 +68,7 @@ def sweep(*, providers: tuple[str, ...], is_ending: bool, output: str) -> None:
 def stop_all(*, providers: tuple[str, ...], yes: bool, output: str) -> None:
     """End everything with gpubroker's tag that bills, now: nodes of running jobs, and leaked ones.
 
+    Jobs stop, and gpubroker run --resume goes on with one; with --provider a job may move to another vendor.
     Exits with 4 when something may still bill.
     """
     with _renting(providers) as (renting, problems):
@@ -80,6 +81,8 @@ def stop_all(*, providers: tuple[str, ...], yes: bool, output: str) -> None:
         ]
         if found and not yes:
             click.confirm(f"End {len(found)} node{'s' * (len(found) != 1)} now?", abort=True, err=True)
+        if not providers:
+            renting.stop_jobs("stop-all")
         left = renting.sweep(found)
         gone = {(s.provider, s.node.id) for s in found} - {(s.provider, s.node.id) for s in left}
         renting.forget(gone, "stop-all")

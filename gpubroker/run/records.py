@@ -115,6 +115,19 @@ class Records:
         with self._database.write(_LOCK) as connection:
             connection.execute(update(tables.jobs).where(tables.jobs.c.id == job_id).values(values))
 
+    def stop_jobs(self, reason: str) -> None:
+        """Every job that runs is stopped: who runs it ends what it has and leaves. `reopen` takes it up."""
+        values = {"state": "stopped", "reason": reason, "ended_at": self._clock.now()}
+        with self._database.write(_LOCK) as connection:
+            connection.execute(update(tables.jobs).where(tables.jobs.c.state == "running").values(values))
+
+    def reopen(self, job_id: str) -> None:
+        """A stopped job runs again; nothing for any other."""
+        mine = (tables.jobs.c.id == job_id, tables.jobs.c.state == "stopped")
+        values = {"state": "running", "reason": "", "ended_at": None}
+        with self._database.write(_LOCK) as connection:
+            connection.execute(update(tables.jobs).where(*mine).values(values))
+
     def intend(
         self, job_id: str, offer: Offer, *, usd_per_hour: Decimal, bid: Decimal | None, caps: Caps
     ) -> Attempt:

@@ -165,6 +165,10 @@ class Renting:
             if node.status != "gone" and (name, node.id) not in ids and (name, node.tag) not in tags
         ]
 
+    def stop_jobs(self, reason: str) -> None:
+        """Whoever runs a job rents nothing more for it."""
+        self._records.stop_jobs(reason)
+
     def forget(self, gone: Iterable[tuple[str, str]], reason: str) -> None:
         """These nodes (provider, id) were ended by hand: so are their attempts."""
         ids = set(gone)
