@@ -14,7 +14,7 @@ from tests.run_room import ASKED
 from tests.support import EXAMPLES_FACTOR
 
 IS_SOAK = EXAMPLES_FACTOR >= 10
-IN_GATE = 8  # points of a vendor
+IN_GATE = 6  # points of a vendor
 
 
 def go_on(user):

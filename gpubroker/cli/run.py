@@ -18,7 +18,7 @@ from gpubroker.cli.job import job_record
 from gpubroker.cli.options import Amount, filter_options, format_option, work_options
 from gpubroker.cli.plan import ask_of, known_of, read_job, refuse_both
 from gpubroker.cli.render import print_json, say
-from gpubroker.cli.watching import tell, to_the_end
+from gpubroker.cli.watching import tell, tick_until_over
 from gpubroker.config import Settings
 from gpubroker.doors import Clock, Shell, SystemClock
 from gpubroker.errors import ConfigError, NoFeasibleOffer, Unreachable
@@ -26,6 +26,7 @@ from gpubroker.jobspec import JobSpec, job_from
 from gpubroker.plan.bill import bill_for
 from gpubroker.plan.rank import Ask, Pricing, Quote, rank
 from gpubroker.plan.sentence import name_of
+from gpubroker.prices.database import Database
 from gpubroker.prices.market import open_context
 from gpubroker.provider import Compute, NodeView
 from gpubroker.run.computes import computes
@@ -118,16 +119,24 @@ def run(
             say=lambda text: tell(f"[{clock.now():%H:%M:%S}] {text}"),
             log=_print_log if output == "table" else _log_to_stderr,
         )
-        with store.database.hold(f"job {job_id}") as is_ours:
-            if not is_ours:
-                raise ConfigError(
-                    f"{job_id} is being run by another gpubroker: stop that one, or wait for it"
-                )
-            if resume is not None:
-                records.reopen(job_id)
-            say(f"{job_id}: artifacts will be in {job.out}")
-            outcome = to_the_end(supervisor, clock, _TICK_S)
+        say(f"{job_id}: artifacts will be in {job.out}")
+        outcome = _alone(store.database, supervisor, clock, is_resumed=resume is not None)
         _report(job_id, outcome, records, output, clock)
+
+
+def _alone(database: Database, supervisor: Supervisor, clock: Clock, *, is_resumed: bool) -> Outcome:
+    """To the job's end, as the only process that runs it."""
+    job_id = supervisor.job.id
+    with database.hold(f"job {job_id}") as is_ours:
+        if not is_ours:
+            raise ConfigError(f"{job_id} is run by another gpubroker now: stop that one, or wait for it")
+        if is_resumed:
+            supervisor.records.reopen(job_id)
+        try:
+            return tick_until_over(supervisor, clock, _TICK_S)
+        except KeyboardInterrupt:
+            tell(f"to go on: gpubroker run --resume {job_id}")
+            raise click.Abort from None
 
 
 def _asked(

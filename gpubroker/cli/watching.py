@@ -13,8 +13,6 @@ from __future__ import annotations
 import contextlib
 import signal
 
-import click
-
 from gpubroker.cli.render import say
 from gpubroker.doors import Clock
 from gpubroker.run.supervise import Outcome, Supervisor, closing
@@ -44,8 +42,8 @@ def tell(text: str) -> None:
         say(text)
 
 
-def to_the_end(supervisor: Supervisor, clock: Clock, tick_s: float) -> Outcome:
-    """Tick until it is over. Whatever cuts it short, what was rented is ended first."""
+def tick_until_over(supervisor: Supervisor, clock: Clock, tick_s: float) -> Outcome:
+    """Whatever cuts it short, a signal's KeyboardInterrupt or an error, what was rented is ended first."""
     signals = _Signals()
     with closing(supervisor):
         try:
@@ -56,14 +54,10 @@ def to_the_end(supervisor: Supervisor, clock: Clock, tick_s: float) -> Outcome:
             return outcome
         except BaseException as error:
             signals.heard += 1
-            is_asked = isinstance(error, KeyboardInterrupt)
-            what = "interrupted" if is_asked else str(error)
+            what = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
             tell(f"ending what was rented: {what}")
             if left := _end(supervisor, signals, what):
                 tell(f"MAY STILL BILL: {'; '.join(left)}. gpubroker stop-all ends it")
-            if is_asked:
-                tell(f"to go on: gpubroker run --resume {supervisor.job.id}")
-                raise click.Abort from None
             raise
 
 
