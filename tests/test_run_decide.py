@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpubroker.provider import NodeView
-from gpubroker.run.decide import Finish, Observed, Prepare, Replace, Wait, decide
+from gpubroker.run.decide import Finish, Observed, Prepare, Replace, Revive, Wait, decide
 from gpubroker.run.records import Attempt
 from tests.support import NOW
 
@@ -42,6 +42,10 @@ OLD = NOW - timedelta(hours=2)
     [
         pytest.param({}, {}, Wait(why="running"), id="runs"),
         pytest.param({}, {"state": None}, Prepare(), id="idle node"),
+        pytest.param({}, {"state": {"state": "unknown", "agent": False, "result": None}}, Prepare(), id="a start that was cut off"),
+        pytest.param({}, {"state": {"state": "unknown", "agent": True, "result": None}}, Wait(why="running"), id="an agent that has just begun"),
+        pytest.param({}, {"state": {"state": "running", "agent": False, "result": None}}, Revive(), id="its agent is gone"),
+        pytest.param({}, {"state": {**result("done"), "agent": False}}, Finish(state="done", reason="exit code 0"), id="its agent has gone after the end"),
         pytest.param({}, {"state": result("done")}, Finish(state="done", reason="exit code 0"), id="done"),
         pytest.param({}, {"state": result("failed", "exit code 1")}, Finish(state="failed", reason="exit code 1"), id="failed"),
         pytest.param({}, {"state": result("retry", "exit code 75")}, Replace(reason="retry: exit code 75"), id="asks for another try"),

@@ -1,49 +1,16 @@
 """What is believed of what a node says: it runs somebody's program, so it may say anything."""
 
-import json
-from dataclasses import dataclass, field
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpubroker.doors import Ran
-from gpubroker.run.on_node import OnNode, checkpoints_in, passed_over_in, problems_in, unsaved_s
+from gpubroker.run.on_node import checkpoints_in, passed_over_in, problems_in, unsaved_s
 
 MADE = {"epoch": 2, "number": 7, "name": "step-12", "step": 12, "bytes": 512, "published_s": 1_790_000_000}
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from([*MADE, "made", "id", "reason"]), inner),
 )
-
-
-@dataclass
-class Told:
-    """A shell whose agent says that; what was run there."""
-
-    state: object
-    commands: list[str] = field(default_factory=list)
-
-    def run(self, command, *, stdin=b"", deadline_s):
-        self.commands.append(command)
-        return Ran(status=0, signal=None, stdout=json.dumps(self.state).encode() + b"\nlog", stderr=b"")
-
-
-@pytest.mark.parametrize(
-    ("state", "is_started"),
-    [
-        pytest.param({"agent": False, "result": None}, True, id="it was killed"),
-        pytest.param({"agent": True, "result": None}, False, id="it runs"),
-        pytest.param({"agent": False, "result": {"outcome": "done"}}, False, id="it has done its work"),
-        pytest.param(None, False, id="none was started"),
-    ],
-)
-def test_an_agent_that_was_killed_is_started_again_by_the_next_look(state, is_started):
-    """Nobody else would see how the job ends, nor end the node."""
-    shell = Told(state)
-    look = OnNode(shell, "train").look(0)
-    assert (state, b"log") == (look.state, look.log)
-    assert is_started == any("gpubroker-node.pyz start config.json" in text for text in shell.commands)
 
 
 def test_a_checkpoint_is_shown_with_its_place():

@@ -181,6 +181,35 @@ def test_two_nodes_with_one_tag_become_one(renting, records, vendor):
     assert ["n1"] == list(vendor.nodes) == [a.node_id for a in records.open_attempts()]
 
 
+def test_a_node_whose_id_is_known_in_spite_of_doubt_is_kept_by_its_id(renting, records, vendor, monkeypatch):
+    """A bid that failed and says which instance it left: it is ended by its id, listed or not."""
+
+    def create(offer, spec, tag, **_):
+        raise LaunchUncertain("cloud", "create", "bid too low", tag=tag, ids=["n7"])
+
+    monkeypatch.setattr(vendor, "create", create)
+    with pytest.raises(LaunchUncertain):
+        renting.rent(order(records.add_job("j", "{}")), CAPS)
+    assert ["n7"] == [a.node_id for a in records.open_attempts()]
+
+
+def test_a_twin_that_appears_late_is_a_stray(renting, records, vendor):
+    """Its tag is that of an open attempt, which has its node: the tag protects nothing any more."""
+    attempt = renting.rent(order(records.add_job("j", "{}")), CAPS)
+    vendor.nodes["twin"] = NodeView(id="twin", tag=attempt.tag, status="running")
+    listed, _ = renting.list_all(["cloud"])
+    assert [] == renting.end_strays_of(attempt.job_id, listed)
+    assert ["n1"] == list(vendor.nodes)
+
+
+def test_what_a_job_that_is_over_has_open_is_a_stray(renting, records):
+    """Nobody wants it any more."""
+    attempt = renting.rent(order(records.add_job("j", "{}")), CAPS)
+    records.end_job(attempt.job_id, "done")
+    listed, _ = renting.list_all(["cloud"])
+    assert ["n1"] == [stray.node.id for stray in renting.strays(listed)]
+
+
 def test_strays_are_told_and_swept_and_what_is_wanted_stays(renting, records, vendor):
     """A node of an ended attempt, and one from another database."""
     kept = renting.rent(order(records.add_job("j", "{}")), CAPS)

@@ -8,7 +8,7 @@ import pytest
 
 from gpubroker.cli.job import job_record
 from gpubroker.doors import Ran
-from gpubroker.errors import OverBudget, Transient, Unreachable
+from gpubroker.errors import OverBudget, StoreError, Transient, Unreachable
 from gpubroker.jobspec import job_from
 from gpubroker.provider import Capabilities
 from gpubroker.run.payload import StoreKeys, agent_config
@@ -205,3 +205,53 @@ def test_a_node_cannot_flood_the_terminal(supervised):
         node.state = {"state": "running", "problems": [f"problem {number}"]}
         assert supervisor.tick() is None
     assert 20 == sum("problem " in text for text in said)
+
+
+def test_a_node_that_could_not_be_written_down_is_found_by_its_tag(supervised, monkeypatch):
+    """The database was busy when the vendor had answered: no second node is rented."""
+    supervisor, vendor, said = supervised(Node(CUT_OFF[0].values[0]))
+
+    def busy(attempt, node_id):
+        monkeypatch.undo()
+        raise StoreError("p.db was being written by another process for 10 s: try again")
+
+    monkeypatch.setattr(supervisor.records, "created", busy)
+    assert [None] * 3 == [supervisor.tick() for _ in range(3)]
+    assert (1, ["n1"]) == (vendor.created, [a.node_id for a in supervisor.open_attempts()])
+    assert any("another process" in text for text in said)
+
+
+def test_a_job_that_is_over_is_wound_up_and_not_rented_for(supervised, monkeypatch):
+    """Its node's end is asked for until it is confirmed."""
+    supervisor, vendor, _ = supervised(Node(CUT_OFF[0].values[0]))
+    supervisor.tick()
+    supervisor.records.end_job(supervisor.job.id, "done", "exit code 0")
+
+    def lost(node_id, deadline_s):
+        monkeypatch.undo()
+        vendor.nodes.pop(node_id)
+        raise Transient("cloud", "terminate", "the answer was lost")
+
+    monkeypatch.setattr(vendor, "terminate", lost)
+    assert supervisor.tick() is None
+    outcome = supervisor.tick()
+    assert ("done", "exit code 0", 1, []) == (
+        outcome.state,
+        outcome.reason,
+        vendor.created,
+        supervisor.open_attempts(),
+    )
+
+
+def test_what_a_vendor_does_not_end_is_told_at_the_stop(supervised, monkeypatch):
+    """It is tried for a while, and then said with the vendor's words."""
+    supervisor, vendor, said = supervised(Node(CUT_OFF[0].values[0]))
+    supervisor.tick()
+
+    def refuses(node_id, deadline_s):
+        raise Transient("cloud", "terminate", "HTTP 500")
+
+    monkeypatch.setattr(vendor, "terminate", refuses)
+    provider = supervisor.open_attempts()[0].provider
+    assert {(provider, "n1"): "cloud: terminate: HTTP 500"} == supervisor.stop("interrupted")
+    assert any("HTTP 500" in text for text in said)

@@ -93,3 +93,39 @@ def test_a_poller_that_is_killed_leaves_whole_polls(empty_url):
     store.keep(store.begin_poll("a", OfferQuery()), Parsed(offers=(again,)))
     assert [again] == [p.offer for p in store.current()]
     store.close()
+
+
+HOLDER = """
+import sys
+from gpubroker.doors import SystemClock
+from gpubroker.prices.store import Store
+
+store = Store.open(sys.argv[1], SystemClock())
+with store.database.hold(sys.argv[2]) as is_ours:
+    print("ours" if is_ours else "taken", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_name_is_held_by_one_process_until_it_is_gone(empty_url):
+    """Killed or not; other names are free."""
+    url = empty_url
+    with holder(url, "a") as first:
+        assert "ours\n" == first.stdout.readline()
+        with holder(url, "a") as second, holder(url, "b") as third:
+            assert ["taken\n", "ours\n"] == [second.stdout.readline(), third.stdout.readline()]
+        first.kill()
+        first.wait()
+        with holder(url, "a") as fourth:
+            assert "ours\n" == fourth.stdout.readline()
+
+
+def holder(url, name):
+    return subprocess.Popen(
+        [sys.executable, "-c", HOLDER, url, name],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )

@@ -17,7 +17,8 @@ from gpubroker.cli.job import job_record
 from gpubroker.cli.options import Amount, Size, filter_options, format_option
 from gpubroker.cli.plan import ask_of, known_of
 from gpubroker.cli.render import console, dollars, iso, print_csv, print_json, say, table
-from gpubroker.cli.renting import RECENT_S, Market, job_of, tick_until
+from gpubroker.cli.renting import RECENT_S, Market, job_of
+from gpubroker.cli.watching import tick_until
 from gpubroker.config import Settings
 from gpubroker.doors import Clock
 from gpubroker.errors import ConfigError, NoFeasibleOffer, Transient

@@ -1,6 +1,6 @@
 """`gpubroker init`: keys tried, the own GPU found, the cap of a day set. No key is written anywhere.
 
-Keys stay in the vendors' own variables (docs/decisions/0014): what is typed here is tried and forgotten.
+Keys stay in the vendors' own variables (docs/decisions/0013): what is typed here is tried and forgotten.
 """
 
 from __future__ import annotations

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 import secrets
-import signal
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from gpubroker.cli.ask import pricing_for, rows_for
-from gpubroker.cli.render import say
 from gpubroker.config import Settings
 from gpubroker.doors import Clock
 from gpubroker.errors import ConfigError
@@ -26,16 +24,13 @@ from gpubroker.plan.sentence import name_of
 from gpubroker.plan.work import Work
 from gpubroker.provider import Compute
 from gpubroker.run.contact import Keys
-from gpubroker.run.looks import touch
 from gpubroker.run.payload import StoreKeys
 from gpubroker.run.records import Caps
 from gpubroker.run.risk import risk_of
-from gpubroker.run.supervise import Candidate, Job, Outcome, Supervisor, closing
+from gpubroker.run.supervise import Candidate, Job
 from gpubroker.run.volumes import Volume, at_volume, store_on
 
 RECENT_S = 300
-# Between two looks: at a node that comes up, which costs money and does nothing; and at one that works.
-_STARTING_S, _RUNNING_S = 1.0, 5.0
 # A bid above the lowest that runs, where no history says better.
 _BID_MARGIN = Decimal("1.2")
 _RENTED = ("spot", "on_demand", "serverless")
@@ -188,29 +183,3 @@ def _usd_per_hour(offer: Offer, work: Work, course: Course, pricing: Pricing) ->
     longer = replace(course, useful_h=course.useful_h + 10)
     totals = [bill_for(offer, work, pricing.fees, one, price_source="").total_usd for one in (course, longer)]
     return ((totals[1] - totals[0]) / 10).quantize(Decimal("0.000001"))
-
-
-def tick_until(
-    supervisor: Supervisor, clock: Clock, is_enough: Callable[[], bool] = lambda: False
-) -> Outcome | None:
-    """Tick until the job is over, or enough of it is done: None.
-
-    Ctrl-C and SIGTERM are a KeyboardInterrupt. It, and every error, ends what was rented before it is raised.
-    """
-
-    def interrupt(signum: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
-    with closing(supervisor):
-        try:
-            touch(supervisor.job.id)
-            while (outcome := supervisor.tick()) is None and not is_enough():
-                clock.sleep(_RUNNING_S if supervisor.has_begun else _STARTING_S)
-                touch(supervisor.job.id)
-            return outcome
-        except BaseException as error:
-            what = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
-            say(f"ending what was rented: {what}")
-            supervisor.stop(what)
-            raise

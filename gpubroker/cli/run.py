@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
@@ -18,15 +19,17 @@ from gpubroker.cli.job import job_record
 from gpubroker.cli.options import Amount, filter_options, format_option, work_options
 from gpubroker.cli.plan import ask_of, known_of, read_job, refuse_both
 from gpubroker.cli.render import print_json, say
-from gpubroker.cli.renting import RECENT_S, Market, check_store, job_of, store_of, tick_until
+from gpubroker.cli.renting import RECENT_S, Market, check_store, job_of, store_of
+from gpubroker.cli.watching import tell, tick_until
 from gpubroker.config import Settings
 from gpubroker.doors import Clock, SystemClock
 from gpubroker.errors import ConfigError, NoFeasibleOffer
 from gpubroker.jobspec import JobSpec, job_from, kept_job
 from gpubroker.plan.rank import Ask
 from gpubroker.plan.sentence import name_of
+from gpubroker.prices.database import Database
 from gpubroker.prices.market import open_context
-from gpubroker.provider import ProviderContext
+from gpubroker.provider import Compute, ProviderContext
 from gpubroker.run.computes import computes, volumes
 from gpubroker.run.contact import connector, keys_of
 from gpubroker.run.presets import NAMES, preset
@@ -73,7 +76,7 @@ Examples:
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Where artifacts go.  [default: gpubroker-out/JOB]"
 )
-@click.option("--resume", help="Go on with a job whose supervisor is gone, by its id.")
+@click.option("--resume", help="Go on with a job whose run was interrupted or killed, by its id.")
 @click.option("--dry-run", is_flag=True, help="Show the offers it would try and what each would cost.")
 @format_option("table", "json")
 @click.pass_context
@@ -90,8 +93,8 @@ def run(
 ) -> None:
     """Rent the cheapest node that proves itself, run the command there, and see it through preemptions.
 
-    The folder is sent as it is, artifacts come back. Ctrl-C ends what was rented. With --format json the
-    last line is the job's record.
+    The folder is sent as it is, artifacts come back. Ctrl-C, and closing the terminal, end what was rented;
+    --resume goes on from the last checkpoint. With --format json the last line is the job's record.
     """
     settings, clock = config.load(), SystemClock()
     with open_context(settings, os.environ, clock) as (store, provider_context):
@@ -101,6 +104,8 @@ def run(
             ask, known = ask_of(spec, settings), known_of(spec)
         else:
             spec, ask, known = _asked(context, words, asked, settings, clock)
+            # Whoever resumes it may be elsewhere by then.
+            spec = spec.model_copy(update={"folder": str(Path(spec.folder).absolute())})
             job_id = ""
         volume = _volume(spec, ask, provider_context)
         if volume is not None:
@@ -129,6 +134,7 @@ def run(
             store=keep_to,
             settings=settings,
         )
+        _refuse_missing(records, job_id, found, without)
         supervisor = Supervisor(
             job=job,
             records=records,
@@ -137,14 +143,31 @@ def run(
             candidates=market.candidates,
             connect=connector(keys),
             clock=clock,
-            say=lambda text: say(f"[{clock.now():%H:%M:%S}] {text}"),
+            say=lambda text: tell(f"[{clock.now():%H:%M:%S}] {text}"),
             log=_print_log if output == "table" else _log_to_stderr,
             renew_within_s=float(settings.renew_within_s),
             reach=settings.reach,
         )
         say(f"{job_id}: artifacts will be in {job.out}")
-        outcome = _to_the_end(supervisor, clock)
+        outcome = _alone(store.database, supervisor, clock, is_resumed=resume is not None)
         _report(job_id, outcome, records, output, clock)
+
+
+def _alone(database: Database, supervisor: Supervisor, clock: Clock, *, is_resumed: bool) -> Outcome:
+    """To the job's end, as the only process that runs it."""
+    job_id = supervisor.job.id
+    with database.hold(f"job {job_id}") as is_ours:
+        if not is_ours:
+            raise ConfigError(f"{job_id} is run by another gpubroker now: stop that one, or wait for it")
+        if is_resumed:
+            supervisor.records.reopen(job_id)
+        try:
+            outcome = tick_until(supervisor, clock)
+        except KeyboardInterrupt:
+            tell(f"to go on: gpubroker run --resume {job_id}")
+            raise click.Abort from None
+    assert outcome is not None  # noqa: S101  nothing else was enough
+    return outcome
 
 
 def _asked(
@@ -230,12 +253,23 @@ def _resumed(records: Records, job_id: str) -> tuple[JobSpec, str]:
     if kept is None:
         raise ConfigError(f"--resume: no job is called {job_id[:60]!r}")
     state, reason, spec = kept
-    if state != "running":
+    is_over = state not in ("running", "stopped") and all(a.ended_at for a in records.attempts(job_id))
+    if is_over:
         raise ConfigError(f"--resume: {job_id} is {state}{f': {reason}' if reason else ''}")
     described = kept_job(spec)
     if described.box:
         raise ConfigError(f"--resume: {job_id} is a box: gpubroker ssh and gpubroker down go on with it")
     return described, job_id
+
+
+def _refuse_missing(
+    records: Records, job_id: str, found: Mapping[str, Compute], without: Mapping[str, str]
+) -> None:
+    """A job may have a node at a vendor whose key is not set here."""
+    for attempt in records.open_attempts():
+        if attempt.job_id == job_id and attempt.provider not in found:
+            why = without.get(attempt.provider, "not among the providers that were asked for")
+            raise ConfigError(f"{job_id} has a node at {attempt.provider}, which cannot be asked: {why}")
 
 
 def _volume(spec: JobSpec, ask: Ask, context: ProviderContext) -> Volume | None:
@@ -246,17 +280,6 @@ def _volume(spec: JobSpec, ask: Ask, context: ProviderContext) -> Volume | None:
     if not makers and ask.providers:
         raise ConfigError("; ".join(f"{name}: {reason}" for name, reason in without.items()))
     return find(spec.checkpoint.volume, makers)
-
-
-def _to_the_end(supervisor: Supervisor, clock: Clock) -> Outcome:
-    """Ctrl-C and SIGTERM end what was rented first."""
-    try:
-        outcome = tick_until(supervisor, clock)
-    except KeyboardInterrupt:
-        say(f"to go on: gpubroker run --resume {supervisor.job.id}")
-        raise click.Abort from None
-    assert outcome is not None  # noqa: S101  nothing else was enough
-    return outcome
 
 
 def _print_log(data: bytes) -> None:

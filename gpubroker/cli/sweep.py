@@ -84,6 +84,7 @@ def sweep(*, providers: tuple[str, ...], is_ending: bool, volumes: bool, yes: bo
 def stop_all(*, providers: tuple[str, ...], yes: bool, output: str) -> None:
     """End everything with gpubroker's tag that bills, now: nodes of running jobs, and leaked ones.
 
+    Jobs stop, and gpubroker run --resume goes on with one; with --provider a job may move to another vendor.
     Exits with 4 when something may still bill.
     """
     with _renting(providers) as (renting, problems):
@@ -96,6 +97,8 @@ def stop_all(*, providers: tuple[str, ...], yes: bool, output: str) -> None:
         ]
         if found and not yes:
             click.confirm(f"End {len(found)} node{'s' * (len(found) != 1)} now?", abort=True, err=True)
+        if not providers:
+            renting.stop_jobs("stop-all")
         left = renting.sweep(found)
         renting.forget(_gone(found, left), "stop-all")
     ended = {id(stray) for stray in found} - {id(stray) for stray in left}

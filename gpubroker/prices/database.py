@@ -6,6 +6,8 @@ where it must, and whatever the database says no to becomes a StoreError that na
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -99,6 +101,43 @@ class Database:
                 if lock and not self.is_sqlite:
                     self.run(connection, "SELECT pg_advisory_xact_lock(hashtextextended(?, 0))", (lock,))
                 yield connection
+
+    @contextmanager
+    def hold(self, name: str) -> Iterator[bool]:
+        """Be the only process of all that use this database to hold this name; False = another one is.
+
+        However the process ends, the name is free: on PostgreSQL it belongs to a connection, on SQLite to an
+        open file beside the database. A database in memory is nobody else's.
+        """
+        if self.is_sqlite:
+            with self._hold_file(name) as is_ours:
+                yield is_ours
+            return
+        with self._explained(), self._engine.connect() as opened:
+            connection = opened.execution_options(isolation_level="AUTOCOMMIT")
+            connection.detach()  # closed at the end, and not kept for others with the lock on it
+            ask = "SELECT pg_try_advisory_lock(hashtextextended(?, 0))"
+            yield bool(self.run(connection, ask, (name,)).scalar())
+
+    @contextmanager
+    def _hold_file(self, name: str) -> Iterator[bool]:
+        """A byte of the file for each name."""
+        if self.path is None:
+            yield True
+            return
+        import fcntl
+
+        place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
+        with self.path.with_name(f"{self.path.name}-held").open("ab") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    raise
+                is_ours = False
+            else:
+                is_ours = True
+            yield is_ours
 
     def run(
         self, connection: Connection, sql: str, values: tuple[Any, ...] | Sequence[tuple[Any, ...]] = ()

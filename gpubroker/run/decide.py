@@ -44,6 +44,11 @@ class Prepare:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Revive:
+    """The job was started there, and its agent is gone: start the agent again, which goes on with it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Replace:
     """End this node and go on with another; `fault` = what its machine is to be avoided for, if anything."""
 
@@ -60,7 +65,7 @@ class Finish:
     reason: str
 
 
-Action: TypeAlias = Wait | Prepare | Replace | Finish
+Action: TypeAlias = Wait | Prepare | Revive | Replace | Finish
 
 
 def decide(attempt: Attempt, seen: Observed, now: datetime) -> Action:
@@ -88,11 +93,20 @@ def _of_living(attempt: Attempt, node: NodeView, seen: Observed, now: datetime) 
         late = Replace(reason=f"did not start in time{_words(node)}", fault="no-start")
         return late if is_late else Wait(why="starting")
     if seen.is_reached:
-        return Wait(why="running") if seen.state is not None else Prepare()
+        return _of_agent(seen.state)
     since = seen.last_reached_at or attempt.running_at or attempt.intended_at
     if now - since > ANSWERS_WITHIN:
         return Replace(reason="cannot be reached, though its vendor says that it runs", fault="not-reached")
     return Wait(why="not reached")
+
+
+def _of_agent(state: Mapping[str, Any] | None) -> Action:
+    """By what the node says of it. A start that was cut off leaves a configuration and no agent."""
+    if state is None:
+        return Prepare()
+    if state.get("agent") is False:
+        return Prepare() if state.get("state") == "unknown" else Revive()
+    return Wait(why="running")
 
 
 def _of_result(result: Mapping[str, Any]) -> Action:

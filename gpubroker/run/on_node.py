@@ -79,13 +79,20 @@ class OnNode:
             f'cd "{self._place}" && umask 077 && tar -xf payload.tar --no-same-owner && rm payload.tar && '
             f"mkdir -p {payload.WORK} && {_START}"
         )
+        return self._started(command)
+
+    def start_agent(self) -> Mapping[str, Any]:
+        """Start it where everything is there already; it goes on with what runs."""
+        return self._started(f'cd "{self._place}" && {_START}')
+
+    def _started(self, command: str) -> Mapping[str, Any]:
         found = _json_of(self._shell.run(command, deadline_s=_CALL_S), "start")
         if found.get("error"):
             raise Refused("node", "start", str(found["error"])[:200])
         return found
 
     def look(self, log_from: int) -> Look:
-        """Renew the lease, read the state and the log from that byte on; an agent that was killed goes on."""
+        """Renew the lease, read the state and the log from that byte on."""
         command = (
             f'cd "{self._place}" 2>/dev/null && [ -e {payload.CONFIG} ] || {{ echo null; exit 0; }}\n'
             f"python3 {NAME} renew {payload.CONFIG} >/dev/null; python3 {NAME} status {payload.CONFIG}; "
@@ -98,8 +105,6 @@ class OnNode:
         except ValueError:
             words = ran.stderr.decode(errors="replace").strip()[-200:]
             raise Transient("node", "look", words or "no state") from None
-        if isinstance(state, dict) and state.get("agent") is False and not state.get("result"):
-            self._shell.run(f'cd "{self._place}" && {_START}', deadline_s=_CALL_S)
         return Look(state=state if isinstance(state, dict) else None, log=log)
 
     def stop(self) -> None:

@@ -145,6 +145,19 @@ class Records:
         with self._database.write(_LOCK) as connection:
             connection.execute(update(tables.jobs).where(tables.jobs.c.id == job_id).values(values))
 
+    def stop_jobs(self, reason: str) -> None:
+        """Every job that runs is stopped: who runs it ends what it has and leaves. `reopen` takes it up."""
+        values = {"state": "stopped", "reason": reason, "ended_at": self._clock.now()}
+        with self._database.write(_LOCK) as connection:
+            connection.execute(update(tables.jobs).where(tables.jobs.c.state == "running").values(values))
+
+    def reopen(self, job_id: str) -> None:
+        """A stopped job runs again; nothing for any other."""
+        mine = (tables.jobs.c.id == job_id, tables.jobs.c.state == "stopped")
+        values = {"state": "running", "reason": "", "ended_at": None}
+        with self._database.write(_LOCK) as connection:
+            connection.execute(update(tables.jobs).where(*mine).values(values))
+
     def intend(
         self,
         job_id: str,
@@ -247,6 +260,13 @@ class Records:
             )
             return [(row.id, row.spec) for row in rows]
 
+    def state(self, job_id: str) -> tuple[JobState, str]:
+        """Of a job that is there: its state and why."""
+        found = tables.jobs
+        with self._database.read() as connection:
+            row = connection.execute(select(found.c.state, found.c.reason).where(found.c.id == job_id)).one()
+            return row.state, row.reason
+
     def attempts(self, job_id: str) -> list[Attempt]:
         """Of one job, the first first."""
         found = tables.attempts
@@ -298,12 +318,15 @@ class Records:
             )
             return [PassedOver(**row._mapping) for row in rows]
 
-    def open_attempts(self) -> list[Attempt]:
-        """Everything that may be billing, of all jobs."""
+    def open_attempts(self, *, only_wanted: bool = False) -> list[Attempt]:
+        """Everything that may be billing, of all jobs, or only of those that are not over."""
         found = tables.attempts
+        query = select(found).where(found.c.ended_at.is_(None)).order_by(found.c.id)
+        if only_wanted:
+            running = select(tables.jobs.c.id).where(tables.jobs.c.state == "running")
+            query = query.where(found.c.job_id.in_(running))
         with self._database.read() as connection:
-            rows = connection.execute(select(found).where(found.c.ended_at.is_(None)).order_by(found.c.id))
-            return [Attempt(**row._mapping) for row in rows]
+            return [Attempt(**row._mapping) for row in connection.execute(query)]
 
     def unsettled(self, job_id: str | None = None) -> list[Attempt]:
         """Ended nodes, of one job or of all, whose vendor has not said what they cost."""

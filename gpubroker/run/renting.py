@@ -3,6 +3,7 @@
     rent: intent (within the caps) -> create -> id        a crash between any two leaves an open attempt
     settle_doubts: open attempts + the vendors' lists -> adopted, or known never to have been
     end: terminate -> ended                               gone already is success
+    end_all: the same with all of a job's, once around    what is left may still bill
 
 A create that may have worked is never repeated: its tag is looked for first.
 """
@@ -63,7 +64,7 @@ class Renting:
         """Ask for one node. Raises OverBudget before anything is asked, and what the provider raises.
 
         After NoCapacity, Refused and the like the attempt is ended: nothing was created. After
-        LaunchUncertain it stays open, for settle_doubts to find out.
+        LaunchUncertain it stays open: with its node where the vendor gave an id, else for settle_doubts.
         """
         compute = self._computes[order.offer.provider]
         attempt = self._records.intend(
@@ -82,7 +83,9 @@ class Renting:
                 bid_usd_per_hour=order.bid_usd_per_hour,
                 deadline_s=_CREATE_S,
             )
-        except LaunchUncertain:
+        except LaunchUncertain as error:
+            if len(error.ids) == 1:
+                self._records.created(attempt, error.ids[0])
             raise
         except (BrokerError, ValueError) as error:
             self._records.ended(attempt, f"not created: {error}")
@@ -109,15 +112,13 @@ class Renting:
 
         `listed` is what each vendor that answered just listed. A vendor that did not answer says nothing: its
         attempts stay open. One that has been silent about a tag for long enough has no such node. Of
-        several nodes with one tag the first is kept and the others are ended. Returns the adopted.
+        several nodes with one tag the first is kept: the others are strays from then on. Returns the adopted.
         """
         adopted = []
         for attempt in self._records.open_attempts():
             if attempt.node_id is not None or attempt.provider not in listed:
                 continue
             mine = [n for n in listed[attempt.provider] if n.tag == attempt.tag and n.status != "gone"]
-            for extra in mine[1:]:
-                self._computes[attempt.provider].terminate(extra.id, _CALL_S)
             if mine:
                 adopted.append(self._records.created(attempt, mine[0].id))
             elif self._clock.now() - attempt.intended_at > APPEARS_WITHIN:
@@ -134,12 +135,38 @@ class Renting:
                 problems[name] = str(error)
         return listed, problems
 
+    def end_all(
+        self, job_id: str, reason: str, lost_s: Callable[[Attempt], int | None]
+    ) -> dict[tuple[str, str], str]:
+        """End what a job has rented, once around: (provider, node or tag) that may still bill -> why."""
+        mine = [a for a in self._records.open_attempts() if a.job_id == job_id]
+        listed, problems = self.list_all(a.provider for a in mine)
+        self.settle_doubts(listed)
+        left = {(stray.provider, stray.node.id): "not ended" for stray in self.end_strays_of(job_id, listed)}
+        for attempt in self._records.open_attempts():
+            if attempt.job_id != job_id:
+                continue
+            if attempt.node_id is None:
+                why = problems.get(attempt.provider, "it was asked for, and may appear yet")
+                left[attempt.provider, attempt.tag] = why
+                continue
+            try:
+                self.end(attempt, reason, lost_s(attempt))
+            except BrokerError as error:
+                left[attempt.provider, attempt.node_id] = str(error)
+        return left
+
+    def end_strays_of(self, job_id: str, listed: Mapping[str, Sequence[NodeView]]) -> list[Stray]:
+        """A job's nodes that came late or twice; returns those that could not be ended."""
+        tags = {a.tag for a in self._records.attempts(job_id)}
+        return self.sweep(stray for stray in self.strays(listed) if stray.node.tag in tags)
+
     def strays(
         self,
         listed: Mapping[str, Sequence[NodeView]],
         is_forsaken: Callable[[str], bool] = lambda job_id: False,
     ) -> list[Stray]:
-        """What bills with our tag and belongs to no open attempt: leaked, whoever leaked it.
+        """What bills with our tag and is no open attempt's of a job that runs: leaked, whoever leaked it.
 
         An attempt that has no id yet protects its tag; one of a job that is forsaken, or of a box whose time
         is over, protects nothing: nobody supervises it, so this is where it is found.
@@ -148,10 +175,10 @@ class Renting:
         stops_at = {box.attempt.id: box.stops_at for box in boxes(self._records)}
         attempts = [
             a
-            for a in self._records.open_attempts()
+            for a in self._records.open_attempts(only_wanted=True)
             if (stops_at[a.id] > now if a.id in stops_at else not is_forsaken(a.job_id))
         ]
-        tags = {(a.provider, a.tag) for a in attempts}
+        tags = {(a.provider, a.tag) for a in attempts if a.node_id is None}
         ids = {(a.provider, a.node_id) for a in attempts}
         return [
             Stray(provider=name, node=node)
@@ -159,6 +186,10 @@ class Renting:
             for node in nodes
             if node.status != "gone" and (name, node.id) not in ids and (name, node.tag) not in tags
         ]
+
+    def stop_jobs(self, reason: str) -> None:
+        """Whoever runs a job rents nothing more for it."""
+        self._records.stop_jobs(reason)
 
     def forget(self, gone: Iterable[tuple[str, str]], reason: str) -> None:
         """These nodes (provider, id) were ended by hand: so are their attempts, and boxes altogether."""

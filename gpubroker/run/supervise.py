@@ -1,6 +1,7 @@
 """One job to its end: rent, prove, start, watch, replace, bring back.
 
-    tick: open attempt? no  -> rent the next offer
+    tick: job over?     yes -> end what is left of it
+          open attempt? no  -> rent the next offer
                         yes -> observe (vendor's list, the node's agent) -> decide -> apply
 
 The truth is at the vendors, on the node and in the records: a supervisor that is killed anywhere is replaced
@@ -26,6 +27,8 @@ from gpubroker.errors import (
     OverBudget,
     ProviderError,
     QuotaExceeded,
+    SchemaTooNew,
+    StoreError,
     Transient,
     Unreachable,
 )
@@ -34,7 +37,7 @@ from gpubroker.model import Offer
 from gpubroker.provider import Compute, NodeSpec, NodeView
 from gpubroker.run.boxes import hours_of
 from gpubroker.run.contact import Connect
-from gpubroker.run.decide import Action, Finish, Observed, Prepare, Replace, Wait, decide
+from gpubroker.run.decide import Action, Finish, Observed, Prepare, Replace, Revive, Wait, decide
 from gpubroker.run.on_node import OnNode, checkpoints_in, passed_over_in, problems_in, unsaved_s
 from gpubroker.run.passing import Passing
 from gpubroker.run.payload import Errand, StoreKeys
@@ -55,6 +58,10 @@ _LEAST_S = 60.0
 _MOST_FAILURES = 5
 # A node may say anything, as often as it likes.
 _MOST_PROBLEMS = 20
+# Ticks in a row in which the database said no.
+_MOST_STORE_FAILURES = 20
+# How long an end waits for a vendor that does not confirm it, and how long between two tries.
+_END_WITHIN_S, _END_AGAIN_S = 360.0, 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,15 +136,41 @@ class Supervisor:
     _said: str = ""
     _told: set[str] = field(default_factory=set)
     _is_stale: bool = False  # an offer that is stored was gone: listings live for minutes
+    _store_failures: int = 0
 
     def tick(self) -> Outcome | None:
-        """One step; the outcome once the job is over. Raises OverBudget and AuthFailed: a person must act."""
+        """One step; the outcome once the job is over. Raises OverBudget and AuthFailed: a person must act.
+
+        A vendor or a database that is busy is asked again: what a step left undone, the next one finds out.
+        """
+        try:
+            outcome = self._tick()
+        except SchemaTooNew:
+            raise
+        except StoreError as error:
+            self._store_failures += 1
+            if self._store_failures >= _MOST_STORE_FAILURES:
+                raise
+            self._once(str(error))
+            return None
+        except (Transient, Unreachable) as error:
+            self._once(str(error))
+            return None
+        self._store_failures = 0
+        return outcome
+
+    def _tick(self) -> Outcome | None:
+        state, reason = self.records.state(self.job.id)
+        if state != "running":
+            return self._wind_up(state, reason)
         attempt = self._open_attempt()
         if attempt is None:
             self._rent()
             return None
         listed, problems = self.renting.list_all([attempt.provider])
+        self.renting.end_strays_of(self.job.id, listed)
         if attempt.node_id is None:
+            self._once(f"{attempt.provider}: it may have made a node, which is looked for")
             self.renting.settle_doubts(listed)
             return None
         nodes = listed.get(attempt.provider, [])
@@ -162,31 +195,39 @@ class Supervisor:
         state = None if contact is None else contact.state
         return state is not None and state.get("pid") is not None and state.get("result") is None
 
-    def stop(self, reason: str) -> None:
-        """End everything that the job has rented. Raises what a vendor does not confirm."""
-        for attempt in self._open_attempts():
-            if attempt.node_id is None:
-                listed, _ = self.renting.list_all([attempt.provider])
-                self.renting.settle_doubts(listed)
-        for attempt in self._open_attempts():
-            if attempt.node_id is not None:
-                self._drop(attempt)
-                self.renting.end(attempt, reason, self._work_lost_s(attempt))
+    def stop(self, reason: str) -> dict[tuple[str, str], str]:
+        """End everything that the job has rented: (provider, node or tag) that may still bill -> why.
+
+        A node that was asked for and is not listed yet, and a vendor that does not confirm, are waited for.
+        """
+        self.close()
+        end_s = self.clock.monotonic_s() + _END_WITHIN_S
+        while True:
+            try:
+                left = self.renting.end_all(self.job.id, reason, self._work_lost_s)
+            except StoreError as error:
+                left = {("gpubroker", self.job.id): str(error)}
+            if not left or self.clock.monotonic_s() > end_s:
+                return left
+            self._once("; ".join(f"{provider} {what}: {why}" for (provider, what), why in left.items()))
+            self.clock.sleep(_END_AGAIN_S)
 
     def close(self) -> None:
         """Let go of all connections."""
         for contact in self._contacts.values():
             if contact.shell is not None:
                 contact.shell.close()
+                contact.shell = None
 
     # Looking
 
-    def _open_attempts(self) -> list[Attempt]:
+    def open_attempts(self) -> list[Attempt]:
+        """What the job has that may be billing."""
         return [a for a in self.records.open_attempts() if a.job_id == self.job.id]
 
     def _open_attempt(self) -> Attempt | None:
         """The newest. An older one that is still open was doubtful: it is settled by its tag, then ended."""
-        found = self._open_attempts()
+        found = self.open_attempts()
         return found[-1] if found else None
 
     def _observe(self, attempt: Attempt, node: NodeView | None, *, is_listed: bool) -> Observed:
@@ -296,6 +337,8 @@ class Supervisor:
                 self._prepare(attempt)
             else:
                 self._reject(attempt, "not-prepared", "it answers, but cannot be prepared")
+        elif isinstance(action, Revive):
+            self._revive(attempt)
         elif isinstance(action, Replace):
             if action.fault:
                 self._reject(attempt, action.fault, action.reason)
@@ -305,19 +348,30 @@ class Supervisor:
             return self._finish(attempt, action)
         return None
 
-    def _finish(self, attempt: Attempt, action: Finish) -> Outcome:
-        node = NodeView(id=str(attempt.node_id), tag=attempt.tag, status="running")
-        contact = self._contacts.get(attempt.id)
-        reason = action.reason
-        if contact is not None and contact.shell is not None:
-            missing = OnNode(self._shell(attempt, node), self.job.id).bring_back(
+    def _finish(self, attempt: Attempt, action: Finish) -> Outcome | None:
+        """The job is over before its node is ended: killed in between, nobody runs it a second time."""
+        contact = self._contacts[attempt.id]
+        state, reason = action.state, action.reason
+        if contact.shell is not None and contact.failures < _MOST_FAILURES:
+            missing = OnNode(contact.shell, self.job.id).bring_back(
                 self.job.spec.artifacts.paths, self.job.out
             )
             if missing:
                 reason += f"; not there: {', '.join(missing)}"
-        self._end(attempt, action.state)
-        self.records.end_job(self.job.id, action.state, reason)
-        return Outcome(state=action.state, reason=reason)
+        elif contact.failures >= _MOST_FAILURES:
+            state, reason = "failed", f"{reason}; but its artifacts could not be brought back"
+        self.records.end_job(self.job.id, state, reason)
+        return self._wind_up(state, reason)
+
+    def _wind_up(self, state: JobState, reason: str) -> Outcome | None:
+        """End what a job that is over has left; None while a vendor does not confirm it."""
+        open_now = self.open_attempts()
+        listed, _ = self.renting.list_all(a.provider for a in open_now if a.node_id is None)
+        self.renting.settle_doubts(listed)
+        for attempt in self.open_attempts():
+            if attempt.node_id is not None:
+                self._end(attempt, state)
+        return None if self.open_attempts() else Outcome(state=state, reason=reason)
 
     def _end(self, attempt: Attempt, reason: str, *, is_preempted: bool = False) -> None:
         self._drop(attempt)
@@ -350,7 +404,18 @@ class Supervisor:
         for text in verdict.told:
             self._once(f"preflight: {text}")
         on_node.start(self._errand(attempt), self.job.folder, self.job.secrets)
+        self._contacts[attempt.id].failures = 0
         self.say(f"{attempt.provider} {attempt.node_id}: attempt {self._number(attempt)} started")
+
+    def _revive(self, attempt: Attempt) -> None:
+        """Start the agent again: it goes on with the job that runs there."""
+        contact = self._contacts[attempt.id]
+        contact.failures += 1
+        if contact.failures > _MOST_FAILURES or contact.shell is None:
+            self._end(attempt, "its agent ends again and again")
+            return
+        OnNode(contact.shell, self.job.id).start_agent()
+        self.say(f"{attempt.provider} {attempt.node_id}: the agent was gone and is started again")
 
     def _judge(self, on_node: OnNode, attempt: Attempt) -> Verdict:
         wanted = Wanted(
@@ -448,8 +513,8 @@ class Supervisor:
         except LaunchUncertain as error:
             self.say(f"{candidate.name}: {error.detail}")
             return True
-        except OverBudget:
-            raise
+        except (OverBudget, StoreError):
+            raise  # after StoreError nobody knows whether there is a node: its tag is looked for
         except (BrokerError, ValueError) as error:
             is_gone = isinstance(error, NoCapacity) and not isinstance(error, QuotaExceeded)
             self._is_stale |= is_gone

@@ -236,7 +236,10 @@ class Aws(Background):
         where = request.path if caller.service == "s3" else _action_of(request)
 
         async def answer(fault: Fault | None) -> web.StreamResponse:
-            found = await self._moto(request, None, fault, whole=caller.service in ("sts", "iam"))
+            # Who wrote is found by the connection, which ends with the answer: that has to wait.
+            is_write = caller.service == "s3" and request.method in ("PUT", "POST")
+            whole = is_write or caller.service in ("sts", "iam")
+            found = await self._moto(request, None, fault, whole=whole)
             if caller.service == "s3":
                 self._count(request, found.status)
                 await self.world.publishing.heard(request, found.status, node=_node_of(request))

@@ -205,6 +205,7 @@ def _node_row(rental: Rental) -> dict[str, Any]:
         "tag": rental.tag,
         "sku": rental.host.sku,
         "state": rental.state,
+        "created": _iso(rental.events[0].at_s),
         "since": _iso(rental.since_s),
         "published_by": rental.published_by,
         "published": [{"at": _iso(one.at_s), "where": one.where} for one in rental.published],
