@@ -22,11 +22,12 @@ from gpubroker.jobspec import job_from
 from gpubroker.model import Offer
 from gpubroker.prices.store import Store
 from gpubroker.provider import Capabilities, NodeView, SshAddress
+from gpubroker.run.launching import Candidate, Job
 from gpubroker.run.payload import StoreKeys
 from gpubroker.run.records import Caps, Records
 from gpubroker.run.renting import Renting
 from gpubroker.run.shell import connect, make_key
-from gpubroker.run.supervise import Candidate, Job, Outcome, Supervisor
+from gpubroker.run.supervise import Outcome, Supervisor
 from gpubroker.testcloud.nodes import LocalNodes
 from gpubroker.testcloud.world import HostTruth
 from gpubroker.testing import FakeClock

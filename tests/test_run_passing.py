@@ -15,10 +15,11 @@ from gpubroker.errors import (
     Transient,
     Unreachable,
 )
+from gpubroker.run.launching import Candidate, Job
 from gpubroker.run.passing import Passing
 from gpubroker.run.records import Caps, Records
 from gpubroker.run.renting import Renting
-from gpubroker.run.supervise import Candidate, Job, Supervisor
+from gpubroker.run.supervise import Supervisor
 from tests.support import NOW
 from tests.test_bill import offer
 from tests.test_run_supervise import SPEC
@@ -173,4 +174,4 @@ def test_when_nobody_takes_our_key_it_is_the_users_turn(supervised):
     vendors = Vendors(one=[refused], two=[NoCapacity("two", "create", "none")])
     supervisor, said = supervised(vendors, in_region("", "one"), in_region("", "two"))
     assert (None, None) == (supervisor.tick(), supervisor.tick())
-    assert "none of 2 offers can be had now" == said[-1]
+    assert said[-1].startswith("none of 2 offers can be had now (")

@@ -11,10 +11,11 @@ from gpubroker.doors import Ran
 from gpubroker.errors import OverBudget, StoreError, Transient, Unreachable
 from gpubroker.jobspec import job_from
 from gpubroker.provider import Capabilities
+from gpubroker.run.launching import Candidate, Job
 from gpubroker.run.payload import StoreKeys, agent_config
 from gpubroker.run.records import Caps, Records
 from gpubroker.run.renting import Renting
-from gpubroker.run.supervise import Candidate, Job, Supervisor
+from gpubroker.run.supervise import Supervisor
 from tests.support import NOW
 from tests.test_bill import offer
 from tests.test_run_renting import Vendor

@@ -13,7 +13,7 @@ from gpubroker.doors import Clock, Shell, SystemClock
 from gpubroker.errors import ConfigError, Transient, Unreachable
 from gpubroker.prices.market import open_context
 from gpubroker.provider import Compute, NodeView, ProviderContext
-from gpubroker.run.boxes import Box, boxes
+from gpubroker.run.boxes import Box, boxes, job_as_box
 from gpubroker.run.computes import computes
 from gpubroker.run.contact import Keys, connector, keys_of
 from gpubroker.run.records import Records
@@ -76,16 +76,22 @@ class Desk:
         return mine[0]
 
     def reach(self, name: str | None) -> There:
-        """A box that can be talked to now. Raises ConfigError for one that is over, and a vendor's errors."""
-        box = self.find(name)
+        """A box, or the node of the job with that id, that can be talked to now.
+
+        Raises ConfigError for one that is over, and a vendor's errors.
+        """
+        box = (name and job_as_box(self.records, name)) or self.find(name)
         provider = box.attempt.provider
         found, without = self.computes([provider])
         if provider not in found:
             raise ConfigError(f"{provider}: {without[provider]}")
-        listed, silent = self.settle(found)
+        renting = self.renting(found)
+        listed, silent = renting.list_all([provider])
         if silent:
             raise Transient(provider, "list", silent[provider].removeprefix(f"{provider}: "))
-        if all(one.job_id != box.job_id for one in boxes(self.records)):
+        renting.settle_doubts(listed)
+        renting.settle_boxes(listed)
+        if all(one.job_id != box.job_id for one in self.records.open_attempts()):
             last = self.records.attempts(box.job_id)[-1]
             raise ConfigError(f"{box.name} is over: {last.end_reason}")
         node = next((n for n in listed[provider] if n.tag == box.attempt.tag and n.status != "gone"), None)

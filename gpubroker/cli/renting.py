@@ -5,18 +5,21 @@ from __future__ import annotations
 import os
 import secrets
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from gpubroker.cli.ask import pricing_for, rows_for
+from gpubroker.cli.render import say
 from gpubroker.config import Settings
 from gpubroker.doors import Clock
 from gpubroker.errors import ConfigError
 from gpubroker.jobspec import JobSpec
 from gpubroker.model import Offer
+from gpubroker.money import SECONDS_PER_HOUR
 from gpubroker.plan.bill import bill_for, idle_disk_usd_per_hour
 from gpubroker.plan.course import Course
 from gpubroker.plan.rank import Ask, Pricing, Quote, rank
@@ -24,10 +27,11 @@ from gpubroker.plan.sentence import name_of
 from gpubroker.plan.work import Work
 from gpubroker.provider import Compute
 from gpubroker.run.contact import Keys
+from gpubroker.run.in_time import has_slack, saved_h
+from gpubroker.run.launching import Candidate, Job
 from gpubroker.run.payload import StoreKeys
-from gpubroker.run.records import Caps
+from gpubroker.run.records import Attempt, Caps
 from gpubroker.run.risk import risk_of
-from gpubroker.run.supervise import Candidate, Job
 from gpubroker.run.volumes import Volume, at_volume, store_on
 
 RECENT_S = 300
@@ -117,16 +121,47 @@ class Market:
         clock: Clock,
         rentable: Mapping[str, Compute],
         volume: Volume | None = None,
+        deadline: datetime | None = None,
+        attempts: Callable[[], Sequence[Attempt]] = tuple,  # of the job so far
+        tell: Callable[[str], None] = say,
     ) -> None:
         self._ask, self._known, self._settings, self._clock = ask, known, settings, clock
         self._rentable, self._volume = rentable, volume
+        self._deadline, self._attempts = deadline, attempts
+        self._tell, self._told = tell, set[str]()
+        self._silent: dict[str, str] = {}  # vendors that did not answer when they were last asked, and why
         # Why offers cannot mount the volume, of those last looked at.
         self.elsewhere: Counter[str] = Counter()
 
     def candidates(self, is_fresh: bool) -> Iterator[Candidate]:
         """Only what was seen at the vendor, now or lately: a list price cannot be rented."""
-        for quote, pricing in self.quotes(0 if is_fresh else RECENT_S):
-            yield _candidate(quote, pricing, self._rentable[quote.offer.provider])
+        for quote, pricing, note in self.in_order(0 if is_fresh else RECENT_S):
+            yield _candidate(quote, pricing, self._rentable[quote.offer.provider], note)
+        for name, reason in self._silent.items():
+            if name not in self._told:
+                self._told.add(name)
+                self._tell(f"{name} is not among them: {reason}")
+
+    def in_order(self, max_age_s: int) -> Iterator[tuple[Quote, Pricing, str]]:
+        """As they are to be tried, with a note where that is not by the bill.
+
+        Where the deadline leaves no slack for the loss of a node, those that nobody takes away come first.
+        """
+        tight, attempts = [], self._attempts()
+        for quote, pricing in self.quotes(max_age_s):
+            if quote.offer.preemptible and not self._has_slack(quote, attempts):
+                tight.append((quote, pricing))
+            else:
+                yield quote, pricing, "the deadline leaves no slack" if tight else ""
+        yield from ((*one, "it may miss the deadline") for one in tight)
+
+    def _has_slack(self, quote: Quote, attempts: Sequence[Attempt]) -> bool:
+        if self._deadline is None:
+            return True
+        now = self._clock.now()
+        left_h = Decimal(str((self._deadline - now).total_seconds())) / SECONDS_PER_HOUR
+        course = quote.bill.course
+        return has_slack(course, saved_h(attempts, course.start_h, now), left_h)
 
     def risks(self, providers: set[str]) -> set[str]:
         """What may go on billing there when nobody looks after it."""
@@ -142,6 +177,7 @@ class Market:
             clock=self._clock,
         )
         pricing = pricing_for(self._ask, self._settings, rows.view.exposures, self._known)
+        self._silent = {problem.provider: problem.reason for problem in rows.view.problems}
         self.elsewhere.clear()
         for quote in rank(rows.priced, self._ask, pricing).quotes:
             offer = quote.offer
@@ -158,7 +194,7 @@ class Market:
                     yield replace(quote, priced=replace(quote.priced, offer=found)), pricing
 
 
-def _candidate(quote: Quote, pricing: Pricing, compute: Compute) -> Candidate:
+def _candidate(quote: Quote, pricing: Pricing, compute: Compute, note: str) -> Candidate:
     offer = quote.offer
     bid = None
     if offer.market == "spot" and compute.capabilities.takes_bids:
@@ -174,6 +210,7 @@ def _candidate(quote: Quote, pricing: Pricing, compute: Compute) -> Candidate:
         bid_usd_per_hour=bid,
         name=name_of(quote),
         hazard_per_hour=quote.risk.per_hour,
+        note=note,
     )
 
 

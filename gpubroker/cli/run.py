@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from gpubroker import config
+from gpubroker.checkpoint import LONGEST_INTERVAL_S
 from gpubroker.cli.ask import ask_from, knowledge_from
 from gpubroker.cli.job import job_record
 from gpubroker.cli.options import Amount, filter_options, format_option, work_options
@@ -25,7 +26,7 @@ from gpubroker.config import Settings
 from gpubroker.doors import Clock, SystemClock
 from gpubroker.errors import ConfigError, NoFeasibleOffer
 from gpubroker.jobspec import JobSpec, job_from, kept_job
-from gpubroker.plan.rank import Ask
+from gpubroker.plan.rank import Ask, Pricing, Quote
 from gpubroker.plan.sentence import name_of
 from gpubroker.prices.database import Database
 from gpubroker.prices.market import open_context
@@ -59,6 +60,7 @@ Examples:
 @work_options
 @click.option("--name", default="job", show_default=True, help="What the job is called.")
 @click.option("--max-usd", type=Amount(above=0, most=1_000_000), help="The most it may cost.")
+@click.option("--deadline", help="36h from now, or 2026-12-01T08:00Z: then no node that may miss it.")
 @click.option("--max-hours", type=Amount(above=0, most=100_000), help="The most node hours, over all nodes.")
 @click.option("--folder", default=".", show_default=True, help="The folder that is sent to the node.")
 @click.option("--setup", multiple=True, help="A command to run first on each node. Repeat for several.")
@@ -112,10 +114,19 @@ def run(
             say(f"volume {volume.name} is at {volume.place}: only offers there are tried")
             ask = replace(ask, providers=(volume.provider,))
         found, without = computes(provider_context, ask.providers or None)
-        market = Market(ask, known, settings, clock, found, volume)
+        market = Market(
+            ask,
+            known,
+            settings,
+            clock,
+            found,
+            volume=volume,
+            deadline=spec.limits.deadline,
+            attempts=lambda: records.attempts(job_id),
+            tell=tell,
+        )
         if dry_run:
-            say(_command_of(spec))
-            _show(market)
+            _show(spec, market, output)
             return
         if not found:
             raise ConfigError("no provider can rent: " + "; ".join(f"{n}: {r}" for n, r in without.items()))
@@ -208,7 +219,11 @@ def _table(words: tuple[str, ...], asked: dict[str, Any]) -> dict[str, Any]:
         "image": asked["image"],
         "limits": {
             name: str(value)
-            for name, value in (("budget_usd", asked["max_usd"]), ("max_hours", asked["max_hours"]))
+            for name, value in (
+                ("budget_usd", asked["max_usd"]),
+                ("max_hours", asked["max_hours"]),
+                ("deadline", asked["deadline"]),
+            )
             if value
         },
         "where": {
@@ -237,7 +252,7 @@ def _served(words: tuple[str, ...], asked: dict[str, Any]) -> dict[str, Any]:
         raise click.UsageError("--preset serves a model: say which with --model")
     found = preset(asked["preset"], asked["model"], gpu_count=asked["count"], port=asked["port"])
     hours = asked["max_hours"] or asked["hours"]
-    limits = {"budget_usd": asked["max_usd"], "max_hours": hours}
+    limits = {"budget_usd": asked["max_usd"], "max_hours": hours, "deadline": asked["deadline"]}
     return {
         "command": [*found.command, *words],
         "image": asked["image"] or found.image,
@@ -305,26 +320,72 @@ def _report(job_id: str, outcome: Outcome, records: Records, output: str, clock:
         raise click.exceptions.Exit(_JOB_FAILED)
 
 
-def _command_of(spec: JobSpec) -> str:
-    command = spec.command if isinstance(spec.command, str) else shlex.join(spec.command or ())
-    return f"would run{f' in {spec.image}' if spec.image else ''}: {command}"
-
-
-def _show(market: Market) -> None:
-    from gpubroker.cli.render import console, dollars, table
-
-    made = table("#", "offer", "$/h", "expected bill", right=("#", "$/h", "expected bill"))
-    found = list(market.quotes(RECENT_S))
+def _show(spec: JobSpec, market: Market, output: str) -> None:
+    """What would be run, and the offers in the order in which they would be tried."""
+    found = list(market.in_order(RECENT_S))
     elsewhere = "; ".join(f"{count} offers left out: {why}" for why, count in market.elsewhere.items())
     if not found:
         why = elsewhere or "gpubroker quote with the same options says why"
         raise NoFeasibleOffer(f"nothing can be rented now: {why}")
-    for number, (quote, _) in enumerate(found[:_SHOWN], 1):
+    risks = sorted(market.risks({quote.offer.provider for quote, _, _ in found}))
+    if output == "json":
+        offers = [_offer_record(quote, note, spec) for quote, _, note in found]
+        print_json({"command": _command_of(spec), "image": spec.image, "offers": offers, "risks": risks})
+    else:
+        say(f"would run{f' in {spec.image}' if spec.image else ''}: {_command_of(spec)}")
+        _print_offers(found[:_SHOWN], spec)
+    for text in filter(None, (elsewhere, *risks)):
+        say(text)
+
+
+def _command_of(spec: JobSpec) -> str:
+    return spec.command if isinstance(spec.command, str) else shlex.join(spec.command or ())
+
+
+def _print_offers(found: Sequence[tuple[Quote, Pricing, str]], spec: JobSpec) -> None:
+    from gpubroker.cli.render import console, dollars, table
+
+    right = ("#", "$/h", "expected bill", "hours", "losses", "saves every")
+    made = table("#", "offer", *right[1:], "", right=right)
+    for number, (quote, _, note) in enumerate(found, 1):
+        course = quote.bill.course
         made.add_row(
-            str(number), name_of(quote), dollars(quote.offer.usd_per_hour), dollars(quote.bill.total_usd)
+            str(number),
+            name_of(quote),
+            dollars(quote.offer.usd_per_hour),
+            dollars(quote.bill.total_usd),
+            f"{course.wall_h:.1f}",
+            f"{course.preemptions:.1f}" if quote.offer.preemptible else "",
+            f"{_interval_s(quote, spec) / 60:.0f} min",
+            note,
         )
     console().print(made)
-    if elsewhere:
-        say(elsewhere)
-    for risk in sorted(market.risks({quote.offer.provider for quote, _ in found})):
-        say(risk)
+
+
+def _interval_s(quote: Quote, spec: JobSpec) -> int:
+    """Between saves, as the job on the node has it: the user's, or the plan's up to the longest."""
+    interval_h = quote.bill.course.interval_h
+    if spec.checkpoint.every is not None:
+        return spec.checkpoint.every
+    planned_s = LONGEST_INTERVAL_S if interval_h is None else float(interval_h) * 3600
+    return round(min(planned_s, LONGEST_INTERVAL_S))
+
+
+def _offer_record(quote: Quote, note: str, spec: JobSpec) -> dict[str, Any]:
+    offer, course = quote.offer, quote.bill.course
+    return {
+        "provider": offer.provider,
+        "sku": offer.sku,
+        "gpu": offer.gpu,
+        "form_factor": offer.form_factor,
+        "gpu_count": offer.gpu_count,
+        "market": offer.market,
+        "preemptible": offer.preemptible,
+        "region": offer.zone or offer.region,
+        "usd_per_hour": f"{offer.usd_per_hour:f}",
+        "total_usd": f"{quote.bill.total_usd:f}",
+        "wall_h": f"{course.wall_h:.4f}",
+        "preemptions": f"{course.preemptions:.4f}",
+        "interval_s": _interval_s(quote, spec),
+        "note": note,
+    }

@@ -42,6 +42,13 @@ def boxes(records: Records) -> list[Box]:
     ]
 
 
+def job_as_box(records: Records, job_id: str) -> Box | None:
+    """The node that a job runs on now, to be talked to like a box; None = no such job has one."""
+    newest = {attempt.job_id: attempt for attempt in records.open_attempts()}
+    kept = records.job(job_id)
+    return _box(job_id, kept_job(kept[2]), newest[job_id], records) if kept and job_id in newest else None
+
+
 def _box(job_id: str, spec: JobSpec, attempt: Attempt, records: Records) -> Box:
     before = [a for a in records.attempts(job_id) if a.epoch < attempt.epoch]
     spent_usd = sum((a.usd_so_far(attempt.intended_at) for a in before), Decimal(0))

@@ -11,6 +11,7 @@ Transient                           wait for as long as the vendor wishes; left 
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
@@ -31,6 +32,7 @@ _PAUSE, _WORTH_A_WAIT = timedelta(seconds=10), timedelta(seconds=60)
 # So often in a row a vendor may ask for patience before the others are tried.
 _MOST_PAUSES = 3
 _EVERYWHERE = ""
+_MOST_REASONS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +92,14 @@ class Passing:
         errors = [passed.error for passed in self.over]
         last = errors[-1] if errors and all(isinstance(error, AuthFailed) for error in errors) else None
         return last if isinstance(last, AuthFailed) else None
+
+    def summary(self) -> str:
+        """Of the last round, when nothing came of it: how many were passed over for which reason."""
+        if not self.over:
+            return "nobody offers such a node now"
+        reasons = Counter(passed.reason for passed in self.over)
+        told = "; ".join(f"{count}: {reason}" for reason, count in reasons.most_common(_MOST_REASONS))
+        return f"none of {len(self.over)} offers can be had now ({told})"
 
     def _leave(
         self, provider: str, where: str, error: Exception, until: datetime, *, is_short: bool = False

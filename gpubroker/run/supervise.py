@@ -15,35 +15,26 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
 from gpubroker.doors import Clock, Shell
 from gpubroker.errors import (
-    BrokerError,
     ConfigError,
-    LaunchUncertain,
-    NoCapacity,
-    OverBudget,
     ProviderError,
-    QuotaExceeded,
     SchemaTooNew,
     StoreError,
     Transient,
     Unreachable,
 )
-from gpubroker.jobspec import JobSpec
-from gpubroker.model import Offer
-from gpubroker.provider import Compute, NodeSpec, NodeView
-from gpubroker.run.boxes import hours_of
+from gpubroker.provider import Compute, NodeView
 from gpubroker.run.contact import Connect
 from gpubroker.run.decide import Action, Finish, Observed, Prepare, Replace, Revive, Wait, decide
+from gpubroker.run.launching import Candidate, Job, Launcher, place
 from gpubroker.run.on_node import OnNode, checkpoints_in, passed_over_in, problems_in, unsaved_s
 from gpubroker.run.passing import Passing
-from gpubroker.run.payload import Errand, StoreKeys
-from gpubroker.run.records import Attempt, Caps, JobState, Records
-from gpubroker.run.renting import Order, Renting
-from gpubroker.run.risk import risk_of
+from gpubroker.run.payload import Errand
+from gpubroker.run.records import Attempt, JobState, Records
+from gpubroker.run.renting import Renting
 from gpubroker.run.verdict import Verdict, Wanted, judge
 
 # A machine that failed its preflight, and one that nobody could reach, are left alone for so long. Where the
@@ -52,8 +43,6 @@ AVOID_S = 24 * 3600
 AVOID_PLACE_S = 3600
 # A node that nobody has looked at for so long ends its job by itself.
 RENEW_WITHIN_S = 1800.0
-# Less than this of the cap of hours is not worth a node's start.
-_LEAST_S = 60.0
 # A node that answers and yet cannot be prepared costs money all the while.
 _MOST_FAILURES = 5
 # A node may say anything, as often as it likes.
@@ -62,33 +51,6 @@ _MOST_PROBLEMS = 20
 _MOST_STORE_FAILURES = 20
 # How long an end waits for a vendor that does not confirm it, and how long between two tries.
 _END_WITHIN_S, _END_AGAIN_S = 360.0, 2.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
-    """An offer worth trying, the best first."""
-
-    offer: Offer
-    usd_per_hour: Decimal  # all that is billed by the hour
-    held_usd_per_hour: Decimal = Decimal(0)  # of that, what is billed while it does not run
-    bid_usd_per_hour: Decimal | None
-    name: str  # for people
-    hazard_per_hour: float | None = None  # how often such a node is lost; None = nobody has said
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """What is to be done, with everything that is not in its description."""
-
-    id: str
-    spec: JobSpec
-    folder: Path  # what is sent
-    out: Path  # where artifacts go
-    secrets: Mapping[str, str]
-    store: StoreKeys | None
-    private_key: str
-    public_key: str
-    caps: Caps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,12 +93,27 @@ class Supervisor:
     log: Callable[[bytes], None]
     renew_within_s: float = RENEW_WITHIN_S
     reach: Sequence[str] = ()  # "host:port" outside, of which a node must reach one
-    passing: Passing = field(default_factory=Passing)  # what was not rented, and why
     _contacts: dict[int, _Contact] = field(default_factory=dict)
     _said: str = ""
-    _told: set[str] = field(default_factory=set)
-    _is_stale: bool = False  # an offer that is stored was gone: listings live for minutes
     _store_failures: int = 0
+    _launcher: Launcher = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._launcher = Launcher(
+            job=self.job,
+            records=self.records,
+            renting=self.renting,
+            computes=self.computes,
+            candidates=self.candidates,
+            clock=self.clock,
+            say=self.say,
+            once=self._once,
+        )
+
+    @property
+    def passing(self) -> Passing:
+        """What was not rented, and why."""
+        return self._launcher.passing
 
     def tick(self) -> Outcome | None:
         """One step; the outcome once the job is over. Raises OverBudget and AuthFailed: a person must act.
@@ -165,7 +142,10 @@ class Supervisor:
             return self._wind_up(state, reason)
         attempt = self._open_attempt()
         if attempt is None:
-            self._rent()
+            rented = self._launcher.rent()
+            if rented is not None:
+                contact = _Contact(rented_at=rented.at, hazard_per_hour=rented.hazard_per_hour)
+                self._contacts[rented.attempt.id] = contact
             return None
         listed, problems = self.renting.list_all([attempt.provider])
         self.renting.end_strays_of(self.job.id, listed)
@@ -382,7 +362,7 @@ class Supervisor:
     def _reject(self, attempt: Attempt, code: str, reason: str) -> None:
         """End it and keep away from where it was."""
         for_s = AVOID_S if attempt.machine_id else AVOID_PLACE_S
-        self.records.avoid(attempt.provider, _place(attempt), code, reason, for_s=for_s)
+        self.records.avoid(attempt.provider, place(attempt), code, reason, for_s=for_s)
         self._end(attempt, reason)
 
     def _prepare(self, attempt: Attempt) -> None:
@@ -406,6 +386,8 @@ class Supervisor:
         on_node.start(self._errand(attempt), self.job.folder, self.job.secrets)
         self._contacts[attempt.id].failures = 0
         self.say(f"{attempt.provider} {attempt.node_id}: attempt {self._number(attempt)} started")
+        if self.job.spec.ports and not self.job.spec.box:
+            self.say(f"its ports on this machine: gpubroker forward {self.job.id}")
 
     def _revive(self, attempt: Attempt) -> None:
         """Start the agent again: it goes on with the job that runs there."""
@@ -440,7 +422,7 @@ class Supervisor:
     def _errand(self, attempt: Attempt) -> Errand:
         now, limits = self.clock.now(), self.job.spec.limits
         budget_usd = limits.budget_usd
-        left = None if budget_usd is None else max(Decimal("0.01"), budget_usd - self._usd_spent())
+        left = None if budget_usd is None else max(Decimal("0.01"), budget_usd - self._launcher.usd_spent())
         running_s = 0.0 if attempt.running_at is None else (now - attempt.running_at).total_seconds()
         capabilities = self.computes[attempt.provider].capabilities
         return Errand(
@@ -451,7 +433,7 @@ class Supervisor:
             tag=attempt.tag,
             usd_per_hour=float(attempt.usd_per_hour),
             max_usd=None if left is None else float(left + attempt.usd_so_far(now)),
-            max_s=self._left_s(attempt),
+            max_s=self._launcher.left_s(attempt),
             renew_within_s=None if self.job.spec.box else self.renew_within_s,
             spent_s=running_s,
             has_imds=attempt.provider == "aws",
@@ -461,113 +443,11 @@ class Supervisor:
             hazard_per_hour=self._contacts[attempt.id].hazard_per_hour,
         )
 
-    def _left_s(self, attempt: Attempt | None = None) -> float | None:
-        """Billed time that the job's nodes but this one have left of its cap of hours; None = no cap."""
-        hours = self.job.spec.limits.max_hours
-        if hours is None:
-            return None
-        now = self.clock.now()
-        others = [a for a in self.records.attempts(self.job.id) if attempt is None or a.id != attempt.id]
-        return max(0.0, float(hours) * 3600 - sum(a.billed_s(now) for a in others))
-
-    def _rent(self) -> None:
-        """The first candidate that can be had. Raises OverBudget, and AuthFailed where everybody refuses us.
-
-        The first that is gone shows that what is stored is old: the vendors are asked before the next.
-        """
-        left_s = self._left_s()
-        if left_s is not None and left_s < _LEAST_S:
-            raise OverBudget(f"limits.max_hours: all of the {self.job.spec.limits.max_hours} h are used")
-        avoided, is_fresh = self.records.avoided(), self._is_stale
-        self.passing.over.clear()
-        for candidate in self.candidates(is_fresh):
-            offer = candidate.offer
-            if offer.provider not in self.computes:
-                continue
-            if why := avoided.get((offer.provider, _place(offer))):
-                self.passing.pass_over(candidate.name, f"its machine is kept away from: {why}")
-            elif rest := self.passing.rest_of(offer, self.clock.now()):
-                self.passing.pass_over(candidate.name, str(rest.error), rest.error)
-                if rest.is_short:
-                    return
-            elif self._try(candidate, is_fresh):
-                return
-        if refused := self.passing.refused_by_all():
-            raise refused
-        asked = sum(passed.error is not None for passed in self.passing.over)
-        self._once(f"none of {asked} offers can be had now" if asked else "no offer is left to try")
-
-    def _try(self, candidate: Candidate, is_fresh: bool) -> bool:
-        """Ask for it. True = no other is to be asked for now. Raises OverBudget."""
-        offer = candidate.offer
-        order = Order(
-            job_id=self.job.id,
-            offer=offer,
-            spec=self._node_spec(candidate.usd_per_hour),
-            usd_per_hour=candidate.usd_per_hour,
-            held_usd_per_hour=candidate.held_usd_per_hour,
-            bid_usd_per_hour=candidate.bid_usd_per_hour,
-        )
-        try:
-            attempt = self.renting.rent(order, self.job.caps)
-        except LaunchUncertain as error:
-            self.say(f"{candidate.name}: {error.detail}")
-            return True
-        except (OverBudget, StoreError):
-            raise  # after StoreError nobody knows whether there is a node: its tag is looked for
-        except (BrokerError, ValueError) as error:
-            is_gone = isinstance(error, NoCapacity) and not isinstance(error, QuotaExceeded)
-            self._is_stale |= is_gone
-            return self._pass_over(candidate, error) or (is_gone and not is_fresh)
-        self._is_stale = False
-        self._contacts[attempt.id] = _Contact(
-            rented_at=self.clock.now(), hazard_per_hour=candidate.hazard_per_hour
-        )
-        self.passing.rented(offer.provider)
-        self.say(f"renting {candidate.name} at ${candidate.usd_per_hour:.4f}/h: {attempt.node_id}")
-        if offer.usd_per_hour and (risk := risk_of(offer.provider, self.computes[offer.provider])):
-            self._once(risk)
-        return True
-
-    def _pass_over(self, candidate: Candidate, error: Exception) -> bool:
-        """Keep the reason, which a person hears once. True = wait for this provider."""
-        offer, now = candidate.offer, self.clock.now()
-        self.passing.pass_over(candidate.name, str(error), error)
-        is_waiting = self.passing.failed(offer, error, now)
-        text = f"{candidate.name}: {error}"
-        if text not in self._told:
-            self._told.add(text)
-            rest = self.passing.rest_of(offer, now)
-            after = "asked again at" if is_waiting else "not asked for more before"
-            self.say(text if rest is None else f"{text}; {offer.provider} is {after} {rest.until:%H:%M:%S}")
-        return is_waiting
-
-    def _node_spec(self, usd_per_hour: Decimal) -> NodeSpec:
-        left_s = self._left_s()
-        if self.job.spec.box:  # its vendor may be the only one to end it
-            left_s = float(hours_of(self.job.spec, usd_per_hour, self._usd_spent()) * 3600)
-        return NodeSpec(
-            image=self.job.spec.image or "",
-            disk_gb=int(self.job.spec.disk),
-            ssh_public_key=self.job.public_key,
-            volume_id="" if self.job.store is None else self.job.store.volume_id,
-            lifetime_s=None if left_s is None else max(1, int(left_s)),
-        )
-
-    def _usd_spent(self) -> Decimal:
-        now = self.clock.now()
-        return sum((a.usd_known(now) for a in self.records.attempts(self.job.id)), Decimal(0))
-
     def _once(self, text: str) -> None:
         """Not the same thing at every tick."""
         if text != self._said:
             self._said = text
             self.say(text)
-
-
-def _place(what: Attempt | Offer) -> str:
-    """The machine, or what its vendor has instead of machines."""
-    return what.machine_id or " ".join(filter(None, (what.sku, what.region, what.zone)))
 
 
 @contextlib.contextmanager
