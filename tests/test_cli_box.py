@@ -17,7 +17,7 @@ import pytest
 
 pytest.importorskip("aiohttp", reason="needs the extra [testcloud]")
 
-from gpubroker.cli import box, main, renting
+from gpubroker.cli import box, main, watching
 from gpubroker.run.contact import keys_of
 from gpubroker.testcloud.client import running
 
@@ -44,7 +44,7 @@ def user(home, monkeypatch):
     """This process is the user's."""
     for name, value in home.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(renting, "_TICK_S", 0.3)
+    monkeypatch.setattr(watching, "_STARTING_S", 0.3)
     monkeypatch.setattr(box, "_LOOKS_AFTER_S", (0.3, 1.0))
 
 

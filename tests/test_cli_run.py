@@ -73,6 +73,7 @@ def job(tmp_path):
     folder = tmp_path / "job"
     folder.mkdir()
     (folder / "train.py").write_text(TRAIN)
+    begun = []
 
     def _job(cloud, *words, command=(), **more):
         homes = {f"XDG_{kind}_HOME": str(tmp_path / kind) for kind in ("DATA", "CACHE", "CONFIG")}
@@ -83,11 +84,17 @@ def job(tmp_path):
             "--folder", str(folder), "--artifact", "out", "--out", str(tmp_path / "back"), "--format", "json",
             *words, "--", "python3", "train.py",
         ]  # fmt: skip
-        return subprocess.Popen(
-            command, env=env, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        begun.append(
+            subprocess.Popen(
+                command, env=env, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
         )
+        return begun[-1]
 
-    return _job
+    yield _job
+    for process in begun:
+        with process:
+            process.kill()
 
 
 def heard(process, text):
@@ -205,13 +212,13 @@ def test_a_script_of_one_line_goes_on_after_an_interruption_and_brings_the_files
 
 
 def test_a_job_goes_on_at_another_vendor_that_reaches_its_store(job, tmp_path):
-    """vast.ai has nothing left when its node is lost; the next one is RunPod's, from the same checkpoint."""
-    none_left = {"endpoint": "vast PUT /api/v0/asks/*", "kind": "capacity"}
+    """vast.ai wants to be left alone when its node is lost; the next one is RunPod's, from the same checkpoint."""
+    refusal = {"endpoint": "vast PUT /api/v0/asks/*", "kind": "429", "retry_after_s": 3600, "count": -1}
     with running(speed=10) as cloud, bucket(cloud) as store:
         process = job(cloud, "--provider", "vast", "--provider", "runpod", "--store", "s3://jobs/x", **store)
         heard(process, "step 12")
         (node,) = [node for node in cloud.nodes() if node["state"] == "running"]
-        cloud.break_with(none_left)
+        cloud.break_with(refusal)
         cloud.preempt(node["id"])
         lines = heard(process, "attempt ")
         code, record, _ = ended(process)

@@ -17,13 +17,14 @@ import pytest
 pytest.importorskip("aiohttp", reason="needs the extra [testcloud]")
 
 from gpubroker.cli import job as job_command
-from gpubroker.cli import main
+from gpubroker.cli import main, watching
 from gpubroker.cli import run as run_command
 from gpubroker.prices.limits import StoreLimiter
 from gpubroker.prices.store import Store
 from gpubroker.run.records import Records
 from gpubroker.run.renting import Renting
 from gpubroker.testcloud.client import running
+from tests.support import EXAMPLES_FACTOR
 from tests.test_cli_run import TRAIN, bucket
 
 SLOW, FAST = 10.0, 300.0
@@ -50,7 +51,7 @@ class CloudClock:
         return time.monotonic()
 
     def sleep(self, seconds):
-        if seconds == run_command._TICK_S:
+        if seconds in (watching._STARTING_S, watching._RUNNING_S):
             self.hear()
         time.sleep(seconds / self.speed)
 
@@ -153,17 +154,18 @@ def preempt_once(cloud, clock, vendor, monkeypatch):
     clock.hear = hear
 
 
-@pytest.mark.parametrize(
-    ("vendor", "market", "gpu"),
-    [
-        pytest.param("vast", "spot", "4090", id="vast spot"),
-        pytest.param("runpod", "on-demand", "4090", id="runpod"),
-        pytest.param("lambda", "on-demand", "a10", id="lambda"),
-        pytest.param("aws", "spot", "a10g", id="aws spot"),
-        pytest.param("aws", "on-demand", "a10g", id="aws on demand"),
-        pytest.param("modal", "serverless", "a10", id="modal"),
-    ],
-)
+RUNS = [
+    pytest.param("vast", "spot", "4090", id="vast spot"),
+    pytest.param("runpod", "on-demand", "4090", id="runpod"),
+    pytest.param("lambda", "on-demand", "a10", id="lambda"),
+    pytest.param("aws", "spot", "a10g", id="aws spot"),
+    pytest.param("aws", "on-demand", "a10g", id="aws on demand"),
+    pytest.param("modal", "serverless", "a10", id="modal"),
+]
+
+
+# One in the gate, all in .ci/soak: at this speed a machine that is busy cannot keep up.
+@pytest.mark.parametrize(("vendor", "market", "gpu"), RUNS if EXAMPLES_FACTOR > 1 else RUNS[:1])
 def test_estimates_are_within_one_billing_unit_and_one_look_of_the_bill(
     run_job, monkeypatch, capsys, vendor, market, gpu
 ):

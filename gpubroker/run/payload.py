@@ -69,7 +69,7 @@ class Errand:
     has_docker_run_it: bool  # the job's image; else the vendor does, or there is none
     own_end: Mapping[str, Any] | None  # how the node ends its own billing; None = it cannot
     store: StoreKeys | None
-    hazard_per_hour: float | None  # how often such a node is lost; None = nobody has said
+    hazard_per_hour: float | None = None  # how often such a node is lost; None = nobody has said
 
 
 def save_plan(errand: Errand) -> dict[str, Any]:
