@@ -157,7 +157,21 @@ def _measured(settings: Settings, job: str) -> tuple[Measurement, ...]:
     return found
 
 
-def rows_for(ask: Ask, settings: Settings, *, max_age_s: int, offline: bool, clock: Clock) -> Rows:
+def say_who_is_asked(names: list[str]) -> None:
+    """A person at a terminal waits up to four seconds: for whom?"""
+    if names and sys.stderr.isatty():
+        say(f"asking {', '.join(names)} …")
+
+
+def rows_for(
+    ask: Ask,
+    settings: Settings,
+    *,
+    max_age_s: int,
+    offline: bool,
+    clock: Clock,
+    on_ask: Callable[[list[str]], None] = say_who_is_asked,
+) -> Rows:
     """Stored and listed prices of the cards asked for, refreshed where they are too old.
 
     Raises ConfigError for a provider that is unknown or disabled.
@@ -169,7 +183,7 @@ def rows_for(ask: Ask, settings: Settings, *, max_age_s: int, offline: bool, clo
         max_age_s=max_age_s,
         offline=offline,
         clock=clock,
-        on_ask=_say_who_is_asked,
+        on_ask=on_ask,
     )
     listed = [p for p in book.load(names) if p.offer.provider not in settings.disabled_providers]
     known = {p.offer.provider for p in listed} | {p.offer.provider for p in view.live} | set(view.providers)
@@ -196,9 +210,3 @@ def names_of(ask: Ask) -> frozenset[str]:
 
 def _seconds(value: int | None) -> Decimal | None:
     return None if value is None else Decimal(value)
-
-
-def _say_who_is_asked(names: list[str]) -> None:
-    """A person at a terminal waits up to four seconds: for whom?"""
-    if names and sys.stderr.isatty():
-        say(f"asking {', '.join(names)} …")

@@ -146,7 +146,16 @@ def run(cloud: RunningCloud, vendors: Sequence[str], clock: Clock) -> None:
         os.environ.update(_bucket(cloud.env))
         records = Records(store.database, clock)
         found, _ = computes(context, vendors)
-        market = Market(ask_of(spec, settings), NOTHING_SAID, settings, clock, found)
+        scene = Scene(clock=clock, began_s=clock.monotonic_s())
+        market = Market(
+            ask_of(spec, settings),
+            NOTHING_SAID,
+            settings,
+            clock,
+            found,
+            tell=scene.say,
+            on_ask=lambda names: None,  # a word on the terminal would tear the picture
+        )
         job_id = records.add_job(spec.name, spec.model_dump_json())
         keys = keys_of(job_id)
         job = job_of(
@@ -158,7 +167,6 @@ def run(cloud: RunningCloud, vendors: Sequence[str], clock: Clock) -> None:
             store=store_of(spec, None),
             settings=settings,
         )
-        scene = Scene(clock=clock, began_s=clock.monotonic_s())
         supervisor = Supervisor(
             job=job,
             records=records,

@@ -12,7 +12,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from gpubroker.cli.ask import pricing_for, rows_for
+from gpubroker.cli.ask import pricing_for, rows_for, say_who_is_asked
 from gpubroker.cli.render import say
 from gpubroker.config import Settings
 from gpubroker.doors import Clock
@@ -124,11 +124,12 @@ class Market:
         deadline: datetime | None = None,
         attempts: Callable[[], Sequence[Attempt]] = tuple,  # of the job so far
         tell: Callable[[str], None] = say,
+        on_ask: Callable[[list[str]], None] = say_who_is_asked,
     ) -> None:
         self._ask, self._known, self._settings, self._clock = ask, known, settings, clock
         self._rentable, self._volume = rentable, volume
         self._deadline, self._attempts = deadline, attempts
-        self._tell, self._told = tell, set[str]()
+        self._tell, self._told, self._on_ask = tell, set[str](), on_ask
         self._silent: dict[str, str] = {}  # vendors that did not answer when they were last asked, and why
         # Why offers cannot mount the volume, of those last looked at.
         self.elsewhere: Counter[str] = Counter()
@@ -175,6 +176,7 @@ class Market:
             max_age_s=max_age_s,
             offline=False,
             clock=self._clock,
+            on_ask=self._on_ask,
         )
         pricing = pricing_for(self._ask, self._settings, rows.view.exposures, self._known)
         self._silent = {problem.provider: problem.reason for problem in rows.view.problems}
