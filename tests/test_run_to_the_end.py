@@ -89,7 +89,7 @@ def runs(python, tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     with ExitStack() as stack:
         cloud = stack.enter_context(running(speed=20))
-        env = {**environment(cloud, root), **store(cloud)}
+        env = {**environment(cloud, root), **cloud.make_bucket("jobs")}
         (root / "gpu").mkdir()
         gpu = fake_gpu(root / "gpu", RTX4090)
         env |= {"LD_LIBRARY_PATH": str(gpu), "PATH": f"{gpu}/bin:{env['PATH']}"}
@@ -108,25 +108,6 @@ def environment(cloud, root):
     kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
     homes = {f"XDG_{kind}_HOME": str(root / kind) for kind in ("DATA", "CACHE", "CONFIG")}
     return {**kept, **cloud.env, **homes, "GPUBROKER_DB_URL": f"sqlite:///{root}/prices.db"}
-
-
-def store(cloud):
-    """A bucket, and keys that are for it alone."""
-    import boto3
-
-    endpoint = cloud.env["AWS_ENDPOINT_URL"]
-    session = boto3.Session(
-        cloud.env["AWS_ACCESS_KEY_ID"], cloud.env["AWS_SECRET_ACCESS_KEY"], None, "us-east-1"
-    )
-    session.client("s3", endpoint_url=endpoint).create_bucket(Bucket="jobs")
-    users = session.client("iam", endpoint_url=endpoint)
-    users.create_user(UserName="jobs")
-    made = users.create_access_key(UserName="jobs")["AccessKey"]
-    return {
-        "GPUBROKER_STORE_URL": endpoint,
-        "GPUBROKER_STORE_ACCESS_KEY_ID": made["AccessKeyId"],
-        "GPUBROKER_STORE_SECRET_ACCESS_KEY": made["SecretAccessKey"],
-    }
 
 
 def begin(vendor, python, root, env):

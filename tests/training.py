@@ -19,7 +19,8 @@ try:
 
     torch.nn  # noqa: B018  a node of the test cloud has a torch that is none, where there is no real one
 except (ImportError, AttributeError):
-    torch = sys.modules.pop("torch", None) and None
+    sys.modules.pop("torch", None)
+    torch = None
 
 
 class Plain:

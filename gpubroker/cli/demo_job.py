@@ -143,7 +143,7 @@ def run(cloud: RunningCloud, vendors: Sequence[str], clock: Clock) -> None:
         folder.mkdir()
         shutil.copy(str(demo_training.__file__), folder / "train.py")
         spec = _spec(folder, vendors, clock)
-        os.environ.update(_bucket(cloud.env))
+        os.environ.update(cloud.make_bucket(_BUCKET))
         records = Records(store.database, clock)
         found, _ = computes(context, vendors)
         scene = Scene(clock=clock, began_s=clock.monotonic_s())
@@ -202,23 +202,6 @@ def _spec(folder: Path, vendors: Sequence[str], clock: Clock) -> JobSpec:
         "artifacts": {"paths": ["out"]},
     }
     return job_from(told, clock.now(), "demo")
-
-
-def _bucket(env: Mapping[str, str]) -> dict[str, str]:
-    """A bucket at the demo's own S3, and a key for the store alone: what goes onto a node."""
-    import boto3
-
-    endpoint = env["AWS_ENDPOINT_URL"]
-    session = boto3.Session(region_name="us-east-1")
-    session.client("s3", endpoint_url=endpoint).create_bucket(Bucket=_BUCKET)
-    users = session.client("iam", endpoint_url=endpoint)
-    users.create_user(UserName=_BUCKET)
-    made = users.create_access_key(UserName=_BUCKET)["AccessKey"]
-    return {
-        "GPUBROKER_STORE_URL": endpoint,
-        "GPUBROKER_STORE_ACCESS_KEY_ID": made["AccessKeyId"],
-        "GPUBROKER_STORE_SECRET_ACCESS_KEY": made["SecretAccessKey"],
-    }
 
 
 def _to_the_end(supervisor: Supervisor, scene: Scene, cloud: RunningCloud) -> Outcome:

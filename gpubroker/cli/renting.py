@@ -1,4 +1,4 @@
-"""What `run` and `up` do alike: the job with its keys, the market in order of its bills, ticks to an end."""
+"""What `run` and `up` do alike: the job with its keys and its store, the market in order of its bills."""
 
 from __future__ import annotations
 

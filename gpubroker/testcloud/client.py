@@ -60,6 +60,23 @@ class RunningCloud:
         """{vendor: {tag: USD}}."""
         return dict(self.ask("GET", "/bill"))
 
+    def make_bucket(self, name: str) -> dict[str, str]:
+        """A bucket at the cloud's S3 with a key of its own, as the environment that names both."""
+        import boto3
+
+        endpoint = self.env["AWS_ENDPOINT_URL"]
+        account = (self.env["AWS_ACCESS_KEY_ID"], self.env["AWS_SECRET_ACCESS_KEY"], None, "us-east-1")
+        session = boto3.Session(*account)
+        session.client("s3", endpoint_url=endpoint).create_bucket(Bucket=name)
+        users = session.client("iam", endpoint_url=endpoint)
+        users.create_user(UserName=name)
+        made = users.create_access_key(UserName=name)["AccessKey"]
+        return {
+            "GPUBROKER_STORE_URL": endpoint,
+            "GPUBROKER_STORE_ACCESS_KEY_ID": made["AccessKeyId"],
+            "GPUBROKER_STORE_SECRET_ACCESS_KEY": made["SecretAccessKey"],
+        }
+
     def set_speed(self, speed: float) -> None:
         """Simulated seconds in a real one."""
         self.ask("POST", "/clock", {"speed": speed})

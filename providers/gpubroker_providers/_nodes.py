@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -186,6 +186,23 @@ def created_id(provider: str, operation: str, answer: HttpAnswer, *, tag: str, a
     if error_code(answer) == "global/quota-exceeded" or status == 402:
         raise QuotaExceeded(provider, operation, text)
     raise (AuthFailed if status in (401, 403) else Refused)(provider, operation, text)
+
+
+def our_volumes(
+    provider: str, operation: str, rows: Iterable[Any], at: str
+) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """(id, name, row) of volumes whose name begins with our tag; `at` is where the rows were found.
+
+    Raises PayloadChanged when one of ours has no id: it must not be lost.
+    """
+    for row in rows:
+        name = row.get("name") if isinstance(row, dict) else None
+        if not isinstance(name, str) or not name.startswith(TAG):
+            continue
+        volume_id = row.get("id")
+        if not isinstance(volume_id, str) or not volume_id:
+            raise PayloadChanged(provider, operation, f"{at}[].id", f"not text at {plain_text(name)}")
+        yield volume_id, name, row
 
 
 def error_code(answer: HttpAnswer) -> str:

@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from typing import Any
 
-from gpubroker.errors import PayloadChanged, Refused
-from gpubroker.provider import TAG, VolumeRules, VolumeView
-from gpubroker_providers._nodes import Door, check_volume, created_id, error_code, words
+from gpubroker.errors import Refused
+from gpubroker.provider import VolumeRules, VolumeView
+from gpubroker_providers._nodes import Door, check_volume, created_id, error_code, our_volumes, words
 from gpubroker_providers._vendor import figure, plain_text, refuse_drift, rows_at
 from gpubroker_providers.lambda_nodes import ALL_REQUESTS, NAME
 
@@ -32,13 +32,8 @@ def parse_volumes(rows: list[Any]) -> list[VolumeView]:
 
 
 def _volumes(rows: list[Any]) -> Iterator[VolumeView]:
-    for row in rows:
-        name = row.get("name") if isinstance(row, dict) else None
-        if not isinstance(name, str) or not name.startswith(TAG):
-            continue
-        volume_id, region, used = row.get("id"), row.get("region"), figure(row.get("bytes_used"))
-        if not isinstance(volume_id, str) or not volume_id:
-            raise PayloadChanged(NAME, _LIST, "$.data[].id", f"not text at {plain_text(name)}")
+    for volume_id, name, row in our_volumes(NAME, _LIST, rows, "$.data"):
+        region, used = row.get("region"), figure(row.get("bytes_used"))
         in_use = row.get("is_in_use")
         yield VolumeView(
             id=volume_id,

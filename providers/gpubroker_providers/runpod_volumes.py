@@ -12,9 +12,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from gpubroker.errors import PayloadChanged, Refused
-from gpubroker.provider import TAG, VolumeRules, VolumeView
-from gpubroker_providers._nodes import Door, Slot, check_volume, created_id, words
+from gpubroker.errors import Refused
+from gpubroker.provider import VolumeRules, VolumeView
+from gpubroker_providers._nodes import Door, Slot, check_volume, created_id, our_volumes, words
 from gpubroker_providers._vendor import figure, plain_text, refuse_drift, rows_at
 
 NAME = "runpod"
@@ -32,13 +32,7 @@ def parse_volumes(rows: list[Any]) -> list[VolumeView]:
 
 
 def _volumes(rows: list[Any]) -> Iterator[VolumeView]:
-    for row in rows:
-        name = row.get("name") if isinstance(row, dict) else None
-        if not isinstance(name, str) or not name.startswith(TAG):
-            continue
-        volume_id = row.get("id")
-        if not isinstance(volume_id, str) or not volume_id:
-            raise PayloadChanged(NAME, _LIST, "$.networkVolumes[].id", f"not text at {plain_text(name)}")
+    for volume_id, name, row in our_volumes(NAME, _LIST, rows, "$.networkVolumes"):
         yield VolumeView(
             id=volume_id,
             name=name,
