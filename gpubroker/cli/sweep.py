@@ -63,7 +63,8 @@ def sweep(*, providers: tuple[str, ...], is_ending: bool, volumes: bool, yes: bo
         listed, silent = renting.list_all(renting.providers)
         renting.settle_doubts(listed)
         renting.settle_boxes(listed)
-        found = renting.strays(listed, _is_forsaken)
+        now, within_s = SystemClock().now(), config.load().renew_within_s
+        found = renting.strays(listed, lambda job_id: is_forsaken(job_id, now, within_s))
         left = renting.sweep(found) if is_ending else []
         if is_ending:
             renting.forget(_gone(found, left), "swept: nobody looked after it")
@@ -105,10 +106,6 @@ def stop_all(*, providers: tuple[str, ...], yes: bool, output: str) -> None:
     _print(found, ended, {**problems, **silent}, listed, output, is_ending=True)
     if silent or left:
         raise click.exceptions.Exit(_FAILED)
-
-
-def _is_forsaken(job_id: str) -> bool:
-    return is_forsaken(job_id, SystemClock().now(), config.load().renew_within_s)
 
 
 def _gone(found: Iterable[Stray], left: Iterable[Stray]) -> set[tuple[str, str]]:
