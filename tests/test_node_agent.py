@@ -951,3 +951,12 @@ def cpu_s(pid: int) -> float:
     """Of a process so far."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_saves_of_one_tick_are_published_in_the_order_of_their_steps(tmp_path: Path) -> None:
+    """The clock of a file system is coarse; the later step is the newest, whatever its name begins with."""
+    for name in ("step-1", "epoch=1-step=20.ckpt", "step-9"):
+        (tmp_path / name).write_text(name)
+        os.utime(tmp_path / name, ns=(10**18, 10**18))
+    found = Scanner(str(tmp_path), 0.0, {}).finished(0.0)
+    assert ["step-1", "step-9", "epoch=1-step=20.ckpt"] == [name for name, _ in found]

@@ -40,7 +40,10 @@ class Scanner:
         self._strangers: set[str] = set()
 
     def finished(self, now_s: float, *, settle_s: float | None = None) -> list[tuple[str, str]]:
-        """(name, fingerprint) of what may be published now, the oldest first. `settle_s`: another wait."""
+        """(name, fingerprint) of what may be published now, the oldest first. `settle_s`: another wait.
+
+        Saves of one tick of the file system's clock are in the order of their steps.
+        """
         wait_s = self._settle_s if settle_s is None else settle_s
         found = []
         names = self._names()
@@ -59,10 +62,11 @@ class Scanner:
                 since_s = now_s
             self._seen[name] = (text, since_s)
             if _is_marked(path) or now_s - since_s >= wait_s:
-                found.append((max(entry[2] for entry in prints), name, text))
+                step = step_of(name)
+                found.append((max(entry[2] for entry in prints), -1 if step is None else step, name, text))
         for name in set(self._seen) - set(names):
             del self._seen[name]
-        return [(name, text) for _, name, text in sorted(found)]
+        return [(name, text) for _, _, name, text in sorted(found)]
 
     def prints(self) -> dict[str, str]:
         """The fingerprints as they are now."""
