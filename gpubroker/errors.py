@@ -5,6 +5,7 @@ BrokerError                          exit code
 │ └ MissingCredentials               2   set the variable that is named
 ├ NoFeasibleOffer(rejections)        3   what was tried and why each failed
 ├ OverBudget                         5   a cap would be passed: raise it, or wait
+├ NotOurs                            2   another supervisor has the job now: leave it alone
 ├ ProviderError                      4   (provider, operation, detail)
 │ ├ Transient(retry_after_s)         4   wait, same call again
 │ ├ Unreachable                      4   no connection: the network or the host is away
@@ -58,6 +59,12 @@ class OverBudget(BrokerError):
     """Spending more would pass a cap. Says the limit, what is spent, and what was wanted."""
 
     exit_code = 5
+
+
+class NotOurs(BrokerError):
+    """The job went to another supervisor, or to none, while this one was away: nothing was written."""
+
+    exit_code = 2
 
 
 class ProviderError(BrokerError):

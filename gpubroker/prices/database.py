@@ -11,6 +11,7 @@ import hashlib
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -145,6 +146,13 @@ class Database:
         """Hand-written SQL with ? for values, as a CursorResult; a list of tuples runs it once for each."""
         driver_sql = sql if self.is_sqlite else sql.replace("?", "%s")
         return connection.exec_driver_sql(driver_sql, values if isinstance(values, tuple) else list(values))
+
+    def now(self, connection: Connection) -> datetime:
+        """By the clock that all users of this database share: the server's, or this machine's for a file."""
+        if self.is_sqlite:
+            return self._clock.now()
+        found: datetime = self.run(connection, "SELECT clock_timestamp()").scalar()
+        return found.astimezone(UTC)
 
     def migrate(self) -> None:
         """Bring the tables up to this code, at once for any number of processes. Raises SchemaTooNew."""

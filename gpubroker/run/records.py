@@ -14,17 +14,20 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any, Literal
 
-from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, delete, func, insert, select, update
 
 from gpubroker.doors import Clock
-from gpubroker.errors import OverBudget
+from gpubroker.errors import NotOurs, OverBudget
 from gpubroker.model import Offer
 from gpubroker.prices.database import Database
 from gpubroker.provider import TAG
-from gpubroker.run import tables
+from gpubroker.run import events, tables
+from gpubroker.run.leases import unfinished
 from gpubroker.run.ledger import Life, Terms, estimate_usd
 
-JobState = Literal["running", "done", "failed", "stopped", "over_budget"]
+JobState = Literal["running", "done", "failed", "stopped", "cancelled", "over_budget"]
+# What a job is to be brought to, with a last checkpoint; "" = to its own end.
+Wanted = Literal["", "cancelled", "over_budget"]
 # What an open node is taken to spend at least, before anybody looks at it again.
 _RESERVED_H = 1
 _LOCK = "gpubroker launch"
@@ -36,6 +39,24 @@ class Caps:
 
     usd_per_day: Decimal | None  # over all jobs, by UTC day
     usd_per_job: Decimal | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobRow:
+    """A job as the database has it, but for its description."""
+
+    id: str
+    state: JobState
+    reason: str
+    created_at: datetime
+    ended_at: datetime | None  # None = it is not over
+    unattended: bool
+    supervisor_id: str | None  # None = nobody's yet; a terminal's
+    claims: int
+    wanted: Wanted
+    wanted_why: str
+    wanted_at: datetime | None  # None = it may go on to its own end
+    told_percent: int  # of its budget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,30 +147,74 @@ class PassedOver:
 
 
 class Records:
-    """Over a migrated database. Every method is one transaction."""
+    """Over a migrated database. Every method is one transaction, with the event that tells of it.
 
-    def __init__(self, database: Database, clock: Clock) -> None:
-        self._database, self._clock = database, clock
+    `supervisor_id`: whose these are. Nothing is rented for a job that another supervisor has.
+    """
 
-    def add_job(self, name: str, spec: str) -> str:
-        """A new job's id: its name and a few letters that nobody else has."""
-        job_id = f"{name}-{secrets.token_hex(3)}"
-        values = {"id": job_id, "spec": spec, "state": "running", "created_at": self._clock.now()}
+    def __init__(self, database: Database, clock: Clock, supervisor_id: str | None = None) -> None:
+        self._database, self._clock, self._supervisor_id = database, clock, supervisor_id
+
+    def add_job(self, name: str, spec: str, *, unattended: bool = False, job_id: str | None = None) -> str:
+        """A new job's id: its name and a few letters that nobody else has. `job_id`: made before."""
+        job_id, now = job_id or new_job_id(name), self._clock.now()
+        values = {
+            "id": job_id,
+            "spec": spec,
+            "state": "running",
+            "created_at": now,
+            "unattended": unattended,
+        }
         with self._database.write(_LOCK) as connection:
             connection.execute(insert(tables.jobs).values(values))
+            events.add(connection, now, "submitted", name, job_id=job_id)
         return job_id
 
     def end_job(self, job_id: str, state: JobState, reason: str = "") -> None:
-        """It is over. What it rented is not ended by this."""
-        values = {"state": state, "reason": reason, "ended_at": self._clock.now()}
+        """It is over, for good: a job that has ended stays as it is. What it rented is not ended by this."""
+        now = self._clock.now()
+        values = {"state": state, "reason": reason, "ended_at": now}
+        mine = (tables.jobs.c.id == job_id, tables.jobs.c.state.in_(("running", "stopped")))
         with self._database.write(_LOCK) as connection:
-            connection.execute(update(tables.jobs).where(tables.jobs.c.id == job_id).values(values))
+            ended = connection.execute(update(tables.jobs).where(*mine).values(values))
+            if ended.rowcount and state != "running":
+                events.add(connection, now, state, reason, job_id=job_id)
+
+    def want(self, job_id: str, wanted: Wanted, why: str) -> bool:
+        """Bring it to that state, with a last checkpoint; False where it is over, or asked for already."""
+        now = self._clock.now()
+        values = {"wanted": wanted, "wanted_why": why, "wanted_at": now}
+        open_one = (tables.jobs.c.id == job_id, tables.jobs.c.state == "running", tables.jobs.c.wanted == "")
+        with self._database.write(_LOCK) as connection:
+            done = connection.execute(update(tables.jobs).where(*open_one).values(values))
+            if done.rowcount:
+                events.add(connection, now, "stopping", why, job_id=job_id)
+            return bool(done.rowcount)
+
+    def tell(
+        self, kind: events.Kind, text: str, *, job_id: str | None = None, attempt: Attempt | None = None
+    ) -> None:
+        """An event that goes with no other change."""
+        attempt_id = None if attempt is None else attempt.id
+        with self._database.write(_LOCK) as connection:
+            events.add(connection, self._clock.now(), kind, text, job_id=job_id, attempt_id=attempt_id)
+
+    def told_percent(self, job_id: str, percent: int, text: str) -> None:
+        """A person hears of each share of a budget once."""
+        less = (tables.jobs.c.id == job_id, tables.jobs.c.told_percent < percent)
+        with self._database.write(_LOCK) as connection:
+            changed = connection.execute(update(tables.jobs).where(*less).values(told_percent=percent))
+            if changed.rowcount:
+                events.add(connection, self._clock.now(), "budget", text, job_id=job_id)
 
     def stop_jobs(self, reason: str) -> None:
         """Every job that runs is stopped: who runs it ends what it has and leaves. `reopen` takes it up."""
-        values = {"state": "stopped", "reason": reason, "ended_at": self._clock.now()}
+        now, jobs = self._clock.now(), tables.jobs
+        values = {"state": "stopped", "reason": reason, "ended_at": now}
         with self._database.write(_LOCK) as connection:
-            connection.execute(update(tables.jobs).where(tables.jobs.c.state == "running").values(values))
+            running = update(jobs).where(jobs.c.state == "running").values(values).returning(jobs.c.id)
+            for job_id in list(connection.scalars(running)):
+                events.add(connection, now, "stopped", reason, job_id=job_id)
 
     def reopen(self, job_id: str) -> None:
         """A stopped job runs again; nothing for any other."""
@@ -171,6 +236,7 @@ class Records:
         """Write down that a node is about to be asked for. Raises OverBudget, and then nothing is written."""
         now = self._clock.now()
         with self._database.write(_LOCK) as connection:
+            self._refuse_others(connection, job_id)
             self._check(connection, job_id, usd_per_hour, caps, now)
             last = connection.execute(
                 select(func.max(tables.attempts.c.epoch)).where(tables.attempts.c.job_id == job_id)
@@ -202,9 +268,22 @@ class Records:
             ).scalar_one()
             return _one(connection, added)
 
+    def _refuse_others(self, connection: Connection, job_id: str) -> None:
+        """Its row stays locked until the intent is written: nobody claims it in between."""
+        found = tables.jobs.c
+        row = connection.execute(
+            select(found.supervisor_id, found.unattended).where(found.id == job_id).with_for_update()
+        ).one()
+        if row.unattended and row.supervisor_id != self._supervisor_id:
+            raise NotOurs(f"{job_id} is run by {row.supervisor_id or 'nobody'} now")
+
     def created(self, attempt: Attempt, node_id: str) -> Attempt:
         """The vendor gave it an id."""
-        return self._change(attempt, node_id=node_id)
+        text = (
+            f"{attempt.provider} {attempt.gpu_count}x {attempt.gpu} {attempt.market.replace('_', '-')}"
+            f" in {attempt.region or 'no region'} at ${attempt.usd_per_hour:.4f}/h: {node_id}"
+        )
+        return self._change(attempt, node_id=node_id, event=("rented", text))
 
     def running(self, attempt: Attempt, since: datetime | None = None) -> Attempt:
         """It was seen running, and bills from now or from when the vendor says."""
@@ -224,20 +303,24 @@ class Records:
         *,
         at: datetime | None = None,
         is_free: bool = False,
+        kind: events.Kind = "ended",
     ) -> Attempt:
         """It is known to be gone, now or since `at`, or never to have been.
 
-        `is_free`: the vendor does not bill what ran.
+        `is_free`: the vendor does not bill what ran. The first word about how it ended stays.
         """
         if attempt.ended_at is not None:
             return attempt
         now = at or self._clock.now()
+        usd = attempt.usd_by(now, is_free=is_free)
+        text = f"{attempt.provider} {attempt.node_id}: {reason}; about ${usd:.4f}"
+        values = {"ended_at": now, "end_reason": reason, "usd_estimated": usd, "work_lost_s": work_lost_s}
+        still = tables.attempts.c.ended_at.is_(None)
         return self._change(
             attempt,
-            ended_at=now,
-            end_reason=reason,
-            usd_estimated=attempt.usd_by(now, is_free=is_free),
-            work_lost_s=work_lost_s,
+            still,
+            **values,
+            event=(kind, text if attempt.node_id else f"{attempt.provider}: {reason}"),
         )
 
     def settled(self, attempt: Attempt, usd: Decimal) -> Attempt:
@@ -250,6 +333,26 @@ class Records:
         with self._database.read() as connection:
             row = connection.execute(select(found).where(found.c.id == job_id)).first()
             return None if row is None else (row.state, row.reason, row.spec)
+
+    def rows(self, *, only_unfinished_of: str | None = None, most: int | None = None) -> list[JobRow]:
+        """All, the newest first; or one supervisor's that are not over or may bill, the oldest first."""
+        found = tables.jobs.c
+        query = select(*(found[name] for name in JobRow.__dataclass_fields__))
+        if only_unfinished_of is None:
+            query = query.order_by(found.created_at.desc(), found.id.desc()).limit(most)
+        else:
+            query = query.where(found.supervisor_id == only_unfinished_of, unfinished())
+            query = query.order_by(found.created_at, found.id)
+        with self._database.read() as connection:
+            return [JobRow(**row._mapping) for row in connection.execute(query)]
+
+    def row(self, job_id: str) -> JobRow | None:
+        """One job; None for one that is unknown."""
+        found = tables.jobs.c
+        query = select(*(found[name] for name in JobRow.__dataclass_fields__)).where(found.id == job_id)
+        with self._database.read() as connection:
+            row = connection.execute(query).first()
+            return None if row is None else JobRow(**row._mapping)
 
     def jobs_under_way(self) -> list[tuple[str, str]]:
         """Id and description of those that are not over, the oldest first."""
@@ -368,10 +471,21 @@ class Records:
         with self._database.read() as connection:
             return _usd_today(connection, now)
 
-    def _change(self, attempt: Attempt, **values: Any) -> Attempt:
+    def _change(
+        self,
+        attempt: Attempt,
+        *still: ColumnElement[bool],
+        event: tuple[events.Kind, str] | None = None,
+        **values: Any,
+    ) -> Attempt:
+        """`still`: what must hold, or nothing is changed."""
         with self._database.write(_LOCK) as connection:
-            mine = tables.attempts.c.id == attempt.id
-            connection.execute(update(tables.attempts).where(mine).values(values))
+            mine = (tables.attempts.c.id == attempt.id, *still)
+            changed = connection.execute(update(tables.attempts).where(*mine).values(values))
+            if event is not None and changed.rowcount:
+                kind, text = event
+                job_id, now = attempt.job_id, self._clock.now()
+                events.add(connection, now, kind, text, job_id=job_id, attempt_id=attempt.id)
             return _one(connection, attempt.id)
 
     def _check(
@@ -390,6 +504,11 @@ class Records:
             own = [Attempt(**row._mapping) for row in rows]
             spent = sum((a.usd_known(now) + reserved.get(a.id, Decimal(0)) for a in own), Decimal(0))
             _refuse("this job", caps.usd_per_job, spent, wanted)
+
+
+def new_job_id(name: str) -> str:
+    """Its name and a few letters that nobody else has."""
+    return f"{name}-{secrets.token_hex(3)}"
 
 
 def _refuse(what: str, limit: Decimal, spent: Decimal, wanted: Decimal) -> None:

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from sqlalchemy import BigInteger, Column, ForeignKey, Index, Integer, Table, Text, UniqueConstraint
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    ForeignKey,
+    Index,
+    Integer,
+    Table,
+    Text,
+    UniqueConstraint,
+    false,
+)
 
 from gpubroker.prices.tables import Id, Moment, Money, metadata, text_column
 
@@ -15,6 +26,45 @@ jobs = Table(
     text_column("reason"),
     Column("created_at", Moment, nullable=False),
     Column("ended_at", Moment),  # NULL = not over
+    Column("unattended", Boolean, nullable=False, server_default=false()),  # a supervisor has it, no terminal
+    Column("supervisor_id", Text),  # who has it while that one's lease lasts; NULL = nobody yet
+    Column("claims", Integer, nullable=False, server_default="0"),  # how often it went to a supervisor
+    text_column("wanted"),  # records.Wanted: the state that it is to be brought to; "" = its own end
+    text_column("wanted_why"),
+    Column("wanted_at", Moment),
+    Column("told_percent", Integer, nullable=False, server_default="0"),  # of its budget, in events so far
+    Index("ix_jobs_state", "state"),
+)
+# Processes that run jobs which no terminal has. One whose time is over has lost them to whoever is there.
+supervisors = Table(
+    "supervisors",
+    metadata,
+    Column("id", Text, primary_key=True),
+    Column("host", Text, nullable=False),
+    Column("pid", Integer, nullable=False),
+    Column("version", Text, nullable=False),
+    Column("started_at", Moment, nullable=False),
+    Column("until_at", Moment, nullable=False),  # by the database's clock
+)
+# What happened and why, for people. Rows are only ever added.
+events = Table(
+    "events",
+    metadata,
+    Column("id", Id, primary_key=True),
+    Column("at", Moment, nullable=False),
+    Column("job_id", Text, ForeignKey("jobs.id")),  # NULL = of no one job
+    Column("attempt_id", BigInteger),  # NULL = of no one node
+    Column("kind", Text, nullable=False),  # events.Kind
+    Column("text", Text, nullable=False),
+    Index("ix_events_job", "job_id", "id"),
+)
+# How far a reader of the events has come.
+cursors = Table(
+    "cursors",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("position", BigInteger, nullable=False),
+    Column("moved_at", Moment, nullable=False),
 )
 # One row is one intent to rent one node: written before the call, so that no crash hides a node.
 attempts = Table(
