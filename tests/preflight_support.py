@@ -205,7 +205,7 @@ def trial(
             connect=lambda *asked: _connect(clock, *asked),
             clock=clock,
             say=said.append,
-            log=lambda data: None,
+            log=lambda attempt, data: None,
             reach=reach,
         )
         try:

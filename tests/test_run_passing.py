@@ -123,7 +123,7 @@ def supervised(store, clock, tmp_path):
             connect=lambda *_: (None, None),
             clock=clock,
             say=said.append,
-            log=lambda data: None,
+            log=lambda attempt, data: None,
         )
         return supervisor, said
 

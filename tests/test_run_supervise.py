@@ -77,7 +77,7 @@ def supervised(store, clock, tmp_path):
             connect=lambda *_: (node, "host key"),
             clock=clock,
             say=said.append,
-            log=lambda data: None,
+            log=lambda attempt, data: None,
         )
         return supervisor, vendor, said
 
@@ -139,7 +139,6 @@ def test_a_job_whose_hours_are_used_rents_no_more(supervised, clock):
         supervisor.tick()
     clock.sleep(3 * 3600)
     vendor.nodes.clear()
-    supervisor.tick()
     with pytest.raises(OverBudget, match=r"limits.max_hours: all of the 3 h are used"):
         supervisor.tick()
     assert 1 == vendor.created

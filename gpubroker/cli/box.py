@@ -154,7 +154,7 @@ def _rented(at: Desk, spec: JobSpec, settings: Settings, rentable: Mapping[str, 
             connect=connector(keys),
             clock=clock,
             say=lambda text: say(f"[{clock.now():%H:%M:%S}] {text}"),
-            log=lambda data: None,
+            log=lambda attempt, data: None,
             reach=settings.reach,
         )
         try:

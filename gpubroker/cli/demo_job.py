@@ -72,7 +72,7 @@ class Scene:
         passed_s = self.clock.monotonic_s() - self.began_s
         self.said.append(f"{passed_s:5.1f} s  {text}")
 
-    def hear(self, log: bytes) -> None:
+    def hear(self, _: Attempt, log: bytes) -> None:
         """The job's own words."""
         found = list(_TOLD.finditer(log))
         if not found:

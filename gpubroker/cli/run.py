@@ -34,7 +34,7 @@ from gpubroker.provider import Compute, ProviderContext
 from gpubroker.run.computes import computes, volumes
 from gpubroker.run.contact import connector, keys_of
 from gpubroker.run.presets import NAMES, preset
-from gpubroker.run.records import Records
+from gpubroker.run.records import Attempt, Records
 from gpubroker.run.renting import Renting
 from gpubroker.run.supervise import Outcome, Supervisor
 from gpubroker.run.volumes import Volume, find
@@ -297,12 +297,12 @@ def _volume(spec: JobSpec, ask: Ask, context: ProviderContext) -> Volume | None:
     return find(spec.checkpoint.volume, makers)
 
 
-def _print_log(data: bytes) -> None:
+def _print_log(_: Attempt, data: bytes) -> None:
     sys.stdout.buffer.write(data)
     sys.stdout.buffer.flush()
 
 
-def _log_to_stderr(data: bytes) -> None:
+def _log_to_stderr(_: Attempt, data: bytes) -> None:
     sys.stderr.buffer.write(data)
     sys.stderr.buffer.flush()
 

@@ -12,12 +12,14 @@ from datetime import datetime, timedelta
 from typing import Any, Literal, TypeAlias
 
 from gpubroker.provider import NodeView
-from gpubroker.run.records import Attempt
+from gpubroker.run.records import Attempt, EndKind
 
 # Boot, image pull: an eight-GPU machine of Lambda takes a quarter of an hour.
 STARTS_WITHIN = timedelta(minutes=25)
 ANSWERS_WITHIN = timedelta(minutes=10)
 APPEARS_WITHIN = timedelta(minutes=5)
+# A job that was asked to save and to end is given so long: its node costs money meanwhile.
+STOPS_WITHIN = timedelta(minutes=10)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +30,16 @@ class Observed:
     node: NodeView | None  # None = not in its list
     is_reached: bool  # whether the node's shell answered
     state: Mapping[str, Any] | None  # the agent's; None = not started, or not reached
-    last_reached_at: datetime | None  # None = never by this process
+    unreached_s: float  # since this process last reached it, or first tried
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Goal:
+    """What the job is to be brought to, with a last checkpoint."""
+
+    state: Literal["cancelled", "over_budget", "failed"]
+    why: str
+    since: datetime
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,35 +65,42 @@ class Replace:
 
     reason: str
     fault: str = ""
-    is_preempted: bool = False  # the vendor took it back
+    kind: EndKind = "ended"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AskToStop:
+    """Ask the job to save and to end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finish:
     """The job is over; the node is to be ended once its artifacts are here."""
 
-    state: Literal["done", "failed"]
+    state: Literal["done", "failed", "cancelled", "over_budget"]
     reason: str
 
 
-Action: TypeAlias = Wait | Prepare | Revive | Replace | Finish
+Action: TypeAlias = Wait | Prepare | Revive | Replace | AskToStop | Finish
 
 
-def decide(attempt: Attempt, seen: Observed, now: datetime) -> Action:
-    """For an open attempt whose node has an id."""
+def decide(attempt: Attempt, seen: Observed, now: datetime, goal: Goal | None = None) -> Action:
+    """For an open attempt whose node has an id. `goal` None = the job goes on to its own end."""
     result = (seen.state or {}).get("result")
     if isinstance(result, Mapping):
-        return _of_result(result)
+        return _of_result(result, goal)
+    if goal is not None:
+        return _towards(goal, seen, now)
     if not seen.is_listed:
         return Wait(why="the vendor does not answer")
     node = seen.node
     if node is None:
         is_new = attempt.running_at is None and now - attempt.intended_at < APPEARS_WITHIN
-        return Wait(why="not yet in the vendor's list") if is_new else Replace(reason="gone")
+        return Wait(why="not yet in the vendor's list") if is_new else Replace(reason="gone", kind="lost")
     if node.is_preempted or node.status in ("stopped", "gone"):
         is_taken = node.is_preempted or node.status == "stopped"
         reason = f"{'preempted' if is_taken else 'gone'}{_words(node)}"
-        return Replace(reason=reason, is_preempted=node.is_preempted)
+        return Replace(reason=reason, kind="preempted" if node.is_preempted else "lost")
     return _of_living(attempt, node, seen, now)
 
 
@@ -90,14 +108,28 @@ def _of_living(attempt: Attempt, node: NodeView, seen: Observed, now: datetime) 
     """Starting or running."""
     if node.status == "starting":
         is_late = now - attempt.intended_at > STARTS_WITHIN
-        late = Replace(reason=f"did not start in time{_words(node)}", fault="no-start")
+        late = Replace(reason=f"did not start in time{_words(node)}", fault="no-start", kind="rejected")
         return late if is_late else Wait(why="starting")
     if seen.is_reached:
         return _of_agent(seen.state)
-    since = seen.last_reached_at or attempt.running_at or attempt.intended_at
-    if now - since > ANSWERS_WITHIN:
-        return Replace(reason="cannot be reached, though its vendor says that it runs", fault="not-reached")
+    if seen.unreached_s > ANSWERS_WITHIN.total_seconds():
+        reason = "cannot be reached, though its vendor says that it runs"
+        return Replace(reason=reason, fault="not-reached", kind="rejected")
     return Wait(why="not reached")
+
+
+def _towards(goal: Goal, seen: Observed, now: datetime) -> Action:
+    """What was begun is given time to save, unless nobody can ask it to."""
+    finish = Finish(state=goal.state, reason=goal.why)
+    node, state = seen.node, seen.state or {}
+    if not seen.is_listed:
+        return Wait(why="the vendor does not answer")
+    if node is None or node.is_preempted or node.status != "running" or now - goal.since > STOPS_WITHIN:
+        return finish
+    if not seen.is_reached:
+        return Wait(why="not reached, and to be asked to save")
+    is_at_work = state.get("pid") is not None and state.get("agent") is not False
+    return AskToStop() if is_at_work else finish
 
 
 def _of_agent(state: Mapping[str, Any] | None) -> Action:
@@ -109,13 +141,16 @@ def _of_agent(state: Mapping[str, Any] | None) -> Action:
     return Wait(why="running")
 
 
-def _of_result(result: Mapping[str, Any]) -> Action:
+def _of_result(result: Mapping[str, Any], goal: Goal | None) -> Action:
     outcome, reason = str(result.get("outcome")), str(result.get("reason", ""))
     if outcome == "done":
         return Finish(state="done", reason=reason)
     if outcome == "failed":
         return Finish(state="failed", reason=reason)
-    return Replace(reason=f"{outcome.replace('_', ' ')}: {reason}")
+    if goal is not None:
+        return Finish(state=goal.state, reason=goal.why)
+    kind: EndKind = "crashed" if outcome == "retry" else "ended"
+    return Replace(reason=f"{outcome.replace('_', ' ')}: {reason}", kind=kind)
 
 
 def _words(node: NodeView | None) -> str:

@@ -24,6 +24,7 @@ Kind = Literal[
     "resumed",  # on another node, from a checkpoint or from the beginning
     "preempted",  # its vendor took a node back
     "lost",  # a node is gone, and nobody says why
+    "crashed",  # by its own word it is to be tried on another node
     "ended",  # a node, by us
     "rejected",  # a machine that failed its preflight, or was never reached
     "problem",  # that does not keep the job from going on

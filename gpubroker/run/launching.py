@@ -76,7 +76,7 @@ class Rented:
 
 @dataclass(kw_only=True)
 class Launcher:
-    """Of one job. `say` hears what happened, `once` what need not be repeated at every tick."""
+    """Of one job. `say` hears what happened, `once` what is said once, `wait` why nothing is rented."""
 
     job: Job
     records: Records
@@ -86,6 +86,7 @@ class Launcher:
     clock: Clock
     say: Callable[[str], None]
     once: Callable[[str], None]
+    wait: Callable[[str], None]
     passing: Passing = field(default_factory=Passing)  # what was not rented, and why
     _told: set[str] = field(default_factory=set)
     _is_stale: bool = False  # an offer that is stored was gone: listings live for minutes
@@ -129,7 +130,7 @@ class Launcher:
                 return None
         if refused := self.passing.refused_by_all():
             raise refused
-        self.once(self.passing.summary())
+        self.wait(self.passing.summary())
         return None
 
     def _try(self, candidate: Candidate) -> Rented | Exception:

@@ -34,8 +34,8 @@ class Leases:
         self._database, self._clock, self._lease = database, clock, timedelta(seconds=lease_s)
         self._about = {"id": self.id, "host": host, "pid": pid, "version": gpubroker.__version__}
 
-    def renew(self) -> None:
-        """Hold on to what is ours for another lease."""
+    def renew(self) -> frozenset[str]:
+        """Hold on to what is ours for another lease; the supervisors that are there, this one among them."""
         table = tables.supervisors
         with self._database.write("gpubroker supervisors") as connection:
             now = self._database.now(connection)
@@ -44,6 +44,7 @@ class Leases:
             if renewed.rowcount == 0:
                 connection.execute(insert(table).values(**self._about, started_at=now, **until))
                 connection.execute(delete(table).where(table.c.until_at < now - _FORGOTTEN))
+            return frozenset(connection.scalars(select(table.c.id).where(table.c.until_at > now)))
 
     def claim(self) -> list[str]:
         """Jobs that are ours from now on: those that nobody has, up to our share of all; the oldest first."""

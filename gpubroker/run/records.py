@@ -26,8 +26,10 @@ from gpubroker.run.leases import unfinished
 from gpubroker.run.ledger import Life, Terms, estimate_usd
 
 JobState = Literal["running", "done", "failed", "stopped", "cancelled", "over_budget"]
+# How a node's time ended: its vendor took it, it was gone, it was no good, its job wanted another, or by us.
+EndKind = Literal["", "preempted", "lost", "rejected", "crashed", "ended"]
 # What a job is to be brought to, with a last checkpoint; "" = to its own end.
-Wanted = Literal["", "cancelled", "over_budget"]
+Wanted = Literal["", "cancelled", "over_budget", "failed"]
 # What an open node is taken to spend at least, before anybody looks at it again.
 _RESERVED_H = 1
 _LOCK = "gpubroker launch"
@@ -88,6 +90,7 @@ class Attempt:
     stopped_at: datetime | None  # when it was seen to run no more; None = not yet, or it ran to the end
     ended_at: datetime | None  # None = may be billing
     end_reason: str
+    end_kind: EndKind
     usd_estimated: Decimal | None
     usd_settled: Decimal | None
     work_lost_s: int | None  # None = it has not ended, or nobody knows
@@ -303,7 +306,7 @@ class Records:
         *,
         at: datetime | None = None,
         is_free: bool = False,
-        kind: events.Kind = "ended",
+        kind: EndKind = "ended",
     ) -> Attempt:
         """It is known to be gone, now or since `at`, or never to have been.
 
@@ -312,16 +315,18 @@ class Records:
         if attempt.ended_at is not None:
             return attempt
         now = at or self._clock.now()
-        usd = attempt.usd_by(now, is_free=is_free)
-        text = f"{attempt.provider} {attempt.node_id}: {reason}; about ${usd:.4f}"
-        values = {"ended_at": now, "end_reason": reason, "usd_estimated": usd, "work_lost_s": work_lost_s}
+        usd, node = attempt.usd_by(now, is_free=is_free), attempt.node_id
+        values = {
+            "ended_at": now,
+            "end_reason": reason,
+            "end_kind": kind if node else "",
+            "usd_estimated": usd,
+            "work_lost_s": work_lost_s,
+        }
         still = tables.attempts.c.ended_at.is_(None)
-        return self._change(
-            attempt,
-            still,
-            **values,
-            event=(kind, text if attempt.node_id else f"{attempt.provider}: {reason}"),
-        )
+        text = f"{attempt.provider} {node}: {reason}; about ${usd:.4f}"
+        # What was refused had no node: it is told of as a reason to wait.
+        return self._change(attempt, still, **values, event=(kind or "ended", text) if node else None)
 
     def settled(self, attempt: Attempt, usd: Decimal) -> Attempt:
         """The vendor's own figure."""
@@ -334,15 +339,14 @@ class Records:
             row = connection.execute(select(found).where(found.c.id == job_id)).first()
             return None if row is None else (row.state, row.reason, row.spec)
 
-    def rows(self, *, only_unfinished_of: str | None = None, most: int | None = None) -> list[JobRow]:
-        """All, the newest first; or one supervisor's that are not over or may bill, the oldest first."""
+    def rows(self, *, only_unfinished: bool = False, most: int | None = None) -> list[JobRow]:
+        """All jobs, the newest first; or supervisors' that are not over or may bill, the oldest first."""
         found = tables.jobs.c
         query = select(*(found[name] for name in JobRow.__dataclass_fields__))
-        if only_unfinished_of is None:
-            query = query.order_by(found.created_at.desc(), found.id.desc()).limit(most)
+        if only_unfinished:
+            query = query.where(unfinished()).order_by(found.created_at, found.id)
         else:
-            query = query.where(found.supervisor_id == only_unfinished_of, unfinished())
-            query = query.order_by(found.created_at, found.id)
+            query = query.order_by(found.created_at.desc(), found.id.desc()).limit(most)
         with self._database.read() as connection:
             return [JobRow(**row._mapping) for row in connection.execute(query)]
 
@@ -431,6 +435,21 @@ class Records:
         with self._database.read() as connection:
             return [Attempt(**row._mapping) for row in connection.execute(query)]
 
+    def owners(self, tags: Iterable[str]) -> dict[str, tuple[Attempt, JobRow]]:
+        """Whose nodes have these tags, of those that are in this database."""
+        attempts, jobs = tables.attempts, tables.jobs
+        with self._database.read() as connection:
+            rows = connection.execute(select(attempts).where(attempts.c.tag.in_(list(tags))))
+            found = [Attempt(**row._mapping) for row in rows]
+            columns = (jobs.c[name] for name in JobRow.__dataclass_fields__)
+            mine = select(*columns).where(jobs.c.id.in_({a.job_id for a in found}))
+            by_id = {row.id: JobRow(**row._mapping) for row in connection.execute(mine)}
+        return {attempt.tag: (attempt, by_id[attempt.job_id]) for attempt in found}
+
+    def check_schema(self) -> None:
+        """Raises SchemaTooNew once a newer gpubroker has migrated the database."""
+        self._database.check_schema()
+
     def unsettled(self, job_id: str | None = None) -> list[Attempt]:
         """Ended nodes, of one job or of all, whose vendor has not said what they cost."""
         found = tables.attempts.c
@@ -498,7 +517,7 @@ class Records:
         wanted = usd_per_hour * _RESERVED_H
         if caps.usd_per_day is not None:
             spent = _usd_today(connection, now) + sum(reserved.values(), Decimal(0))
-            _refuse("today", caps.usd_per_day, spent, wanted)
+            _refuse("today", caps.usd_per_day, spent, wanted, next_midnight(now))
         if caps.usd_per_job is not None:
             rows = connection.execute(select(found).where(found.c.job_id == job_id))
             own = [Attempt(**row._mapping) for row in rows]
@@ -511,11 +530,19 @@ def new_job_id(name: str) -> str:
     return f"{name}-{secrets.token_hex(3)}"
 
 
-def _refuse(what: str, limit: Decimal, spent: Decimal, wanted: Decimal) -> None:
+def next_midnight(now: datetime) -> datetime:
+    """UTC: when a day's cap starts anew."""
+    return now.replace(hour=0, minute=0, second=0, microsecond=0) + timedelta(days=1)
+
+
+def _refuse(
+    what: str, limit: Decimal, spent: Decimal, wanted: Decimal, passes_at: datetime | None = None
+) -> None:
     if spent + wanted > limit:
         raise OverBudget(
             f"the limit of {what} is ${limit:.2f}: ${spent:.2f} are spent or reserved,"
-            f" an hour of this node would add ${wanted:.2f}"
+            f" an hour of this node would add ${wanted:.2f}",
+            passes_at,
         )
 
 

@@ -20,7 +20,7 @@ from gpubroker.errors import BrokerError, LaunchUncertain
 from gpubroker.model import Offer
 from gpubroker.provider import Compute, Leftovers, NodeSpec, NodeView
 from gpubroker.run.boxes import Box, boxes, over
-from gpubroker.run.records import Attempt, Caps, Records
+from gpubroker.run.records import Attempt, Caps, EndKind, Records
 
 # How long a node that was asked for may take to appear in its vendor's list.
 APPEARS_WITHIN = timedelta(minutes=5)
@@ -93,19 +93,17 @@ class Renting:
         return self._records.created(attempt, node_id)
 
     def end(
-        self, attempt: Attempt, reason: str, work_lost_s: int | None = None, *, is_preempted: bool = False
+        self, attempt: Attempt, reason: str, work_lost_s: int | None = None, *, kind: EndKind = "ended"
     ) -> Attempt:
-        """End the node and the attempt. Raises when the vendor does not confirm: it may still bill.
-
-        `is_preempted`: the vendor says that it took the node back.
-        """
+        """End the node and the attempt. Raises when the vendor does not confirm: it may still bill."""
         if attempt.node_id is None:
             raise ValueError(f"attempt {attempt.id} has no node to end: settle_doubts finds out")
         compute = self._computes[attempt.provider]
         compute.terminate(attempt.node_id, _CALL_S)
         free_for = timedelta(seconds=compute.capabilities.free_if_preempted_within_s)
         ran_for = self._clock.now() - (attempt.running_at or attempt.intended_at)
-        return self._records.ended(attempt, reason, work_lost_s, is_free=is_preempted and ran_for < free_for)
+        is_free = kind == "preempted" and ran_for < free_for
+        return self._records.ended(attempt, reason, work_lost_s, is_free=is_free, kind=kind)
 
     def settle_doubts(self, listed: Mapping[str, Sequence[NodeView]]) -> list[Attempt]:
         """Open attempts without an id: adopt what carries their tag, end those that never came to be.

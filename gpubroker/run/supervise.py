@@ -1,11 +1,12 @@
 """One job to its end: rent, prove, start, watch, replace, bring back.
 
-    tick: job over?     yes -> end what is left of it
+    step: job over?     yes -> end what is left of it
           open attempt? no  -> rent the next offer
                         yes -> observe (vendor's list, the node's agent) -> decide -> apply
 
-The truth is at the vendors, on the node and in the records: a supervisor that is killed anywhere is replaced
-by another that ticks. Only connections and what was said to the person live in this object.
+`tick` asks the vendor for its list itself: `gpubroker run`, one job. `step` is given the lists: fleet.py,
+many jobs. The truth is at the vendors, on the node and in the records: a supervisor that is killed anywhere
+is replaced by another. Only connections and what was said to the person live in this object.
 """
 
 from __future__ import annotations
@@ -28,13 +29,26 @@ from gpubroker.errors import (
 )
 from gpubroker.provider import Compute, NodeView
 from gpubroker.run.contact import Connect
-from gpubroker.run.decide import Action, Finish, Observed, Prepare, Replace, Revive, Wait, decide
+from gpubroker.run.decide import (
+    Action,
+    AskToStop,
+    Finish,
+    Goal,
+    Observed,
+    Prepare,
+    Replace,
+    Revive,
+    Wait,
+    decide,
+)
+from gpubroker.run.events import Kind
 from gpubroker.run.launching import Candidate, Job, Launcher, place
 from gpubroker.run.on_node import OnNode, checkpoints_in, passed_over_in, problems_in, unsaved_s
 from gpubroker.run.passing import Passing
 from gpubroker.run.payload import Errand
-from gpubroker.run.records import Attempt, JobState, Records
+from gpubroker.run.records import Attempt, EndKind, JobRow, JobState, Records
 from gpubroker.run.renting import Renting
+from gpubroker.run.retrying import GiveUp, NotYet, after_failures
 from gpubroker.run.verdict import Verdict, Wanted, judge
 
 # A machine that failed its preflight, and one that nobody could reach, are left alone for so long. Where the
@@ -61,15 +75,36 @@ class Outcome:
     reason: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listing:
+    """What vendors have just listed: node by id, of those that answered. A twin of a listed id is dropped."""
+
+    nodes: Mapping[str, Mapping[str, NodeView]]
+    problems: Mapping[str, str]  # why the others did not answer
+
+    @classmethod
+    def of(cls, listed: Mapping[str, Sequence[NodeView]], problems: Mapping[str, str]) -> Listing:
+        """From lists in the vendors' order."""
+        nodes = {name: {node.id: node for node in found} for name, found in listed.items()}
+        return cls(nodes=nodes, problems=problems)
+
+    def lists(self) -> dict[str, list[NodeView]]:
+        """As Renting takes them."""
+        return {name: list(found.values()) for name, found in self.nodes.items()}
+
+
 @dataclass(slots=True)
 class _Contact:
     """With one attempt's node."""
 
     rented_at: datetime | None = None  # None = not by this process
+    node: NodeView | None = None  # as its vendor listed it last
     shell: Shell | None = None
     host_key: str | None = None
     last_reached_at: datetime | None = None
-    log_bytes: int = 0
+    reached_s: float | None = None  # by the clock that never jumps; since the first try where it never was
+    looked_s: float | None = None  # likewise; None = never
+    log_bytes: int | None = None  # of the job's output that are here; None = nobody has counted yet
     state: Mapping[str, Any] | None = None  # the agent's, when it was last reached
     made: int = 0  # checkpoints that are recorded
     passed_over: int = 0  # checkpoints that the agent did not trust, and that are recorded
@@ -80,7 +115,10 @@ class _Contact:
 
 @dataclass(kw_only=True)
 class Supervisor:
-    """See the module. `say` hears what a person should know, `log` the job's own output."""
+    """See the module. `say` hears what a person should know, `log` the job's own output by attempt.
+
+    `log_from`: how much of an attempt's output is here already.
+    """
 
     job: Job
     records: Records
@@ -90,7 +128,8 @@ class Supervisor:
     connect: Connect
     clock: Clock
     say: Callable[[str], None]
-    log: Callable[[bytes], None]
+    log: Callable[[Attempt, bytes], None]
+    log_from: Callable[[Attempt], int] = lambda attempt: 0
     renew_within_s: float = RENEW_WITHIN_S
     reach: Sequence[str] = ()  # "host:port" outside, of which a node must reach one
     _contacts: dict[int, _Contact] = field(default_factory=dict)
@@ -108,6 +147,7 @@ class Supervisor:
             clock=self.clock,
             say=self.say,
             once=self._once,
+            wait=self._wait,
         )
 
     @property
@@ -116,12 +156,41 @@ class Supervisor:
         return self._launcher.passing
 
     def tick(self) -> Outcome | None:
-        """One step; the outcome once the job is over. Raises OverBudget and AuthFailed: a person must act.
+        """One step by lists of its own; the outcome once the job is over. See step."""
+        return self._forgiving(lambda: self._step(self._row(), None))
 
-        A vendor or a database that is busy is asked again: what a step left undone, the next one finds out.
+    def step(self, row: JobRow, seen: Listing) -> Outcome | None:
+        """One step, as the job and the vendors' lists were just seen; the outcome once the job is over.
+
+        Raises OverBudget and AuthFailed: a person must act. A vendor or a database that is busy is asked
+        again: what a step left undone, the next one finds out.
         """
+        return self._forgiving(lambda: self._step(row, seen))
+
+    def is_due(self, row: JobRow, attempts: Sequence[Attempt], seen: Listing, look_every_s: float) -> bool:
+        """Whether a step would find anything to do. `attempts`: the job's open ones."""
+        if row.state != "running" or row.wanted or len(attempts) != 1 or attempts[0].node_id is None:
+            return True
+        contact = self._contacts.get(attempts[0].id)
+        if contact is None or contact.looked_s is None or contact.state is None:
+            return True
+        if self.clock.monotonic_s() - contact.looked_s >= look_every_s:
+            return True
+        nodes, known = seen.nodes.get(attempts[0].provider), contact.node
+        if nodes is None:
+            return False
+        node = nodes.get(attempts[0].node_id)
+        return node is None or known is None or (node.status, node.is_preempted) != (known.status, False)
+
+    def _row(self) -> JobRow:
+        row = self.records.row(self.job.id)
+        if row is None:
+            raise ConfigError(f"no job is called {self.job.id!r}")
+        return row
+
+    def _forgiving(self, step: Callable[[], Outcome | None]) -> Outcome | None:
         try:
-            outcome = self._tick()
+            outcome = step()
         except SchemaTooNew:
             raise
         except StoreError as error:
@@ -136,36 +205,57 @@ class Supervisor:
         self._store_failures = 0
         return outcome
 
-    def _tick(self) -> Outcome | None:
-        state, reason = self.records.state(self.job.id)
-        if state != "running":
-            return self._wind_up(state, reason)
+    def _step(self, row: JobRow, seen: Listing | None) -> Outcome | None:
+        if row.state != "running":
+            return self._wind_up(row.state, row.reason)
         attempt = self._open_attempt()
         if attempt is None:
-            rented = self._launcher.rent()
-            if rented is not None:
-                contact = _Contact(rented_at=rented.at, hazard_per_hour=rented.hazard_per_hour)
-                self._contacts[rented.attempt.id] = contact
-            return None
-        listed, problems = self.renting.list_all([attempt.provider])
-        self.renting.end_strays_of(self.job.id, listed)
+            return self._rent(row)
+        if seen is None:
+            listed, problems = self.renting.list_all([attempt.provider])
+            self.renting.end_strays_of(self.job.id, listed)
+            seen = Listing.of(listed, problems)
         if attempt.node_id is None:
             self._once(f"{attempt.provider}: it may have made a node, which is looked for")
-            self.renting.settle_doubts(listed)
+            self.renting.settle_doubts(seen.lists())
             return None
-        nodes = listed.get(attempt.provider, [])
-        node = next((n for n in nodes if n.id == attempt.node_id), None)
-        if not problems:
+        contact = self._contacts.setdefault(attempt.id, _Contact())
+        nodes = seen.nodes.get(attempt.provider)
+        node = None if nodes is None else nodes.get(attempt.node_id)
+        if nodes is not None:
             attempt = self._meter(attempt, node)
-        seen = self._observe(attempt, node, is_listed=not problems)
-        action = decide(attempt, seen, self.clock.now())
+            contact.node = node or contact.node
+        look = self._observe(attempt, contact.node if nodes is None else node, is_listed=nodes is not None)
+        action = decide(attempt, look, self.clock.now(), _goal(row))
         try:
-            return self._apply(attempt, action)
+            outcome = self._apply(attempt, action)
         except (Transient, Unreachable) as error:
             self._drop(attempt)
-            self._contacts[attempt.id].failures += 1
+            contact.failures += 1
             self._once(str(error))
-            return None  # the next tick sees what is left to do
+            return None  # the next step sees what is left to do
+        return self._rent(row) if isinstance(action, Replace) else outcome
+
+    def _rent(self, row: JobRow) -> Outcome | None:
+        """The next node, unless the job is to be no more, or its nodes come to nothing again and again."""
+        goal = _goal(row)
+        if goal is not None:
+            self.records.end_job(self.job.id, goal.state, goal.why)
+            return self._wind_up(goal.state, goal.why)
+        attempts = self.records.attempts(self.job.id)
+        epochs = {made.epoch for made in self.records.checkpoints(self.job.id)}
+        patience = after_failures(attempts, epochs, self.clock.now())
+        if isinstance(patience, GiveUp):
+            self.records.end_job(self.job.id, "failed", patience.why)
+            return self._wind_up("failed", patience.why)
+        if isinstance(patience, NotYet):
+            self._wait(patience.why)
+            return None
+        rented = self._launcher.rent()
+        if rented is not None:
+            contact = _Contact(rented_at=rented.at, hazard_per_hour=rented.hazard_per_hour)
+            self._contacts[rented.attempt.id] = contact
+        return None
 
     @property
     def has_begun(self) -> bool:
@@ -211,18 +301,25 @@ class Supervisor:
         return found[-1] if found else None
 
     def _observe(self, attempt: Attempt, node: NodeView | None, *, is_listed: bool) -> Observed:
-        contact = self._contacts.setdefault(attempt.id, _Contact())
+        """While a vendor does not answer its node is looked at where it was last: that renews its lease."""
+        contact, now_s = self._contacts[attempt.id], self.clock.monotonic_s()
         look = None
+        if contact.reached_s is None:
+            contact.reached_s = now_s
+        if contact.log_bytes is None:
+            contact.log_bytes = self.log_from(attempt)
         if node is not None and node.status == "running":
+            contact.looked_s = now_s
             try:
                 look = OnNode(self._shell(attempt, node), self.job.id).look(contact.log_bytes)
             except ProviderError as error:  # a node may refuse the key until its start script has run
                 self._drop(attempt)
                 self._once(f"not reached yet: {error.detail}")
         if look is not None:
-            contact.last_reached_at = self.clock.now()
-            contact.log_bytes += len(look.log)
-            self.log(look.log)
+            contact.last_reached_at, contact.reached_s = self.clock.now(), now_s
+            if look.log:
+                self.log(attempt, look.log)
+                contact.log_bytes += len(look.log)
             contact.state = look.state
             self._keep_checkpoints(attempt, contact)
             self._tell_problems(attempt, contact)
@@ -231,7 +328,7 @@ class Supervisor:
             node=node,
             is_reached=look is not None,
             state=None if look is None else look.state,
-            last_reached_at=contact.last_reached_at,
+            unreached_s=now_s - contact.reached_s,
         )
 
     def _meter(self, attempt: Attempt, node: NodeView | None) -> Attempt:
@@ -268,7 +365,7 @@ class Supervisor:
         passed_over = passed_over_in(contact.state, attempt.epoch, base)
         if len(passed_over) != contact.passed_over:
             for one in self.records.add_passed_over(self.job.id, passed_over):
-                self.say(f"checkpoint {one.place} is passed over: {one.reason}")
+                self._tell("problem", f"checkpoint {one.place} is passed over: {one.reason}", attempt)
             contact.passed_over = len(passed_over)
 
     def _tell_problems(self, attempt: Attempt, contact: _Contact) -> None:
@@ -276,7 +373,7 @@ class Supervisor:
         for text in problems_in(contact.state or {}):
             if text not in contact.problems and len(contact.problems) < _MOST_PROBLEMS:
                 contact.problems.add(text)
-                self.say(f"{attempt.provider} {attempt.node_id}: {text}")
+                self._tell("problem", f"{attempt.provider} {attempt.node_id}: {text}", attempt)
 
     def _work_lost_s(self, attempt: Attempt) -> int | None:
         """Run since the save that is in the store; None = not by this process, so nobody knows."""
@@ -323,10 +420,19 @@ class Supervisor:
             if action.fault:
                 self._reject(attempt, action.fault, action.reason)
             else:
-                self._end(attempt, action.reason, is_preempted=action.is_preempted)
+                self._end(attempt, action.reason, action.kind)
+        elif isinstance(action, AskToStop):
+            self._ask_to_stop(attempt)
         else:
             return self._finish(attempt, action)
         return None
+
+    def _ask_to_stop(self, attempt: Attempt) -> None:
+        """To save first. Asked at each look: a job that saves is not hurried by it."""
+        shell = self._contacts[attempt.id].shell
+        assert shell is not None  # noqa: S101  it was just looked at
+        OnNode(shell, self.job.id).stop()
+        self._once(f"{attempt.provider} {attempt.node_id}: asked to save and to end")
 
     def _finish(self, attempt: Attempt, action: Finish) -> Outcome | None:
         """The job is over before its node is ended: killed in between, nobody runs it a second time."""
@@ -353,17 +459,17 @@ class Supervisor:
                 self._end(attempt, state)
         return None if self.open_attempts() else Outcome(state=state, reason=reason)
 
-    def _end(self, attempt: Attempt, reason: str, *, is_preempted: bool = False) -> None:
+    def _end(self, attempt: Attempt, reason: str, kind: EndKind = "ended") -> None:
         self._drop(attempt)
         lost_s = self._work_lost_s(attempt)
-        ended = self.renting.end(attempt, reason, lost_s, is_preempted=is_preempted)
+        ended = self.renting.end(attempt, reason, lost_s, kind=kind)
         self.say(f"{attempt.provider} {attempt.node_id}: {reason}; about ${ended.usd_estimated or 0:.4f}")
 
     def _reject(self, attempt: Attempt, code: str, reason: str) -> None:
         """End it and keep away from where it was."""
         for_s = AVOID_S if attempt.machine_id else AVOID_PLACE_S
         self.records.avoid(attempt.provider, place(attempt), code, reason, for_s=for_s)
-        self._end(attempt, reason)
+        self._end(attempt, reason, "rejected")
 
     def _prepare(self, attempt: Attempt) -> None:
         """Prove the node, then send and start the job; a node that lies is ended and kept away from.
@@ -385,7 +491,9 @@ class Supervisor:
             self._once(f"preflight: {text}")
         on_node.start(self._errand(attempt), self.job.folder, self.job.secrets)
         self._contacts[attempt.id].failures = 0
-        self.say(f"{attempt.provider} {attempt.node_id}: attempt {self._number(attempt)} started")
+        number = self._number(attempt)
+        kind: Kind = "started" if number == 1 else "resumed"
+        self._tell(kind, f"{attempt.provider} {attempt.node_id}: attempt {number} started", attempt)
         if self.job.spec.ports and not self.job.spec.box:
             self.say(f"its ports on this machine: gpubroker forward {self.job.id}")
 
@@ -394,10 +502,11 @@ class Supervisor:
         contact = self._contacts[attempt.id]
         contact.failures += 1
         if contact.failures > _MOST_FAILURES or contact.shell is None:
-            self._end(attempt, "its agent ends again and again")
+            self._end(attempt, "its agent ends again and again", "crashed")
             return
         OnNode(contact.shell, self.job.id).start_agent()
-        self.say(f"{attempt.provider} {attempt.node_id}: the agent was gone and is started again")
+        text = f"{attempt.provider} {attempt.node_id}: the agent was gone and is started again"
+        self._tell("problem", text, attempt)
 
     def _judge(self, on_node: OnNode, attempt: Attempt) -> Verdict:
         wanted = Wanted(
@@ -443,11 +552,28 @@ class Supervisor:
             hazard_per_hour=self._contacts[attempt.id].hazard_per_hour,
         )
 
+    def _tell(self, kind: Kind, text: str, attempt: Attempt | None = None) -> None:
+        """To the person here, and to whoever asks later."""
+        self.say(text)
+        self.records.tell(kind, text, job_id=self.job.id, attempt=attempt)
+
+    def _wait(self, text: str) -> None:
+        """For what: told once."""
+        if text != self._said:
+            self._said = text
+            self._tell("waiting", text)
+
     def _once(self, text: str) -> None:
         """Not the same thing at every tick."""
         if text != self._said:
             self._said = text
             self.say(text)
+
+
+def _goal(row: JobRow) -> Goal | None:
+    if not row.wanted or row.wanted_at is None:
+        return None
+    return Goal(state=row.wanted, why=row.wanted_why, since=row.wanted_at)
 
 
 @contextlib.contextmanager

@@ -93,6 +93,7 @@ attempts = Table(
     Column("running_at", Moment),  # NULL = never seen running
     Column("ended_at", Moment),  # NULL = may be billing
     text_column("end_reason"),
+    text_column("end_kind"),  # records.EndKind; "" = it has not ended, or was never created
     Column("usd_estimated", Money),  # NULL until it has ended
     Column("usd_settled", Money),  # NULL = the vendor has not said
     Column("work_lost_s", Integer),  # run since the last save; NULL until it has ended, or nobody knows

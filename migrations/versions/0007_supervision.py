@@ -44,6 +44,7 @@ def upgrade():
     op.add_column("jobs", sa.Column("wanted_at", sa.BigInteger))
     op.add_column("jobs", _count("told_percent"))
     op.create_index("ix_jobs_state", "jobs", ["state"])
+    op.add_column("attempts", _text("end_kind"))
     op.create_table(
         "events",
         sa.Column("id", _ID, primary_key=True),
