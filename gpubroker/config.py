@@ -35,12 +35,19 @@ class LocalGpu:
     watts: int | None = None  # None = the card's TDP
 
 
+def _default_jobs_dir() -> Path:
+    from platformdirs import user_data_path
+
+    return user_data_path("gpubroker") / "jobs"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """Everything a user can set. Durations in seconds, money in USD."""
 
     db_url: str
     cache_dir: Path
+    jobs_dir: Path = field(default_factory=_default_jobs_dir)  # a folder of each job in it
     max_age_s: int = 1800
     disabled_providers: frozenset[str] = frozenset()
     aws_regions: tuple[str, ...] = ()  # () = every region that sells GPUs
@@ -86,6 +93,7 @@ def load(env: Mapping[str, str] | None = None) -> Settings:
     settings = Settings(
         db_url=values.db_url() or _default_db_url(),
         cache_dir=Path(values.text("cache_dir") or _default_cache_dir()),
+        jobs_dir=values.folder("jobs_dir") or _default_jobs_dir(),
         max_age_s=values.duration_s("max_age", 1800),
         disabled_providers=frozenset(values.words("disabled_providers")),
         aws_regions=tuple(values.words("aws_regions")),
@@ -162,6 +170,10 @@ class _Values:
         if value is not None and not isinstance(value, str):
             raise ConfigError(f"{where} must be text")
         return value or None
+
+    def folder(self, key: str) -> Path | None:
+        value = self.text(key)
+        return None if value is None else Path(value).expanduser().absolute()
 
     def db_url(self) -> str | None:
         where, value = self._take("db_url")

@@ -256,9 +256,9 @@ def test_without_an_ssh_client_the_sentence_says_what_else_works(call, lab, monk
     assert (2, True) == (code, "gpubroker exec lab -- COMMAND" in said)
 
 
-def test_a_box_with_another_host_key_than_at_first_contact_is_refused(call, lab):
+def test_a_box_with_another_host_key_than_at_first_contact_is_refused(call, home, lab):
     """By exec and by ssh: it is not the same node."""
-    keys = keys_of(lab["id"])
+    keys = keys_of(Path(home["XDG_DATA_HOME"], "gpubroker", "jobs", lab["id"]))
     tag, kept = keys.known_hosts.read_text().split(" ", 1)
     other = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIHEahHPvwKeEfL0YOfnBl61JOoz2pOiKFcnjYdnYf6YX\n"
     keys.known_hosts.write_text(f"{tag} {other}")

@@ -1,6 +1,7 @@
 """Settings: defaults, file, environment, and errors that name the place."""
 
 from decimal import Decimal
+from pathlib import Path
 
 import pytest
 
@@ -100,3 +101,11 @@ def test_a_variable_that_does_not_exist_is_refused():
     with pytest.raises(ConfigError, match="GPUBROKER_MAXAGE"):
         load({"GPUBROKER_MAXAGE": "1h"})
     load({"GPUBROKER_VAST_URL": "http://127.0.0.1:1", "GPUBROKER_RUNPOD_S3_URL": "http://127.0.0.1:1"})
+
+
+def test_the_jobs_folder_is_the_users_own_unless_it_is_said(tmp_path, monkeypatch):
+    """Whatever the folder in which a command is typed."""
+    monkeypatch.setenv("XDG_DATA_HOME", "/data")
+    monkeypatch.chdir(tmp_path)
+    assert Path("/data/gpubroker/jobs") == load({}).jobs_dir
+    assert tmp_path / "jobs" == load({"GPUBROKER_JOBS_DIR": "jobs"}).jobs_dir

@@ -146,15 +146,14 @@ def test_a_vendor_that_ends_every_node_in_time_ends_a_box_too():
     ]
 
 
-def test_the_host_key_of_first_contact_stays(tmp_path, monkeypatch):
+def test_the_host_key_of_first_contact_stays(tmp_path):
     """By the node's tag, in a file that only the user reads; another key never takes its place."""
-    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
-    keys = keys_of("job-1")
+    keys = keys_of(tmp_path / "job-1")
     assert None is keys.host_key("t-1")
     keys.pin("t-1", "ssh-ed25519 AAAA")
     keys.pin("t-2", "ssh-ed25519 BBBB")
     keys.pin("t-1", "ssh-ed25519 CCCC")
-    again = keys_of("job-1")
+    again = keys_of(tmp_path / "job-1")
     assert ("ssh-ed25519 AAAA", "ssh-ed25519 BBBB") == (again.host_key("t-1"), again.host_key("t-2"))
     assert keys.private == again.private
     assert "PRIVATE" not in repr(keys)

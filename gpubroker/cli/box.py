@@ -26,6 +26,7 @@ from gpubroker.jobspec import JobSpec, job_from
 from gpubroker.provider import Compute
 from gpubroker.run.boxes import Box, boxes, ends_itself, over
 from gpubroker.run.contact import connector, keys_of
+from gpubroker.run.looks import job_folder
 from gpubroker.run.supervise import Supervisor
 
 _CSV = (
@@ -141,7 +142,7 @@ def _rented(at: Desk, spec: JobSpec, settings: Settings, rentable: Mapping[str, 
     if not _is_any(market, clock):
         raise NoFeasibleOffer("nothing can be rented now: gpubroker quote with the same options says why")
     job_id = records.add_job(spec.name, spec.model_dump_json())
-    keys = keys_of(job_id)
+    keys = keys_of(job_folder(settings.jobs_dir, job_id))
     with tempfile.TemporaryDirectory() as nothing:
         supervisor = Supervisor(
             job=job_of(
@@ -158,7 +159,9 @@ def _rented(at: Desk, spec: JobSpec, settings: Settings, rentable: Mapping[str, 
             reach=settings.reach,
         )
         try:
-            outcome = tick_until(supervisor, clock, lambda: supervisor.has_begun or _is_too_late(at, job_id))
+            outcome = tick_until(
+                supervisor, clock, keys.folder, lambda: supervisor.has_begun or _is_too_late(at, job_id)
+            )
         except BaseException as error:
             is_person = isinstance(error, KeyboardInterrupt)
             records.end_job(job_id, "stopped", "interrupted" if is_person else str(error))

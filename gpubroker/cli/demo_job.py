@@ -34,6 +34,7 @@ from gpubroker.money import SECONDS_PER_HOUR
 from gpubroker.prices.market import open_context
 from gpubroker.run.computes import computes
 from gpubroker.run.contact import connector, keys_of
+from gpubroker.run.looks import job_folder
 from gpubroker.run.records import Attempt, Records
 from gpubroker.run.renting import Renting
 from gpubroker.run.supervise import Outcome, Supervisor, closing
@@ -157,7 +158,7 @@ def run(cloud: RunningCloud, vendors: Sequence[str], clock: Clock) -> None:
             on_ask=lambda names: None,  # a word on the terminal would tear the picture
         )
         job_id = records.add_job(spec.name, spec.model_dump_json())
-        keys = keys_of(job_id)
+        keys = keys_of(job_folder(settings.jobs_dir, job_id))
         job = job_of(
             job_id,
             spec,

@@ -16,6 +16,7 @@ from gpubroker.provider import Compute, NodeView, ProviderContext
 from gpubroker.run.boxes import Box, boxes, job_as_box
 from gpubroker.run.computes import computes
 from gpubroker.run.contact import Keys, connector, keys_of
+from gpubroker.run.looks import job_folder
 from gpubroker.run.records import Records
 from gpubroker.run.renting import Renting
 
@@ -101,7 +102,8 @@ class Desk:
                 state = "taken away by its vendor"
             reason = f": {node.reason}" if node is not None and node.reason else ""
             raise Unreachable(provider, box.name, f"{state}{reason}; gpubroker down {box.name} ends it")
-        return There(box=box, compute=found[provider], node=node, keys=keys_of(box.job_id))
+        folder = job_folder(self._context.settings.jobs_dir, box.job_id)
+        return There(box=box, compute=found[provider], node=node, keys=keys_of(folder))
 
 
 @contextmanager

@@ -33,6 +33,7 @@ from gpubroker.prices.market import open_context
 from gpubroker.provider import Compute, ProviderContext
 from gpubroker.run.computes import computes, volumes
 from gpubroker.run.contact import connector, keys_of
+from gpubroker.run.looks import job_folder
 from gpubroker.run.presets import NAMES, preset
 from gpubroker.run.records import Attempt, Records
 from gpubroker.run.renting import Renting
@@ -135,7 +136,7 @@ def run(
         renting = Renting(records, found, clock)
         renting.look_at_boxes()  # one that is over spends nothing of the day's cap any more
         job_id = job_id or records.add_job(spec.name, spec.model_dump_json())
-        keys = keys_of(job_id)
+        keys = keys_of(job_folder(settings.jobs_dir, job_id))
         job = job_of(
             job_id,
             spec,
@@ -160,11 +161,13 @@ def run(
             reach=settings.reach,
         )
         say(f"{job_id}: artifacts will be in {job.out}")
-        outcome = _alone(store.database, supervisor, clock, is_resumed=resume is not None)
+        outcome = _alone(store.database, supervisor, clock, keys.folder, is_resumed=resume is not None)
         _report(job_id, outcome, records, output, clock)
 
 
-def _alone(database: Database, supervisor: Supervisor, clock: Clock, *, is_resumed: bool) -> Outcome:
+def _alone(
+    database: Database, supervisor: Supervisor, clock: Clock, folder: Path, *, is_resumed: bool
+) -> Outcome:
     """To the job's end, as the only process that runs it."""
     job_id = supervisor.job.id
     with database.hold(f"job {job_id}") as is_ours:
@@ -173,7 +176,7 @@ def _alone(database: Database, supervisor: Supervisor, clock: Clock, *, is_resum
         if is_resumed:
             supervisor.records.reopen(job_id)
         try:
-            outcome = tick_until(supervisor, clock)
+            outcome = tick_until(supervisor, clock, folder)
         except KeyboardInterrupt:
             tell(f"to go on: gpubroker run --resume {job_id}")
             raise click.Abort from None

@@ -17,7 +17,7 @@ from gpubroker.errors import ConfigError
 from gpubroker.prices.market import open_context
 from gpubroker.provider import names
 from gpubroker.run.computes import computes
-from gpubroker.run.looks import is_forsaken
+from gpubroker.run.looks import is_forsaken, job_folder
 from gpubroker.run.records import Records
 from gpubroker.run.renting import Renting, Stray
 
@@ -63,8 +63,11 @@ def sweep(*, providers: tuple[str, ...], is_ending: bool, volumes: bool, yes: bo
         listed, silent = renting.list_all(renting.providers)
         renting.settle_doubts(listed)
         renting.settle_boxes(listed)
-        now, within_s = SystemClock().now(), config.load().renew_within_s
-        found = renting.strays(listed, lambda job_id: is_forsaken(job_id, now, within_s))
+        now, settings = SystemClock().now(), config.load()
+        found = renting.strays(
+            listed,
+            lambda job_id: is_forsaken(job_folder(settings.jobs_dir, job_id), now, settings.renew_within_s),
+        )
         left = renting.sweep(found) if is_ending else []
         if is_ending:
             renting.forget(_gone(found, left), "swept: nobody looked after it")

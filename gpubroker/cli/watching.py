@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import signal
 from collections.abc import Callable
+from pathlib import Path
 
 from gpubroker.cli.render import say
 from gpubroker.doors import Clock
@@ -47,19 +48,19 @@ def tell(text: str) -> None:
 
 
 def tick_until(
-    supervisor: Supervisor, clock: Clock, is_enough: Callable[[], bool] = lambda: False
+    supervisor: Supervisor, clock: Clock, folder: Path, is_enough: Callable[[], bool] = lambda: False
 ) -> Outcome | None:
-    """Tick until the job is over, or enough of it is done: None.
+    """Tick until the job, which has this folder, is over, or enough of it is done: None.
 
     Whatever cuts it short, a signal's KeyboardInterrupt or an error, what was rented is ended first.
     """
     signals = _Signals()
     with closing(supervisor):
         try:
-            touch(supervisor.job.id)
+            touch(folder)
             while (outcome := supervisor.tick()) is None and not is_enough():
                 clock.sleep(_RUNNING_S if supervisor.has_begun else _STARTING_S)
-                touch(supervisor.job.id)
+                touch(folder)
                 if signals.heard:  # it hit where exceptions are swallowed
                     raise KeyboardInterrupt
             return outcome

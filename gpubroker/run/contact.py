@@ -1,6 +1,6 @@
 """What only this machine knows of a job, and the way to its nodes: its SSH key, and the key each node showed.
 
-    keys_of(job) -> Keys: key, known_hosts in a folder that only the user reads
+    keys_of(its folder) -> Keys: key, known_hosts in a folder that only the user reads
     connector(keys) -> a Shell on a node, over SSH or by the vendor's own API
 
 A node's host key is taken as it is at first contact and must be the same ever after, whoever connects: the
@@ -18,7 +18,6 @@ from pathlib import Path
 from gpubroker.doors import Shell
 from gpubroker.errors import Unreachable
 from gpubroker.provider import Compute, NodeView
-from gpubroker.run.looks import job_folder
 
 _CONNECT_S = 20.0
 
@@ -60,11 +59,10 @@ class Keys:
                 file.write(f"{tag} {host_key}\n")
 
 
-def keys_of(job_id: str) -> Keys:
-    """The job's, made when it has none yet."""
+def keys_of(folder: Path) -> Keys:
+    """Those of the job with this folder, made when it has none yet."""
     from gpubroker.run.shell import make_key, public_of
 
-    folder = job_folder(job_id)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     path = folder / "key"
     if path.exists():

@@ -12,24 +12,21 @@ from pathlib import Path
 _FILE = "looked"
 
 
-def job_folder(job_id: str) -> Path:
-    """Where this machine keeps what it needs to go on with a job."""
-    from platformdirs import user_data_path
-
-    return user_data_path("gpubroker") / "jobs" / job_id
+def job_folder(jobs_dir: Path, job_id: str) -> Path:
+    """Where what is needed to go on with a job is kept."""
+    return jobs_dir / job_id
 
 
-def touch(job_id: str) -> None:
-    """Somebody looks after it now."""
-    folder = job_folder(job_id)
+def touch(folder: Path) -> None:
+    """Somebody looks after the job with this folder now."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     (folder / _FILE).touch()
 
 
-def is_forsaken(job_id: str, now: datetime, within_s: float) -> bool:
-    """Whether it ran here and nobody has looked after it for so long."""
+def is_forsaken(folder: Path, now: datetime, within_s: float) -> bool:
+    """Whether the job with this folder ran here and nobody has looked after it for so long."""
     try:
-        looked_s = (job_folder(job_id) / _FILE).stat().st_mtime
+        looked_s = (folder / _FILE).stat().st_mtime
     except OSError:
         return False
     return now.timestamp() - looked_s > within_s
