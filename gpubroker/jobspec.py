@@ -192,6 +192,13 @@ class Artifacts(_Part):
     size: SizeGb = Decimal(0)
 
 
+class Waste(_Part):
+    """What becomes of a job whose GPUs do nothing."""
+
+    after: Annotated[DurationS, Field(ge=1)] = 20 * 60
+    then: Literal["tell", "end"] = "tell"  # a person, or end the job too: failed, with a last checkpoint
+
+
 class JobSpec(_Part):
     """One job. `nodes` other than 1 is refused: a job runs on one machine, with as many GPUs as it has."""
 
@@ -216,6 +223,7 @@ class JobSpec(_Part):
     checkpoint: Checkpoint = Checkpoint()
     data: Data = Data()
     artifacts: Artifacts = Artifacts()
+    waste: Waste = Waste()
     exit_codes: dict[
         str, Literal["retry", "failed", "done"]
     ] = {}  # 0 is done, all others failed, unless said

@@ -62,6 +62,10 @@ at = "aws"
 [artifacts]
 paths = ["out/final"]
 size = "2GB"
+
+[waste]
+after = "45m"
+then = "end"
 """
 LEAST = '[gpu]\nname = "h100"\n[work]\nhours = 8\n'
 
@@ -82,6 +86,7 @@ def test_a_whole_job_is_read_with_its_units():
     assert (Decimal(12), 40, 600) == (job.checkpoint.size, job.checkpoint.save_time, job.checkpoint.every)
     assert Decimal(120) == job.data.size
     assert {"75": "retry"} == job.exit_codes
+    assert (2700, "end") == (job.waste.after, job.waste.then)
 
 
 def test_the_readmes_job_is_read():
@@ -95,7 +100,7 @@ def test_a_short_job_has_every_default():
     """Only the card and the hours are needed."""
     job = read(LEAST)
     assert (Decimal(8), 1, Decimal(50), "job") == (job.work.hours, job.gpu.count, job.disk, job.name)
-    assert None is job.limits.deadline
+    assert (None, 1200, "tell") == (job.limits.deadline, job.waste.after, job.waste.then)
 
 
 @pytest.mark.parametrize(
@@ -113,6 +118,12 @@ def test_a_short_job_has_every_default():
         pytest.param('[where]\nmarkets = ["cheap"]', "where.markets.0: 'cheap' is not one of", id="market"),
         pytest.param('[whre]\nmarkets = ["spot"]', "unknown key 'whre'", id="unknown-key"),
         pytest.param('[data]\nsise = "1GB"', "unknown key 'data.sise'", id="unknown-nested-key"),
+        pytest.param("[waste]\nafter = 20", "waste.after: '20' is not a duration", id="waste-no-unit"),
+        pytest.param(
+            '[waste]\nafter = "0m"', "waste.after: .*greater than or equal to 1", id="waste-at-once"
+        ),
+        pytest.param('[waste]\nthen = "kill"', "waste.then: .*'tell' or 'end'", id="waste-then"),
+        pytest.param('[waste]\nwhen = "20m"', "unknown key 'waste.when'", id="waste-key"),
         pytest.param("[[gpu", "job.toml: ", id="broken-toml"),
     ],
 )

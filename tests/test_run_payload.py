@@ -99,6 +99,22 @@ def test_retention_is_what_the_user_asks_for(tmp_path):
         errand(keep=1)
 
 
+@pytest.mark.parametrize(
+    ("waste", "gpu_s"),
+    [
+        pytest.param({}, 30, id="20 minutes, where the job says nothing"),
+        pytest.param({"after": "1m"}, 15, id="a minute is seen four times"),
+    ],
+)
+def test_the_agent_looks_at_the_gpus_often_enough_to_say_that_they_do_nothing(waste, gpu_s):
+    """Every half minute, or more often for a job that calls less time a waste."""
+    sent = errand()
+    spec = job_from(
+        {"command": "true", "gpu": {"name": "h100"}, "work": {"hours": 1}, "waste": waste}, NOW, "test"
+    )
+    assert gpu_s == agent_config(replace(sent, spec=spec))["gpu_s"]
+
+
 def _agent(place, command):
     done = subprocess.run(
         [sys.executable, NAME, command, payload.CONFIG], cwd=place, capture_output=True, check=True, text=True

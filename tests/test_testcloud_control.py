@@ -107,6 +107,10 @@ def test_a_node_with_a_notice_gets_a_signal_first() -> None:
         pytest.param("POST", "/nodes/n1/preempt", {"notice": 1}, 400, id="an unknown key"),
         pytest.param("POST", "/nodes/n1/preempt", [], 400, id="no object"),
         pytest.param("POST", "/nodes/n1/transfer", {"bytes_in": -1}, 400, id="negative bytes"),
+        pytest.param("POST", "/nodes/n1/gpu", {"utilization": 101}, 400, id="more than all of a GPU"),
+        pytest.param("POST", "/nodes/n1/gpu", {"utilization": True}, 400, id="a truth for a percentage"),
+        pytest.param("POST", "/nodes/n1/gpu", {}, 400, id="no utilization"),
+        pytest.param("POST", "/nodes/n2/gpu", {"utilization": 0}, 404, id="the GPU of no node"),
         pytest.param("POST", "/faults", [{"endpoint": "*"}], 400, id="a fault without a kind"),
         pytest.param("POST", "/faults", 7, 400, id="a fault that is a number"),
         pytest.param("POST", "/clock", {"speed": 0}, 400, id="a clock that stands"),
@@ -165,6 +169,22 @@ def test_transfers_and_checkpoints_are_recorded() -> None:
         row = (await room.client.ask("POST", "/nodes/n1/published", {"attempt": "a7"}))[1]
         assert 10 == rental.events[-1].bytes_out
         assert "a7" == row["published_by"]
+
+    run(check)
+
+
+def test_how_much_a_nodes_gpus_are_used_is_set() -> None:
+    """In percent; null takes it back; a node that is gone has no GPU."""
+
+    async def check(room: Bench) -> None:
+        rental = await room.rent()
+        node, said = room.nodes.started["n1"], list[int | None]()
+        for percent in (0, 55, None):
+            assert 200 == (await room.client.ask("POST", "/nodes/n1/gpu", {"utilization": percent}))[0]
+            said.append(node.load)
+        assert [0, 55, None] == said
+        await room.world.end(rental, "user")
+        assert 409 == (await room.client.ask("POST", "/nodes/n1/gpu", {"utilization": 0}))[0]
 
     run(check)
 

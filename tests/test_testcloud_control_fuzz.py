@@ -46,6 +46,7 @@ CONTROL: dict[tuple[str, str], Any] = {
     ("GET", "/nodes"): None,
     ("POST", "/nodes/{id}/preempt"): {"notice_s": 5},
     ("POST", "/nodes/{id}/transfer"): {"bytes_in": 5, "bytes_out": 10**9},
+    ("POST", "/nodes/{id}/gpu"): {"utilization": 0},
     ("POST", "/nodes/{id}/published"): {"attempt": "a"},
     ("POST", "/faults"): [FAULT],
     ("DELETE", "/faults"): None,

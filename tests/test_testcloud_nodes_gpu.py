@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("asyncssh", reason="needs the extra [testcloud]")
 
 from gpubroker.testcloud.nodes import LocalNodes
+from gpubroker.testcloud.nodes_process import KeeperFailed
 from tests.test_testcloud_nodes import H100, fakes_built_once, in_loop  # noqa: F401 a fixture
 from tests.test_testcloud_nodes_ssh import with_truth
 
@@ -103,6 +104,44 @@ async def test_nvidia_smi_reports_what_the_host_really_has(tmp_path, truth, argv
 async def test_nvidia_smi_fails_as_the_real_one(tmp_path, truth, argv, status):
     """With its exit statuses."""
     assert status == (await answer(tmp_path, with_truth(**truth), "nvidia-smi", *argv))[0]
+
+
+USE = ["nvidia-smi", "--query-gpu=utilization.gpu", CSV]
+
+
+@pytest.mark.parametrize("isolation", ["namespace", "subreaper"])
+@in_loop
+async def test_gpus_are_used_while_a_job_runs_on_the_node(tmp_path, isolation):
+    """By the mark that the agent puts on a job's processes; a job on another node is not its own."""
+    try:
+        nodes = LocalNodes(tmp_path, isolation=isolation)
+        await nodes.open()
+    except KeeperFailed as error:
+        pytest.skip(str(error))
+    async with nodes:
+        one, two = [await nodes.start(name, H100, [], {}) for name in ("r1", "r2")]
+        with_job = [
+            "sh",
+            "-c",
+            f"GPUBROKER_RUN=job.1.a sleep 30 & while ! {' '.join(USE)} | grep -q 97; do :; done",
+        ]
+        assert (0, b"0\n0\n", b"") == await one.run(USE, {})
+        assert 0 == (await one.run(with_job, {}))[0]
+        assert [b"97\n97\n", b"0\n0\n"] == [(await node.run(USE, {}))[1] for node in (one, two)]
+
+
+@in_loop
+async def test_how_much_the_gpus_are_used_can_be_said(tmp_path):
+    """Whatever runs there, until it is taken back; another tenant's process is seen all the same."""
+    async with LocalNodes(tmp_path) as nodes:
+        node = await nodes.start("r1", H100, [], {})
+        other = await nodes.start("r2", with_truth(foreign_process_mib=5000), [], {})
+        said = []
+        for percent in (40, 0, None):
+            node.show_load(percent)
+            said.append((await node.run(USE, {"GPUBROKER_RUN": "job.1.a"}))[1])
+        assert [b"40\n40\n", b"0\n0\n", b"97\n97\n"] == said
+        assert b"97\n0\n" == (await other.run(USE, {}))[1]
 
 
 @in_loop

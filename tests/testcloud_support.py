@@ -61,12 +61,16 @@ class NoNode:
 
     def __init__(self, port: int, home: str) -> None:
         self.ssh_port, self.home, self.alive, self.signals = port, home, True, list[int]()
+        self.load: int | None = None
 
     async def run(self, argv: list[str], env: Mapping[str, str]) -> tuple[int, bytes, bytes]:
         return 0, b"", b""
 
     async def notice(self, signal_number: int) -> None:
         self.signals.append(signal_number)
+
+    def show_load(self, percent: int | None) -> None:
+        self.load = percent
 
     async def kill(self) -> None:
         self.alive = False

@@ -4,10 +4,10 @@
                           notice, stop, lease -> ask to save -> SIGTERM -> SIGKILL ┘
 
 One loop that sleeps until something is due or a thread reports: a thread each for the store, for the store's
-small objects and for the vendor's metadata, so that a slow one holds up nothing. Whoever supervises talks by
-files in `folder`: `lease` (touched: go on), `notice` (the node goes; seconds in it), `stop`. It reads
-heartbeat.json, result.json and job.log. All times come from a clock that neither jumps nor stands still when
-the machine sleeps.
+small objects, for the vendor's metadata and for nvidia-smi, so that a slow one holds up nothing. Whoever
+supervises talks by files in `folder`: `lease` (touched: go on), `notice` (the node goes; seconds in it),
+`stop`. It reads heartbeat.json, result.json and job.log. All times come from a clock that neither jumps nor
+stands still when the machine sleeps.
 
 Killed and started again, the agent goes on with what runs. Two never run one job: each holds agent.lock.
 """
@@ -27,6 +27,7 @@ from typing import Any, Callable, NamedTuple, Sequence
 from gpubroker.node import generations
 from gpubroker.node.config import Config, open_store, read_secrets
 from gpubroker.node.ending import NotEnded, end_node
+from gpubroker.node.gpu_use import GpuUse, percents
 from gpubroker.node.job import (
     Exit,
     Keeper,
@@ -130,7 +131,8 @@ class Agent:
         self._safe_s: float = self._memory.get("safe_s", now_s)
         self._problems: list[str] = []
         self._rejected: list[dict[str, str]] = self._memory.get("rejected", [])
-        self._due: dict[str, float] = {}
+        self._gpus = GpuUse(config.gpu_s, self._memory.get("gpus", (None, None)))
+        self._due: dict[str, float] = {"gpus": now_s + config.gpu_s}
         self._terms_heard = 0
         self._failures = 0  # of publications, one after the other
         self._inbox: queue.Queue[Callable[[], None]] = queue.Queue()
@@ -147,6 +149,7 @@ class Agent:
         else:
             told.pop("renewed_s", None)
             told.pop("safe_s", None)
+            told.pop("gpus", None)
         told.setdefault("run", f"{self._config.job}.{self._config.epoch}.{os.urandom(6).hex()}")
         return told
 
@@ -162,6 +165,7 @@ class Agent:
             newest=self._newest,
             made=self._made,
             safe_s=self._safe_s,
+            gpus=self._gpus.kept,
             rejected=self._rejected,
         )
         self._write("state.json", self._memory, sync=sync)
@@ -227,8 +231,8 @@ class Agent:
         signal.signal(signal.SIGINT, lambda *_: self._touch("stop"))
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.signal(signal.SIGHUP, lambda *_: None)
-        self._store_thread, self._small_thread, self._metadata_thread = (
-            _Thread(self._inbox, wake) for _ in range(3)
+        self._store_thread, self._small_thread, self._metadata_thread, self._gpu_thread = (
+            _Thread(self._inbox, wake) for _ in range(4)
         )
         self._imds = Imds() if self._config.imds else None
         if self._state == "restoring":
@@ -273,6 +277,7 @@ class Agent:
             self._newest = _shown(pick.generation)
             say(f"going on from checkpoint {pick.generation.id} ({pick.generation.name})")
         self._safe_s = steady_s()
+        self._gpus.begin_anew()
         self._memorize()
         env = {"GPUBROKER_RESUME_FROM": path} if path else {}
         self._record = self._keeper.go(env) if self._keeper else None
@@ -308,6 +313,12 @@ class Agent:
             and self._is_due("mirror", now_s, self._config.mirror_s)
         ):
             self._mirror()
+        if (
+            self._is_at_work
+            and not self._gpu_thread.is_busy
+            and self._is_due("gpus", now_s, self._config.gpu_s)
+        ):
+            self._gpu_thread.do(percents, self._heard_gpus)
         if self._is_due("heartbeat", now_s, self._config.heartbeat_s):
             self._beat()
 
@@ -376,6 +387,17 @@ class Agent:
         if self._stop is not None:
             self._go_on_stopping(now_s)
         self._publish_next(now_s, None)
+
+    @property
+    def _is_at_work(self) -> bool:
+        """Or will be: the job has not ended."""
+        return self._ended_s is None and self._result is None
+
+    def _heard_gpus(self, found: Any) -> None:
+        if isinstance(found, Exception):
+            self._note(f"nvidia-smi: {found}")
+        else:
+            self._gpus.hear(found, steady_s())
 
     def _exit_of_keeper(self) -> Exit:
         """A disk that is full has no exit.json; the keeper's own end says it where it was our child."""
@@ -626,6 +648,7 @@ class Agent:
             "newest": self._newest,
             "made": self._made,
             "unsaved_s": self._unsaved_s(now_s),
+            "gpu_idle_s": self._gpu_idle_s(now_s),
             "rejected": self._rejected,
             "problems": self._problems,
         }
@@ -635,6 +658,11 @@ class Agent:
         if self._record is None:
             return 0.0
         return round(max(0.0, (self._ended_s or now_s) - self._safe_s), 3)
+
+    def _gpu_idle_s(self, now_s: float) -> float | None:
+        """None = nobody knows, or there is nothing left to do."""
+        idle_s = self._gpus.idle_s(now_s) if self._is_at_work else None
+        return None if idle_s is None else round(idle_s, 3)
 
     def _mirror(self) -> None:
         """Put what the supervisor reads into the store, and look there for a renewal."""

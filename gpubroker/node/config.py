@@ -53,6 +53,7 @@ class Config(NamedTuple):
     finish_s: float = 600.0  # for what is still to be published when the job has ended
     imds: bool = False
     imds_s: float = 5.0
+    gpu_s: float = 30.0  # between two looks at what the GPUs do
     max_s: float | None = None
     max_usd: float | None = None
     usd_per_hour: float = 0.0

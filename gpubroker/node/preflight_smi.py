@@ -84,14 +84,23 @@ def _more() -> dict[str, dict[str, str]]:
     return found
 
 
-def query(kind: str, fields: Sequence[str]) -> tuple[list[Row], str, str | None]:
+def query(
+    kind: str, fields: Sequence[str], *, timeout_s: float | None = None
+) -> tuple[list[Row], str, str | None]:
     """Rows by field, the other lines, and why there are none; a process that hangs hangs its caller."""
     command = ["nvidia-smi", f"{kind}={','.join(fields)}", "--format=csv,noheader,nounits"]
     try:
-        ran = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+        ran = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            check=False,
+            timeout=timeout_s,
+        )
     except FileNotFoundError:
         return [], "", "nvidia-smi is not installed"
-    except OSError as error:
+    except (OSError, subprocess.TimeoutExpired) as error:
         return [], "", f"nvidia-smi: {error}"
     rows, words = parse(ran.stdout, fields)
     if ran.returncode != 0 and not rows:

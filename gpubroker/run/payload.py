@@ -36,6 +36,8 @@ _ALWAYS_IGNORED = (
     "gpubroker-out",
 )
 _LARGEST_FOLDER_BYTES = 2 << 30
+# The agent looks at the GPUs so often at most, and at least so many times within the job's waste.after.
+_GPU_S, _LEAST_LOOKS = 30.0, 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +106,7 @@ def agent_config(errand: Errand) -> dict[str, Any]:
         "renew_within_s": errand.renew_within_s,
         "spent_s": errand.spent_s,
         "imds": errand.has_imds,
+        "gpu_s": min(_GPU_S, spec.waste.after / _LEAST_LOOKS),
         "after": "end" if spec.box else "linger",
         "exit_codes": dict(spec.exit_codes),
     }

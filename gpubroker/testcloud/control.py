@@ -3,6 +3,8 @@
     GET    /nodes                     every rental, the ended ones too
     POST   /nodes/{id}/preempt        {"notice_s": n or null}; with a notice it answers at once
     POST   /nodes/{id}/transfer       {"bytes_in": n, "bytes_out": n}: bytes the vendor would have metered
+    POST   /nodes/{id}/gpu            {"utilization": percent or null}: what its nvidia-smi says; null = as
+                                      much as a job there uses, which is how it begins
     POST   /nodes/{id}/published      {"attempt": text}: who published a checkpoint from there, where the test
                                       cloud cannot see it by itself (publishing.py)
     POST   /faults, DELETE /faults    the fault script
@@ -69,6 +71,7 @@ class Control(Background):
                 web.get("/nodes", self._nodes),
                 web.post("/nodes/{id}/preempt", self._preempt),
                 web.post("/nodes/{id}/transfer", self._transfer),
+                web.post("/nodes/{id}/gpu", self._show_load),
                 web.post("/nodes/{id}/published", self._published),
                 web.post("/faults", self._add_faults),
                 web.delete("/faults", self._clear_faults),
@@ -130,6 +133,17 @@ class Control(Background):
         if not all(isinstance(n, int) and 0 <= n < 10**18 for n in body.values()):
             raise _refused(400, "bytes_in and bytes_out are numbers of bytes")
         self._world.record(rental, "transfer", **body)
+        return web.json_response(_node_row(rental))
+
+    async def _show_load(self, request: web.Request) -> web.Response:
+        rental = self._rental(request)
+        body = await _body(request, "utilization")
+        percent = body.get("utilization")
+        if "utilization" not in body or not (percent is None or (_is_amount(percent) and percent <= 100)):
+            raise _refused(400, "utilization: percent from 0 to 100, or null")
+        if rental.node is None:
+            raise _refused(409, f"{rental.id} is {rental.state}")
+        rental.node.show_load(None if percent is None else int(percent))
         return web.json_response(_node_row(rental))
 
     async def _published(self, request: web.Request) -> web.Response:

@@ -25,7 +25,7 @@ from urllib.parse import quote
 
 import asyncssh
 
-from gpubroker.testcloud.nodes_home import build_fakes, environment, furnish
+from gpubroker.testcloud.nodes_home import build_fakes, environment, furnish, show_load
 from gpubroker.testcloud.nodes_network import Network
 from gpubroker.testcloud.nodes_process import Command, Descriptors, Init, Isolation, Keeper, copy_out
 from gpubroker.testcloud.nodes_ssh import Inside, SshServer
@@ -91,6 +91,10 @@ class LocalNode:
         """Send a signal to everything that runs there; on a dead node there is nothing."""
         with contextlib.suppress(OSError):
             await self._init.signal_all(signal_number)
+
+    def show_load(self, percent: int | None) -> None:
+        """How much its GPUs seem to be used; None = all of them while a job runs there."""
+        show_load(self.home, percent)
 
     async def kill(self) -> None:
         """Connections drop and every process is gone when this returns; the home stays."""

@@ -6,6 +6,7 @@
     <home>/.testcloud/          libcuda.so.1, where a C compiler was found; torch.py
     <home>/.testcloud/bin       nvidia-smi, df, python, python3, sudo and shutdown
     <home>/.testcloud/off       once somebody on it has shut it down
+    <home>/.testcloud/load      how much its GPUs are used, in percent, where somebody has said
 
 The fakes are built once under the nodes' root and linked into each home: two hundred nodes come up at once.
 A node shares the machine's file system and user. A command's own PATH, LD_LIBRARY_PATH and PYTHONPATH come
@@ -116,6 +117,16 @@ def furnish(home: Path, truth: HostTruth, authorized_keys: Iterable[str], fakes:
 def is_shut_down(home: str) -> bool:
     """Whether somebody on it ran `shutdown` since it came up."""
     return Path(home, _OWN, "off").exists()
+
+
+def show_load(home: str, percent: int | None) -> None:
+    """What nvidia-smi says of each GPU's use from now on; None = as much as a job there uses."""
+    place = Path(home, _OWN, "load")
+    if percent is None:
+        place.unlink(missing_ok=True)
+        return
+    place.with_name("load.new").write_text(str(percent))
+    place.with_name("load.new").replace(place)
 
 
 def environment(home: Path, shell: str, user: str, wanted: Mapping[str, str]) -> dict[str, str]:

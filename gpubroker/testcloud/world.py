@@ -135,6 +135,9 @@ class Node(Protocol):
     async def notice(self, signal_number: int) -> None:
         """Send a signal to what runs there."""
 
+    def show_load(self, percent: int | None) -> None:
+        """What its nvidia-smi says of the GPUs' use from now on; None = what a job there uses."""
+
     async def kill(self) -> None:
         """Everything that runs there is gone when this returns; its home stays."""
 

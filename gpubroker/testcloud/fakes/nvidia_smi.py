@@ -1,7 +1,10 @@
 """A test fixture: `nvidia-smi` on a node without a GPU. It prints what the facts beside it say of the host:
 not what its owner listed. The queries that launchers use, and the answers of the real one to what it refuses.
+
+Its GPUs are in use while a process of a job runs on the node, or as much as the file `load` says.
 """
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +15,8 @@ _FALLEN_OFF = 15
 _LANES = 16
 _FOREIGN_PID = 4321
 _BOARD_WATTS = 700
+_OWN = Path(__file__).absolute().parent.parent
+_BUSY = "97"
 
 Row = dict[str, tuple[str, str]]  # field -> value and unit
 
@@ -22,7 +27,8 @@ def main(arguments: list[str]) -> int:
         line.split("=", 1) for line in Path(__file__).parent.with_name("facts").read_text().splitlines()
     )
     options = dict(_options(arguments))
-    gpus = [_gpu(facts, index) for index in range(int(facts["gpu_count"]))]
+    load = _load() if "utilization.gpu" in options.get("--query-gpu", "") else "0"
+    gpus = [_gpu(facts, index, load) for index in range(int(facts["gpu_count"]))]
     if "-i" in options:
         wanted = options["-i"].split(",")
         gpus = [gpu for gpu in gpus if gpu["index"][0] in wanted or gpu["uuid"][0] in wanted]
@@ -53,7 +59,23 @@ def _options(arguments: list[str]) -> Iterator[tuple[str, str]]:
         yield name, value if equals or not takes_value else next(rest, "")
 
 
-def _gpu(facts: dict[str, str], index: int) -> Row:
+def _load() -> str:
+    """Percent, of every GPU."""
+    if (own := _OWN / "load").exists():
+        return own.read_text()
+    return _BUSY if any(map(_is_of_job, filter(str.isdigit, os.listdir("/proc")))) else "0"
+
+
+def _is_of_job(pid: str) -> bool:
+    """The agent marks a job's processes; a node without a namespace of its own sees other nodes' too."""
+    try:
+        told = Path("/proc", pid, "environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return os.fsencode(f"HOME={_OWN.parent}") in told and any(v.startswith(b"GPUBROKER_RUN=") for v in told)
+
+
+def _gpu(facts: dict[str, str], index: int, load: str) -> Row:
     total = int(facts["memory_mib"])
     used = int(facts["foreign_process_mib"]) if index == 0 else 0
     ecc = facts["ecc_errors"] if index == 0 else "0"
@@ -78,7 +100,7 @@ def _gpu(facts: dict[str, str], index: int) -> Row:
         "memory.used": (str(used), " MiB"),
         "memory.free": (str(total - used), " MiB"),
         "memory.reserved": ("0", " MiB"),
-        "utilization.gpu": ("97" if used else "0", " %"),
+        "utilization.gpu": (_BUSY if used else load, " %"),
         "utilization.memory": ("0", " %"),
         "temperature.gpu": ("35", ""),
         "power.draw": ("70.00", " W"),
