@@ -425,10 +425,12 @@ class Records:
             )
             return [PassedOver(**row._mapping) for row in rows]
 
-    def open_attempts(self, *, only_wanted: bool = False) -> list[Attempt]:
-        """Everything that may be billing, of all jobs, or only of those that are not over."""
+    def open_attempts(self, job_id: str | None = None, *, only_wanted: bool = False) -> list[Attempt]:
+        """Everything that may be billing, of one job or of all, or only of those that are not over."""
         found = tables.attempts
         query = select(found).where(found.c.ended_at.is_(None)).order_by(found.c.id)
+        if job_id is not None:
+            query = query.where(found.c.job_id == job_id)
         if only_wanted:
             running = select(tables.jobs.c.id).where(tables.jobs.c.state == "running")
             query = query.where(found.c.job_id.in_(running))

@@ -137,13 +137,11 @@ class Renting:
         self, job_id: str, reason: str, lost_s: Callable[[Attempt], int | None]
     ) -> dict[tuple[str, str], str]:
         """End what a job has rented, once around: (provider, node or tag) that may still bill -> why."""
-        mine = [a for a in self._records.open_attempts() if a.job_id == job_id]
+        mine = self._records.open_attempts(job_id)
         listed, problems = self.list_all(a.provider for a in mine)
         self.settle_doubts(listed)
         left = {(stray.provider, stray.node.id): "not ended" for stray in self.end_strays_of(job_id, listed)}
-        for attempt in self._records.open_attempts():
-            if attempt.job_id != job_id:
-                continue
+        for attempt in self._records.open_attempts(job_id):
             if attempt.node_id is None:
                 why = problems.get(attempt.provider, "it was asked for, and may appear yet")
                 left[attempt.provider, attempt.tag] = why

@@ -293,7 +293,7 @@ class Supervisor:
 
     def open_attempts(self) -> list[Attempt]:
         """What the job has that may be billing."""
-        return [a for a in self.records.open_attempts() if a.job_id == self.job.id]
+        return self.records.open_attempts(self.job.id)
 
     def _open_attempt(self) -> Attempt | None:
         """The newest. An older one that is still open was doubtful: it is settled by its tag, then ended."""
