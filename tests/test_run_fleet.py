@@ -90,8 +90,8 @@ class World:
     def records(self):
         return Records(self.store.database, self.clock)
 
-    def submit(self, count=1, **limits):
-        spec = job_from({**SPEC, "limits": limits}, NOW, "test").model_dump_json()
+    def submit(self, count=1, waste=None, **limits):
+        spec = job_from({**SPEC, "limits": limits, "waste": waste or {}}, NOW, "test").model_dump_json()
         return [self.records.add_job("job", spec, unattended=True) for _ in range(count)]
 
     def fleet(self, pool=None, name="here"):
@@ -213,6 +213,21 @@ def test_a_cancelled_job_is_asked_to_save_and_then_ended(world):
     world.go(fleet, 3)
     assert (1, {job: "cancelled"}, {}) == (world.node.stops, world.states(), world.vendor.nodes)
     assert ["submitted", "rented", "stopping", "cancelled", "ended"] == world.story(job)
+
+
+@pytest.mark.parametrize(("then", "state"), [("tell", "running"), ("end", "failed")])
+def test_a_gpu_that_does_nothing_is_told_of_once_and_ends_the_job_where_it_says_so(world, then, state):
+    """With a last checkpoint: it is asked to save first."""
+    (job,) = world.submit(waste={"after": "20m", "then": then})
+    fleet = world.fleet()
+    world.go(fleet, 2)
+    for _ in range(5):
+        world.node.state["gpu_idle_s"] = world.node.state.get("gpu_idle_s", 1190.0) + 5
+        world.go(fleet, 1)
+    assert {job: state} == world.states()
+    told = {"tell": ["idle"], "end": ["stopping", "failed", "ended"]}[then]
+    assert ["submitted", "rented", *told] == world.story(job)
+    assert (then == "end") == world.node.stops
 
 
 def test_a_job_that_cannot_be_run_here_is_told_once_and_tried_again(world):

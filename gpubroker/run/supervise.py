@@ -28,6 +28,7 @@ from gpubroker.errors import (
     Unreachable,
 )
 from gpubroker.provider import Compute, NodeView
+from gpubroker.run import waste
 from gpubroker.run.contact import Connect
 from gpubroker.run.decide import (
     Action,
@@ -111,6 +112,7 @@ class _Contact:
     failures: int = 0  # of what was tried there
     problems: set[str] = field(default_factory=set)  # that were said
     hazard_per_hour: float | None = None  # by the plan; None = another process rented it
+    idle_told_at: datetime | None = None  # that its GPUs do nothing; None = never by this process
 
 
 @dataclass(kw_only=True)
@@ -323,6 +325,7 @@ class Supervisor:
             contact.state = look.state
             self._keep_checkpoints(attempt, contact)
             self._tell_problems(attempt, contact)
+            self._judge_use(attempt, contact)
         return Observed(
             is_listed=is_listed,
             node=node,
@@ -374,6 +377,16 @@ class Supervisor:
             if text not in contact.problems and len(contact.problems) < _MOST_PROBLEMS:
                 contact.problems.add(text)
                 self._tell("problem", f"{attempt.provider} {attempt.node_id}: {text}", attempt)
+
+    def _judge_use(self, attempt: Attempt, contact: _Contact) -> None:
+        """GPUs that are paid for and do nothing are told of, and end the job where it says so."""
+        now = self.clock.now()
+        found = waste.judge(contact.state, self.job.spec, now, contact.idle_told_at)
+        if isinstance(found, waste.Told):
+            contact.idle_told_at = now
+            self._tell("idle", f"{attempt.provider} {attempt.node_id}: {found.text}", attempt)
+        elif isinstance(found, waste.End) and self.records.want(self.job.id, "failed", found.reason):
+            self.say(found.reason)
 
     def _work_lost_s(self, attempt: Attempt) -> int | None:
         """Run since the save that is in the store; None = not by this process, so nobody knows."""
