@@ -317,7 +317,7 @@ def test_a_box_that_cannot_end_itself_says_so_and_sweep_finds_it_when_its_time_i
     assert "OVER, still bills" in call("boxes")[1]
     code, out, _ = call("sweep", "--format", "json")
     assert (0, [(box["node"], False)]) == (code, [(n["node"], n["ended"]) for n in json.loads(out)["nodes"]])
-    code, out, _ = call("sweep", "--end", "--format", "json")
+    code, out, _ = call("sweep", "--end", "--yes", "--format", "json")
     assert (0, [(box["node"], True)]) == (code, [(n["node"], n["ended"]) for n in json.loads(out)["nodes"]])
     assert "ended" == state_of(cloud, box)
     assert "done" == json.loads(call("job", "show", box["id"], "--format", "json")[1])["state"]

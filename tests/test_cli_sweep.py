@@ -79,7 +79,7 @@ def test_a_running_jobs_nodes_are_left_alone_and_leaked_ones_are_ended(cloud, ca
         Records(store.database, SystemClock()).ended(attempts[1], "forgotten")
     code, found = run(capsys, "sweep")
     assert (0, [("runpod", False)]) == (code, [(n["provider"], n["ended"]) for n in found["nodes"]])
-    code, found = run(capsys, "sweep", "--end")
+    code, found = run(capsys, "sweep", "--end", "--yes")
     assert (0, [("runpod", True)]) == (code, [(n["provider"], n["ended"]) for n in found["nodes"]])
     assert ["lambda", "vast"] == billing(cloud)
 
@@ -96,14 +96,14 @@ def test_what_launches_left_in_an_account_goes_with_the_sweep_and_what_is_needed
         lambdas("POST", "/ssh-keys", {"name": "mine", "public_key": PUBLIC})
         for name in ("gpubroker-left", "mine"):
             ec2.import_key_pair(KeyName=name, PublicKeyMaterial=PUBLIC.encode())
-        code, found = run(capsys, "sweep", "--end")
+        code, found = run(capsys, "sweep", "--end", "--yes")
         gone = [(one["provider"], one["what"]) for one in found["deleted"]]
         assert (0, [], []) == (code, found["nodes"], [p for p in found["problems"] if p["provider"] == "aws"])
         assert [("aws", "us-east-1 key pair gpubroker-left"), ("lambda", "SSH key gpubroker-left")] == gone
         assert {"mine", attempts[0].tag} == {k["KeyName"] for k in ec2.describe_key_pairs()["KeyPairs"]}
         assert {"mine", attempts[1].tag} == {k["name"] for k in lambdas("GET", "/ssh-keys")["data"]}
         assert 0 == run(capsys, "stop-all", "--yes")[0]
-        code, found = run(capsys, "sweep", "--end")
+        code, found = run(capsys, "sweep", "--end", "--yes")
         assert ["us-east-1 security group"] == [one["what"].rpartition(" ")[0] for one in found["deleted"]]
         groups = ec2.describe_security_groups(Filters=[{"Name": "group-name", "Values": ["gpubroker-ssh"]}])
         assert [] == groups["SecurityGroups"]
@@ -157,3 +157,19 @@ def test_a_provider_nobody_knows_is_exit_2(cloud, capsys):
     """One sentence."""
     assert 2 == main(["sweep", "--provider", "acme"])
     assert "no provider is called 'acme'" in capsys.readouterr().err
+
+
+def test_nodes_are_ended_once_a_person_has_said_yes(cloud, capsys, monkeypatch):
+    """Who is asked hears how many there are and what they bill."""
+    (attempt,) = rented(["runpod"])
+    with open_context(config.load(), os.environ, SystemClock()) as (store, _):
+        Records(store.database, SystemClock()).ended(attempt, "forgotten")
+    asked = []
+    monkeypatch.setattr("click.termui.visible_prompt_func", lambda text: asked.append(text) or "n")
+    assert 130 == main(["sweep", "--end"])
+    assert ["runpod"] == billing(cloud)
+    monkeypatch.setattr("click.termui.visible_prompt_func", lambda text: "y")
+    assert 0 == main(["sweep", "--end"])
+    assert [] == billing(cloud)
+    (words,) = asked
+    assert words.startswith(f"End 1 node now, which bill ${attempt.usd_per_hour:.2f}/h?")

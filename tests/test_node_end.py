@@ -102,7 +102,7 @@ def test_a_node_of_lambdas_bills_on_and_is_swept(gpubroker):
         result = until(lambda: next(Path(node["home"]).glob("gpubroker/*/result.json"), None), 60)
         outcome = json.loads(result.read_text())["outcome"]
         (left,) = cloud.nodes(vendor="lambda")
-        listed, ended = swept(gpubroker, cloud), swept(gpubroker, cloud, "--end")
+        listed, ended = swept(gpubroker, cloud), swept(gpubroker, cloud, "--end", "--yes")
         (gone,) = cloud.nodes(vendor="lambda")
         nothing = swept(gpubroker, cloud)
     assert "lambda: a node there cannot end its own billing" in said

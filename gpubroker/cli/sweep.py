@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
+from decimal import Decimal
 from typing import Any
 
 import click
@@ -17,6 +19,7 @@ from gpubroker.errors import ConfigError
 from gpubroker.prices.market import open_context
 from gpubroker.provider import names
 from gpubroker.run.computes import computes
+from gpubroker.run.leases import forsaken
 from gpubroker.run.looks import is_forsaken, job_folder
 from gpubroker.run.records import Records
 from gpubroker.run.renting import Renting, Stray
@@ -35,39 +38,39 @@ provider_option = click.option(
 Examples:
   gpubroker sweep
   gpubroker sweep --end
+  gpubroker sweep --end --yes
   gpubroker sweep --volumes
   gpubroker sweep --format json""",
 )
 @provider_option
 @click.option("--end", "is_ending", is_flag=True, help="End them, rather than only list them.")
 @click.option("--volumes", is_flag=True, help="Volumes that no unfinished job names, instead of nodes.")
-@click.option("--yes", is_flag=True, help="With --volumes --end: do not ask.")
+@click.option("--yes", is_flag=True, help="With --end: do not ask.")
 @format_option("table", "json", "csv")
 def sweep(*, providers: tuple[str, ...], is_ending: bool, volumes: bool, yes: bool, output: str) -> None:
     """Nodes with gpubroker's tag that bill and that no running job knows: leaked, whoever leaked them.
 
     Those of a job whose `gpubroker run` has died are among them once nobody has looked after it for the
-    config's renew_within: until then `gpubroker run --resume` finds them at work. So is a box that is past
-    its time and did not end itself. Looks at every vendor that you have an account with, in AWS's case in
-    the regions of your config. Run it from cron with --end, which also deletes the SSH keys and security
-    groups that launches left in your accounts and that nothing needs. Exits with 4 when a vendor did not
-    answer or would not end a node. Volumes are seen with --volumes only, and none is deleted before you have
-    said so.
+    config's renew_within: until then `gpubroker run --resume`, or a supervisor, finds them at work. So is a
+    box that is past its time and did not end itself. Looks at every vendor that you have an account with, in
+    AWS's case in the regions of your config. Run it from cron with --end --yes; --end also deletes the SSH
+    keys and security groups that launches left in your accounts and that nothing needs. Exits with 4 when a
+    vendor did not answer or would not end a node. Volumes are seen with --volumes only, and none is deleted
+    before you have said so.
     """
     if volumes:
         from gpubroker.cli.volume import sweep_volumes
 
         sweep_volumes(providers, output, is_ending=is_ending, yes=yes)
         return
-    with _renting(providers) as (renting, problems):
+    with _renting(providers) as (renting, problems, is_nobodys):
         listed, silent = renting.list_all(renting.providers)
         renting.settle_doubts(listed)
         renting.settle_boxes(listed)
-        now, settings = SystemClock().now(), config.load()
-        found = renting.strays(
-            listed,
-            lambda job_id: is_forsaken(job_folder(settings.jobs_dir, job_id), now, settings.renew_within_s),
-        )
+        found = renting.strays(listed, is_nobodys)
+        if is_ending and found and not yes:
+            words = f"End {_nodes(found)} now, which bill {_burn(found)}?"
+            click.confirm(words, abort=True, err=True)
         left = renting.sweep(found) if is_ending else []
         if is_ending:
             renting.forget(_gone(found, left), "swept: nobody looked after it")
@@ -91,7 +94,7 @@ def stop_all(*, providers: tuple[str, ...], yes: bool, output: str) -> None:
     Jobs stop, and gpubroker run --resume goes on with one; with --provider a job may move to another vendor.
     Exits with 4 when something may still bill.
     """
-    with _renting(providers) as (renting, problems):
+    with _renting(providers) as (renting, problems, _):
         listed, silent = renting.list_all(renting.providers)
         found = [
             Stray(provider=name, node=node)
@@ -100,7 +103,7 @@ def stop_all(*, providers: tuple[str, ...], yes: bool, output: str) -> None:
             if node.status != "gone"
         ]
         if found and not yes:
-            click.confirm(f"End {len(found)} node{'s' * (len(found) != 1)} now?", abort=True, err=True)
+            click.confirm(f"End {_nodes(found)} now, which bill {_burn(found)}?", abort=True, err=True)
         if not providers:
             renting.stop_jobs("stop-all")
         left = renting.sweep(found)
@@ -116,18 +119,41 @@ def _gone(found: Iterable[Stray], left: Iterable[Stray]) -> set[tuple[str, str]]
     return {(s.provider, s.node.id) for s in found} - {(s.provider, s.node.id) for s in left}
 
 
+def _nodes(found: list[Stray]) -> str:
+    return f"{len(found)} node{'s' * (len(found) != 1)}"
+
+
+def _burn(found: list[Stray]) -> str:
+    """What they bill by the hour, as far as their vendors say."""
+    rates = [stray.node.usd_per_hour for stray in found]
+    known = sum((rate for rate in rates if rate is not None), Decimal(0))
+    return f"{'at least ' * (None in rates)}{dollars(known)}/h"
+
+
 @contextmanager
-def _renting(providers: tuple[str, ...]) -> Iterator[tuple[Renting, dict[str, str]]]:
-    """Over all providers with an account; of those that were named, why one is not among them."""
+def _renting(
+    providers: tuple[str, ...],
+) -> Iterator[tuple[Renting, dict[str, str], Callable[[str], bool]]]:
+    """Over all providers with an account; of those that were named, why one is not among them.
+
+    The third says whether nobody has looked after a job for as long as makes its own node give up.
+    """
     known = names()
     for name in providers:
         if name not in known:
             raise ConfigError(f"no provider is called {name!r}; installed: {', '.join(known)}")
-    clock = SystemClock()
-    with open_context(config.load(), os.environ, clock) as (store, context):
+    clock, settings = SystemClock(), config.load()
+    with open_context(settings, os.environ, clock) as (store, context):
         found, without = computes(context, providers or None)
         told = {name: f"not looked at: {reason}" for name, reason in without.items()}
-        yield Renting(Records(store.database, clock), found, clock), told
+        within_s, now = settings.renew_within_s, clock.now()
+        unsupervised = forsaken(store.database, timedelta(seconds=within_s))
+
+        def is_nobodys(job_id: str) -> bool:
+            folder = job_folder(settings.jobs_dir, job_id)
+            return job_id in unsupervised or is_forsaken(folder, now, within_s)
+
+        yield Renting(Records(store.database, clock), found, clock), told, is_nobodys
 
 
 def _print(
@@ -160,7 +186,7 @@ def _print(
             made.add_row(stray.provider, node.id, node.tag, node.status, rate, since, state)
         console().print(made)
         if not is_ending:
-            say("gpubroker sweep --end ends them.")
+            say(f"{_burn(found)} in all; gpubroker sweep --end ends them.")
     for name, what in swept:
         say(f"{name}: deleted {what}")
     for name, reason in problems.items():

@@ -75,10 +75,20 @@ class Leases:
 
     def leave(self) -> None:
         """Others may have our jobs at once."""
+        table = tables.supervisors
         with self._database.write("gpubroker supervisors") as connection:
-            mine = tables.jobs.c.supervisor_id == self.id
-            connection.execute(update(tables.jobs).where(mine).values(supervisor_id=None))
-            connection.execute(delete(tables.supervisors).where(tables.supervisors.c.id == self.id))
+            over = {"until_at": self._database.now(connection)}
+            connection.execute(update(table).where(table.c.id == self.id).values(over))
+
+
+def forsaken(database: Database, within: timedelta) -> set[str]:
+    """Jobs without a terminal that no supervisor has had for so long, over or not."""
+    jobs, table = tables.jobs.c, tables.supervisors
+    with database.read() as connection:
+        since = database.now(connection) - within
+        lately = select(table.c.id).where(table.c.until_at > since)
+        is_nobodys = or_(jobs.supervisor_id.is_(None), jobs.supervisor_id.not_in(lately))
+        return set(connection.scalars(select(jobs.id).where(jobs.unattended, is_nobodys)))
 
 
 def unfinished() -> ColumnElement[bool]:

@@ -1,0 +1,222 @@
+"""`gpubroker submit` and `gpubroker supervise`: jobs that finish while nobody watches, over the vendors' APIs on
+loopback, with real processes behind real SSH as nodes, and supervisors that are killed."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from decimal import Decimal
+from itertools import cycle
+from pathlib import Path
+
+import pytest
+from sqlalchemy import create_engine, select
+
+pytest.importorskip("aiohttp", reason="needs the extra [testcloud]")
+
+from gpubroker.run.tables import attempts
+from gpubroker.testcloud.client import running
+from tests.support import EXAMPLES_FACTOR
+
+# In the soak 100 jobs, 1,000 preemptions and 50 kills; in the gate a tenth of each.
+JOBS, TIMES, KILLS = 10 * EXAMPLES_FACTOR, 10, 5 * EXAMPLES_FACTOR
+# A step a save. It ends in no attempt before the last one, so that it is taken as often as is wanted.
+TRAIN = """
+import json, os, sys, time
+folder, attempt, least = os.environ["GPUBROKER_CHECKPOINT_DIR"], int(os.environ["GPUBROKER_ATTEMPT"]), int(sys.argv[1])
+step = 0
+if os.environ.get("GPUBROKER_RESUME_FROM"):
+    step = json.load(open(os.environ["GPUBROKER_RESUME_FROM"] + "/state.json"))["step"]
+print("attempt", attempt, "from", step, flush=True)
+total = step * (step + 1) // 2
+while step < 30 or attempt <= least:
+    time.sleep(0.5)
+    if step >= 30:
+        continue
+    step += 1
+    total += step
+    part = f"{folder}/step-{step}.tmp"
+    os.makedirs(part)
+    json.dump({"step": step}, open(part + "/state.json", "w"))
+    open(part + "/.complete", "w")
+    os.rename(part, f"{folder}/step-{step}")
+    print("step", step, flush=True)
+os.makedirs("out")
+open("out/result.txt", "w").write(str(total))
+"""
+TOTAL = str(sum(range(31)))
+
+
+@dataclass
+class Desk:
+    """A user's machine: a database, a folder of jobs, and supervisors that come and go."""
+
+    env: dict
+    root: Path
+    supervisors: list = field(default_factory=list)
+
+    @property
+    def database(self):
+        return create_engine(self.env["GPUBROKER_DB_URL"].replace("postgresql://", "postgresql+psycopg://"))
+
+    def say(self, *words, code=0):
+        command = [sys.executable, "-m", "gpubroker", *words]
+        done = subprocess.run(
+            command, env=self.env, cwd=self.root / "job", capture_output=True, text=True, check=False
+        )
+        assert code == done.returncode, f"{words}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    def ask(self, *words):
+        return json.loads(self.say(*words, "--format", "json"))
+
+    def submit(self, least=0, provider=("runpod",), gpu="4090", name="job"):
+        providers = [word for one in provider for word in ("--provider", one)]
+        told = self.say(
+            "submit", "--gpu", gpu, "--hours", "1", "--max-usd", "20", "--name", name, "--artifact", "out",
+            "--out", str(self.root / "back" / name), "--store", f"s3://jobs/{name}", *providers,
+            "--format", "json", "--", "python3", "train.py", str(least),
+        )  # fmt: skip
+        return json.loads(told)["id"]
+
+    def supervise(self, *words):
+        number = len(self.supervisors)
+        log = (self.root / f"supervisor-{number}.log").open("w")
+        command = [sys.executable, "-m", "gpubroker", "supervise", "--tick", "1s", *words]
+        self.supervisors.append(
+            subprocess.Popen(command, env=self.env, cwd=self.root, stdout=log, stderr=subprocess.STDOUT)
+        )
+        return self.supervisors[-1]
+
+    def said(self):
+        return "".join(path.read_text() for path in sorted(self.root.glob("supervisor-*.log")))
+
+    def wait_for(self, found, within_s=240):
+        end_s = time.monotonic() + within_s
+        while not (value := found()):
+            assert time.monotonic() < end_s, self.said()[-6000:]
+            time.sleep(0.2)
+        return value
+
+    def heard(self, job, text):
+        return text in self.say("logs", job)
+
+
+@contextmanager
+def desk(tmp_path, cloud, url=""):
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job" / "train.py").write_text(TRAIN)
+    homes = {f"XDG_{kind}_HOME": str(tmp_path / kind) for kind in ("DATA", "CACHE", "CONFIG")}
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+    url = url or f"sqlite:///{tmp_path}/p.db"
+    env = {
+        **kept,
+        **cloud.env,
+        **cloud.make_bucket("jobs"),
+        **homes,
+        "GPUBROKER_DB_URL": url,
+        "GPUBROKER_USD_PER_DAY": "0",
+    }
+    made = Desk(env=env, root=tmp_path)
+    try:
+        yield made
+    finally:
+        for process in made.supervisors:
+            process.kill()
+            process.wait()
+
+
+def test_a_submitted_job_is_seen_through_with_nobody_there(tmp_path):
+    """Preempted, resumed and brought back; its story, its output and its bill can be read afterwards."""
+    with running(speed=10) as cloud, desk(tmp_path, cloud) as at:
+        job = at.submit(least=1)
+        supervisor = at.supervise("--until-done")
+        at.wait_for(lambda: at.heard(job, "step 5"))
+        (node,) = cloud.nodes(state="running")
+        cloud.preempt(node["id"])
+        assert 0 == supervisor.wait(240), at.said()
+        left = {node["state"] for node in cloud.nodes()}
+        record = at.ask("job", "show", job)
+        events = [json.loads(line)["kind"] for line in at.say("events", job, "--format", "json").splitlines()]
+        log = at.say("logs", job)
+        cost = at.ask("cost", job)
+    assert ("done", {"ended"}) == (record["state"], left)
+    assert [["preempted"], ["done"]] == [[a["end_reason"].partition(":")[0]] for a in record["attempts"]]
+    assert ["submitted", "rented", "started", "preempted", "rented", "resumed", "done", "ended"] == events
+    assert TOTAL == (tmp_path / "back" / "job" / "out" / "result.txt").read_text()
+    assert "attempt 1 from 0" in log
+    assert "step 30" in log
+    assert Decimal(record["usd_estimated"]) == Decimal(cost["total"]["usd_estimated"])
+
+
+def test_jobs_end_right_though_nodes_and_supervisors_are_taken_away_again_and_again(tmp_path, postgres_url):
+    """Two supervisors on PostgreSQL at once, killed at random; nothing is left that bills."""
+    with running(speed=10) as cloud, desk(tmp_path, cloud, postgres_url) as at:
+        gpus = {"4090": ("vast", "runpod"), "l4": ("aws", "modal"), "a10": ("lambda",)}
+        jobs = [
+            at.submit(least=TIMES, provider=gpus[gpu], gpu=gpu, name=f"job{number}")
+            for number, gpu in zip(range(JOBS), cycle(gpus))
+        ]
+        at.supervise(), at.supervise()
+        storm = Storm(cloud, at)
+        storm.run(within_s=150 * JOBS)
+        at.wait_for(lambda: set(states(at).values()) == {"done"}, within_s=600)
+        at.wait_for(lambda: {node["state"] for node in cloud.nodes()} <= {"ended"}, within_s=120)
+        records = [at.ask("job", "show", job) for job in jobs]
+    for number, record in enumerate(records):
+        assert TOTAL == (tmp_path / "back" / f"job{number}" / "out" / "result.txt").read_text()
+        epochs = [made["epoch"] for made in record["checkpoints"]]
+        assert sorted(epochs) == epochs
+        assert len(record["attempts"]) > TIMES
+    assert (JOBS * TIMES, KILLS) == (storm.taken, storm.kills)
+
+
+def states(at):
+    return {row["id"]: row["state"] for row in at.ask("jobs", "--all")["jobs"]}
+
+
+@dataclass
+class Storm:
+    """Takes nodes away once their job has begun there, and kills supervisors in between."""
+
+    cloud: object
+    at: Desk
+    taken: int = 0
+    kills: int = 0
+
+    def run(self, within_s):
+        choose, gone, end_s = random.Random(6), Counter(), time.monotonic() + within_s
+        while self.taken < JOBS * TIMES or self.kills < KILLS:
+            assert time.monotonic() < end_s, (self, self.at.said()[-6000:])
+            for job, node in self.begun():
+                if gone[job] < TIMES and choose.random() < 0.5:
+                    self.cloud.preempt(node)
+                    gone[job] += 1
+                    self.taken += 1
+            if self.kills < KILLS and self.taken * KILLS >= self.kills * JOBS * TIMES:
+                victim = choose.choice([p for p in self.at.supervisors if p.poll() is None])
+                victim.send_signal(signal.SIGKILL)
+                victim.wait()
+                self.at.supervise()
+                self.kills += 1
+            time.sleep(0.3)
+
+    def begun(self):
+        """(job, node) where the newest attempt has said something, and its vendor still has it."""
+        there = {node["id"] for node in self.cloud.nodes(state="running")}
+        logs = self.at.root / "DATA" / "gpubroker" / "jobs"
+        with self.at.database.connect() as connection:
+            rows = connection.execute(
+                select(attempts.c.job_id, attempts.c.epoch, attempts.c.node_id).where(
+                    attempts.c.ended_at.is_(None), attempts.c.node_id.in_(there)
+                )
+            ).all()
+        return [
+            (job, node) for job, epoch, node in rows if (logs / job / "log" / f"{epoch:04d}.log").exists()
+        ]
