@@ -8,7 +8,7 @@ from hypothesis import settings
 
 from tests.support import EXAMPLES_FACTOR, refuse_outside
 
-pytest_plugins = ["tests.database", "tests.run_room"]
+pytest_plugins = ["tests.database", "tests.run_room", "tests.unattended"]
 # No deadline an example: the machine may be busy.
 settings.register_profile("gpubroker", max_examples=100 * EXAMPLES_FACTOR, deadline=None)
 settings.load_profile("gpubroker")

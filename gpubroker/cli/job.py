@@ -1,4 +1,4 @@
-"""`gpubroker job show` and `job settle`: what became of a job, and what its vendors say that it cost."""
+"""`gpubroker job show`, `resume`, `settle`: what became of a job, going on with it, and its vendors' bill."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import os
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from decimal import Decimal
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from gpubroker import config
 from gpubroker.cli.options import format_option
-from gpubroker.cli.render import console, dollars, iso, print_csv, print_json, say, table
+from gpubroker.cli.render import console, dollars, iso, plain, print_csv, print_json, say, table
 from gpubroker.doors import SystemClock
 from gpubroker.errors import ConfigError
 from gpubroker.prices.market import open_context
+from gpubroker.run.events import Event, Events
 from gpubroker.run.records import Attempt, Records
 
 Number = TypeVar("Number", int, Decimal)
@@ -25,11 +27,12 @@ _CSV = (
 )  # fmt: skip
 _SETTLED_CSV = ("job", "provider", "node", "tag", "ended", "usd_estimated", "usd_settled", "why_not")
 _FAILED = 4
+_MOST_EVENTS = 200
 
 
 @click.group()
 def job() -> None:
-    """Jobs that `gpubroker run` has run or is running."""
+    """Jobs that were run or are running."""
 
 
 @job.command(
@@ -50,12 +53,36 @@ def show(*, job_id: str, output: str) -> None:
         if kept is None:
             raise ConfigError(f"no job is called {job_id[:60]!r}")
         found = job_record(job_id, kept[0], records, now)
+        story = Events(store.database, clock).last(_MOST_EVENTS, job_id=job_id) if output == "table" else []
     if output == "json":
         print_json(found)
     elif output == "csv":
         print_csv(_CSV, ([one[name] for name in _CSV] for one in found["attempts"]))
     else:
         _print(found, kept[1])
+        _print_story(story)
+
+
+@job.command(
+    context_settings={"max_content_width": 100},
+    epilog="""\b
+Examples:
+  gpubroker job resume job-1a2b3c""",
+)
+@click.argument("job_id", metavar="ID")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Of a job of gpubroker run: where its artifacts go."
+)
+@format_option("table", "json")
+def resume(*, job_id: str, out: Path | None, output: str) -> None:
+    """A job that was stopped goes on unattended, from its last checkpoint.
+
+    One of `gpubroker run` whose terminal is gone, too: its folder is copied as it is now. To see it through
+    in a terminal: `gpubroker run --resume`.
+    """
+    from gpubroker.cli.submit import resume_unattended
+
+    resume_unattended(job_id, out, output)
 
 
 @job.command(
@@ -193,6 +220,15 @@ def _print(found: dict[str, Any], reason: str) -> None:
         which = "" if len(settled) == len(found["attempts"]) else f" for {len(settled)} of them"
         out.print(f"${sum(settled, Decimal(0)):.4f} by the vendors' own bills{which}.")
     out.print(f"About ${Decimal(found['usd_estimated']):.4f} by our own record, without transfer.")
+
+
+def _print_story(story: Iterable[Event]) -> None:
+    made = table("when", "what", "", whole=("when", "what"))
+    for event in story:
+        made.add_row(f"{event.at:%m-%d %H:%M:%S}", event.kind, plain(event.text))
+    if made.row_count:
+        console().print()
+        console().print(made)
 
 
 def _short(moment: str | None) -> str:

@@ -12,12 +12,14 @@ from decimal import Decimal
 from typing import Any
 
 import click
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
+from rich.text import Text
 
 from gpubroker.money import round_usd
 
 WIDTH = 100
+_NARROWEST = 4
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -49,6 +51,35 @@ def table(*columns: str, right: Sequence[str] = (), whole: Sequence[str] = ()) -
     return made
 
 
+def fitted(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[Text]],
+    *,
+    flexible: Sequence[str],
+    right: Sequence[str],
+    width: int,
+) -> Table:
+    """A table of one line a row, no wider than `width`: only the flexible columns are cut, the widest first.
+
+    Half a figure is a wrong one.
+    """
+    wide = [max((row[at].cell_len for row in rows), default=0) for at in range(len(columns))]
+    wide = [max(one, len(name)) for one, name in zip(wide, columns, strict=True)]
+    may = [at for at, name in enumerate(columns) if name in flexible]
+    while sum(wide) + len(columns) - 1 > width:
+        widest = max(may, key=lambda at: wide[at])
+        if wide[widest] <= _NARROWEST:
+            break
+        wide[widest] -= 1
+    made = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
+    for name, cells in zip(columns, wide, strict=True):
+        justify: JustifyMethod = "right" if name in right else "left"
+        made.add_column(name, justify=justify, no_wrap=True, overflow="ellipsis", width=cells)
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
 def print_json(value: Any) -> None:
     """To standard output, alone."""
     click.echo(json.dumps(value, indent=2, ensure_ascii=False))
@@ -64,6 +95,30 @@ def print_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
 def say(text: str) -> None:
     """A message for the person, on standard error."""
     click.echo(text, err=True)
+
+
+def plain(text: str, most: int | None = None) -> str:
+    """One line that a terminal only shows: what a vendor or a node says may hold any character."""
+    line = "".join(c if c.isprintable() else " " for c in text)
+    return line if most is None or len(line) <= most else f"{line[: most - 1]}…"
+
+
+def span(seconds: float) -> str:
+    """How long, in one unit or two: 45s, 12m, 3h 05m, 2d 4h."""
+    left = max(0, round(seconds))
+    if left < 60:
+        return f"{left}s"
+    if left < 3600:
+        return f"{left // 60}m"
+    if left < 86400:
+        return f"{left // 3600}h {left % 3600 // 60:02d}m"
+    return f"{left // 86400}d {left % 86400 // 3600}h"
+
+
+def print_bytes(data: bytes) -> None:
+    """A job's own output, as it is and at once."""
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
 
 
 def dollars(amount: Decimal) -> str:

@@ -37,7 +37,7 @@ from gpubroker.run.volumes import Volume, at_volume, store_on
 RECENT_S = 300
 # A bid above the lowest that runs, where no history says better.
 _BID_MARGIN = Decimal("1.2")
-_RENTED = ("spot", "on_demand", "serverless")
+RENTED = ("spot", "on_demand", "serverless")
 
 
 def job_of(
@@ -51,20 +51,25 @@ def job_of(
     settings: Settings,
 ) -> Job:
     """The job with all that its description leaves out. Raises ConfigError for a variable that is not set."""
-    missing = [name for name in spec.secrets if name not in os.environ]
-    if missing:
-        raise ConfigError(f"secrets: {missing[0]} is not set in your environment")
     return Job(
         id=job_id,
         spec=spec,
         folder=folder,
         out=out,
-        secrets={name: os.environ[name] for name in spec.secrets},
+        secrets=secrets_of(spec),
         store=store,
         private_key=keys.private,
         public_key=keys.public,
         caps=Caps(usd_per_day=settings.usd_per_day, usd_per_job=spec.limits.budget_usd),
     )
+
+
+def secrets_of(spec: JobSpec) -> dict[str, str]:
+    """The user's variables that the job needs. Raises ConfigError for one that is not set."""
+    missing = [name for name in spec.secrets if name not in os.environ]
+    if missing:
+        raise ConfigError(f"secrets: {missing[0]} is not set in your environment")
+    return {name: os.environ[name] for name in spec.secrets}
 
 
 def store_of(spec: JobSpec, volume: Volume | None) -> StoreKeys | None:
@@ -186,7 +191,7 @@ class Market:
             if (
                 quote.priced.live
                 and quote.has_stock
-                and offer.market in _RENTED
+                and offer.market in RENTED
                 and offer.provider in self._rentable
             ):
                 found = offer if self._volume is None else at_volume(offer, self._volume)

@@ -15,30 +15,27 @@ import click
 
 from gpubroker import config
 from gpubroker.checkpoint import LONGEST_INTERVAL_S
-from gpubroker.cli.ask import ask_from, knowledge_from
+from gpubroker.cli.asked import asked_job, job_options, volume_of
 from gpubroker.cli.job import job_record
-from gpubroker.cli.options import Amount, filter_options, format_option, work_options
-from gpubroker.cli.plan import ask_of, known_of, read_job, refuse_both
-from gpubroker.cli.render import print_json, say
+from gpubroker.cli.options import format_option
+from gpubroker.cli.plan import ask_of, known_of
+from gpubroker.cli.render import print_bytes, print_json, say
 from gpubroker.cli.renting import RECENT_S, Market, check_store, job_of, store_of
 from gpubroker.cli.watching import tell, tick_until
-from gpubroker.config import Settings
 from gpubroker.doors import Clock, SystemClock
 from gpubroker.errors import ConfigError, NoFeasibleOffer
-from gpubroker.jobspec import JobSpec, job_from, kept_job
-from gpubroker.plan.rank import Ask, Pricing, Quote
+from gpubroker.jobspec import JobSpec, kept_job
+from gpubroker.plan.rank import Pricing, Quote
 from gpubroker.plan.sentence import name_of
 from gpubroker.prices.database import Database
 from gpubroker.prices.market import open_context
-from gpubroker.provider import Compute, ProviderContext
-from gpubroker.run.computes import computes, volumes
+from gpubroker.provider import Compute
+from gpubroker.run.computes import computes
 from gpubroker.run.contact import connector, keys_of
 from gpubroker.run.looks import job_folder
-from gpubroker.run.presets import NAMES, preset
-from gpubroker.run.records import Attempt, Records
+from gpubroker.run.records import Records
 from gpubroker.run.renting import Renting
 from gpubroker.run.supervise import Outcome, Supervisor
-from gpubroker.run.volumes import Volume, find
 
 _JOB_FAILED = 6
 _SHOWN = 10
@@ -56,29 +53,7 @@ Examples:
   gpubroker run job.toml
   gpubroker run --resume job-1a2b3c""",
 )
-@click.argument("words", metavar="[JOB.TOML] [-- COMMAND...]", nargs=-1)
-@filter_options
-@work_options
-@click.option("--name", default="job", show_default=True, help="What the job is called.")
-@click.option("--max-usd", type=Amount(above=0, most=1_000_000), help="The most it may cost.")
-@click.option("--deadline", help="36h from now, or 2026-12-01T08:00Z: then no node that may miss it.")
-@click.option("--max-hours", type=Amount(above=0, most=100_000), help="The most node hours, over all nodes.")
-@click.option("--folder", default=".", show_default=True, help="The folder that is sent to the node.")
-@click.option("--setup", multiple=True, help="A command to run first on each node. Repeat for several.")
-@click.option("--image", help="The container image to run in.  [default: the vendor's with CUDA]")
-@click.option("--preset", type=click.Choice(NAMES), help="Serve a model rather than run a command.")
-@click.option("--model", help="With --preset: its name on huggingface.co.")
-@click.option("--port", type=click.IntRange(1, 65535), help="With --preset: where it listens on the node.")
-@click.option("--artifact", "artifacts", multiple=True, help="A path to bring back. Repeat for several.")
-@click.option("--secret", "secrets", multiple=True, help="A variable of yours that the job needs, by name.")
-@click.option(
-    "--store",
-    default="",
-    help="Where checkpoints go: s3://bucket/prefix, volume:NAME, or a folder with local.",
-)
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="Where artifacts go.  [default: gpubroker-out/JOB]"
-)
+@job_options
 @click.option("--resume", help="Go on with a job whose run was interrupted or killed, by its id.")
 @click.option("--dry-run", is_flag=True, help="Show the offers it would try and what each would cost.")
 @format_option("table", "json")
@@ -106,11 +81,9 @@ def run(
             spec, job_id = _resumed(records, resume)
             ask, known = ask_of(spec, settings), known_of(spec)
         else:
-            spec, ask, known = _asked(context, words, asked, settings, clock)
-            # Whoever resumes it may be elsewhere by then.
-            spec = spec.model_copy(update={"folder": str(Path(spec.folder).absolute())})
+            spec, ask, known = asked_job(context, words, asked, settings, clock)
             job_id = ""
-        volume = _volume(spec, ask, provider_context)
+        volume = volume_of(spec, ask, provider_context)
         if volume is not None:
             say(f"volume {volume.name} is at {volume.place}: only offers there are tried")
             ask = replace(ask, providers=(volume.provider,))
@@ -147,6 +120,7 @@ def run(
             settings=settings,
         )
         _refuse_missing(records, job_id, found, without)
+        hear = print_bytes if output == "table" else _log_to_stderr
         supervisor = Supervisor(
             job=job,
             records=records,
@@ -156,7 +130,7 @@ def run(
             connect=connector(keys),
             clock=clock,
             say=lambda text: tell(f"[{clock.now():%H:%M:%S}] {text}"),
-            log=_print_log if output == "table" else _log_to_stderr,
+            log=lambda _, data: hear(data),
             renew_within_s=float(settings.renew_within_s),
             reach=settings.reach,
         )
@@ -184,88 +158,6 @@ def _alone(
     return outcome
 
 
-def _asked(
-    context: click.Context, words: tuple[str, ...], asked: dict[str, Any], settings: Settings, clock: Clock
-) -> tuple[JobSpec, Ask, Any]:
-    """The job by file or by options, and how it is priced."""
-    if len(words) == 1 and words[0].endswith(".toml"):
-        refuse_both(context, {"words", "out", "resume", "dry_run", "output"})
-        spec = read_job(Path(words[0]), clock.now())
-        if spec.box:
-            raise ConfigError(f"{words[0]}: box: gpubroker up rents boxes, gpubroker run runs a command")
-        return spec, ask_of(spec, settings), known_of(spec)
-    if asked["preset"] is None and (asked["model"] or asked["port"]):
-        raise click.UsageError("--model and --port go with --preset")
-    if not words and asked["preset"] is None:
-        raise click.UsageError("say what to run: gpubroker run --gpu 4090 --hours 2 -- python train.py")
-    ask = ask_from(asked, settings)
-    spec = job_from(_table(words, asked) | _served(words, asked), clock.now(), "options")
-    return spec, ask, knowledge_from(asked)
-
-
-def _table(words: tuple[str, ...], asked: dict[str, Any]) -> dict[str, Any]:
-    """The options as a job.toml would have them."""
-    seconds = {"every": asked["checkpoint_every"], "save_time": asked["checkpoint_save"]}
-    return {
-        "name": asked["name"],
-        "command": list(words),
-        "folder": asked["folder"],
-        "setup": list(asked["setup"]),
-        "secrets": list(asked["secrets"]),
-        "disk": f"{asked['disk_gb']:f}GB",
-        "gpu": {
-            "name": [gpu.text for gpu in asked["gpus"]],
-            "count": asked["count"],
-            **({"min_vram": f"{asked['min_vram']}GiB"} if asked["min_vram"] else {}),
-        },
-        "work": {"hours": str(asked["hours"])} if asked["hours"] else {"amount": asked["amount"]},
-        "image": asked["image"],
-        "limits": {
-            name: str(value)
-            for name, value in (
-                ("budget_usd", asked["max_usd"]),
-                ("max_hours", asked["max_hours"]),
-                ("deadline", asked["deadline"]),
-            )
-            if value
-        },
-        "where": {
-            "markets": list(asked["markets"]),
-            "providers": list(asked["providers"]),
-            "regions": list(asked["regions"]),
-            "verified_only": asked["verified"],
-        },
-        "checkpoint": {
-            "size": f"{asked['checkpoint_gb']:f}GB",
-            "store": asked["store"],
-            **{name: f"{value}s" for name, value in seconds.items() if value is not None},
-        },
-        "artifacts": {"paths": list(asked["artifacts"])},
-    }
-
-
-def _served(words: tuple[str, ...], asked: dict[str, Any]) -> dict[str, Any]:
-    """What a preset puts in place of that: its words are more options of the server, nothing is sent.
-
-    A server has no end of its own, so that the hours of work are also the most that are billed.
-    """
-    if asked["preset"] is None:
-        return {}
-    if not asked["model"]:
-        raise click.UsageError("--preset serves a model: say which with --model")
-    found = preset(asked["preset"], asked["model"], gpu_count=asked["count"], port=asked["port"])
-    hours = asked["max_hours"] or asked["hours"]
-    limits = {"budget_usd": asked["max_usd"], "max_hours": hours, "deadline": asked["deadline"]}
-    return {
-        "command": [*found.command, *words],
-        "image": asked["image"] or found.image,
-        "ports": list(found.ports),
-        "secrets": [*asked["secrets"], *(name for name in found.secrets if os.environ.get(name))],
-        "ignore": ["*"],
-        "limits": {name: str(value) for name, value in limits.items() if value},
-    }
-
-
 def _resumed(records: Records, job_id: str) -> tuple[JobSpec, str]:
     kept = records.job(job_id)
     if kept is None:
@@ -290,22 +182,7 @@ def _refuse_missing(
             raise ConfigError(f"{job_id} has a node at {attempt.provider}, which cannot be asked: {why}")
 
 
-def _volume(spec: JobSpec, ask: Ask, context: ProviderContext) -> Volume | None:
-    """The network volume that is the job's store. Raises ConfigError when it is nowhere."""
-    if not spec.checkpoint.volume:
-        return None
-    makers, without = volumes(context, ask.providers or None)
-    if not makers and ask.providers:
-        raise ConfigError("; ".join(f"{name}: {reason}" for name, reason in without.items()))
-    return find(spec.checkpoint.volume, makers)
-
-
-def _print_log(_: Attempt, data: bytes) -> None:
-    sys.stdout.buffer.write(data)
-    sys.stdout.buffer.flush()
-
-
-def _log_to_stderr(_: Attempt, data: bytes) -> None:
+def _log_to_stderr(data: bytes) -> None:
     sys.stderr.buffer.write(data)
     sys.stderr.buffer.flush()
 

@@ -5,6 +5,7 @@ records, supervise -> add -> events -> `gpubroker events`, notifications (by a c
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
@@ -74,19 +75,25 @@ class Events:
     def __init__(self, database: Database, clock: Clock) -> None:
         self._database, self._clock = database, clock
 
-    def after(self, event_id: int = 0, *, job_id: str | None = None, most: int = 1000) -> list[Event]:
+    def after(
+        self,
+        event_id: int = 0,
+        *,
+        job_id: str | None = None,
+        kinds: Collection[str] = (),
+        since: datetime | None = None,
+        most: int = 1000,
+    ) -> list[Event]:
         """Those that came later, the oldest first. `job_id` None = of all jobs, and of none."""
         table = tables.events
-        query = select(table).where(table.c.id > event_id)
-        if job_id is not None:
-            query = query.where(table.c.job_id == job_id)
+        query = _of(job_id, kinds).where(table.c.id > event_id)
+        if since is not None:
+            query = query.where(table.c.at >= since)
         return self._read(query.order_by(table.c.id).limit(most))
 
-    def last(self, most: int, *, job_id: str | None = None) -> list[Event]:
+    def last(self, most: int, *, job_id: str | None = None, kinds: Collection[str] = ()) -> list[Event]:
         """The newest so many, the oldest of them first."""
-        table = tables.events
-        query = select(table) if job_id is None else select(table).where(table.c.job_id == job_id)
-        return self._read(query.order_by(table.c.id.desc()).limit(most))[::-1]
+        return self._read(_of(job_id, kinds).order_by(tables.events.c.id.desc()).limit(most))[::-1]
 
     def newest_id(self) -> int:
         """0 = there is none."""
@@ -110,3 +117,10 @@ class Events:
     def _read(self, query: Select[Any]) -> list[Event]:
         with self._database.read() as connection:
             return [Event(**row._mapping) for row in connection.execute(query)]
+
+
+def _of(job_id: str | None, kinds: Collection[str]) -> Select[Any]:
+    query = select(tables.events)
+    if job_id is not None:
+        query = query.where(tables.events.c.job_id == job_id)
+    return query.where(tables.events.c.kind.in_(kinds)) if kinds else query

@@ -91,6 +91,14 @@ def forsaken(database: Database, within: timedelta) -> set[str]:
         return set(connection.scalars(select(jobs.id).where(jobs.unattended, is_nobodys)))
 
 
+def alive(database: Database) -> list[str]:
+    """The supervisors whose leases are not over."""
+    table = tables.supervisors
+    with database.read() as connection:
+        found = select(table.c.id).where(table.c.until_at > database.now(connection))
+        return list(connection.scalars(found.order_by(table.c.id)))
+
+
 def unfinished() -> ColumnElement[bool]:
     """Jobs without a terminal that are not over, or have something left that may bill."""
     jobs, attempts = tables.jobs.c, tables.attempts.c

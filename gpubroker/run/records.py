@@ -226,6 +226,20 @@ class Records:
         with self._database.write(_LOCK) as connection:
             connection.execute(update(tables.jobs).where(*mine).values(values))
 
+    def hand_over(self, job_id: str) -> bool:
+        """A job that runs or is stopped goes on without a terminal; False for any other."""
+        now = self._clock.now()
+        mine = (tables.jobs.c.id == job_id, tables.jobs.c.state.in_(("running", "stopped")))
+        values = {
+            **{"state": "running", "reason": "", "ended_at": None, "unattended": True},
+            **{"wanted": "", "wanted_why": "", "wanted_at": None},
+        }
+        with self._database.write(_LOCK) as connection:
+            handed = connection.execute(update(tables.jobs).where(*mine).values(values))
+            if handed.rowcount:
+                events.add(connection, now, "submitted", "it goes on unattended", job_id=job_id)
+            return bool(handed.rowcount)
+
     def intend(
         self,
         job_id: str,
@@ -451,6 +465,17 @@ class Records:
     def check_schema(self) -> None:
         """Raises SchemaTooNew once a newer gpubroker has migrated the database."""
         self._database.check_schema()
+
+    def attempts_since(self, since: datetime | None, job_id: str | None = None) -> list[Attempt]:
+        """Nodes of one job or of all that were there since then, the oldest first; None = ever."""
+        found = tables.attempts.c
+        query = select(tables.attempts).where(found.node_id.is_not(None)).order_by(found.id)
+        if job_id is not None:
+            query = query.where(found.job_id == job_id)
+        if since is not None:
+            query = query.where(found.ended_at.is_(None) | (found.ended_at > since))
+        with self._database.read() as connection:
+            return [Attempt(**row._mapping) for row in connection.execute(query)]
 
     def unsettled(self, job_id: str | None = None) -> list[Attempt]:
         """Ended nodes, of one job or of all, whose vendor has not said what they cost."""

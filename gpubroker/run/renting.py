@@ -125,8 +125,11 @@ class Renting:
 
     def list_all(self, providers: Iterable[str]) -> tuple[dict[str, list[NodeView]], dict[str, str]]:
         """One call to each vendor: nodes with our tag, and why a vendor did not answer."""
-        listed, problems = {}, {}
+        listed, problems = dict[str, list[NodeView]](), dict[str, str]()
         for name in sorted(set(providers)):
+            if name not in self._computes:
+                problems[name] = f"{name}: there is no account to ask with"
+                continue
             try:
                 listed[name] = self._computes[name].list_nodes(_CALL_S)
             except BrokerError as error:
@@ -142,9 +145,9 @@ class Renting:
         self.settle_doubts(listed)
         left = {(stray.provider, stray.node.id): "not ended" for stray in self.end_strays_of(job_id, listed)}
         for attempt in self._records.open_attempts(job_id):
-            if attempt.node_id is None:
+            if attempt.node_id is None or attempt.provider not in self._computes:
                 why = problems.get(attempt.provider, "it was asked for, and may appear yet")
-                left[attempt.provider, attempt.tag] = why
+                left[attempt.provider, attempt.node_id or attempt.tag] = why
                 continue
             try:
                 self.end(attempt, reason, lost_s(attempt))

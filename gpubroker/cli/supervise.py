@@ -1,0 +1,202 @@
+"""`gpubroker supervise`: the long-lived process that runs what was submitted. See gpubroker/run/fleet.py."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+from gpubroker import config
+from gpubroker.cli.asked import volume_of
+from gpubroker.cli.options import Duration
+from gpubroker.cli.plan import ask_of, known_of
+from gpubroker.cli.renting import Market
+from gpubroker.cli.watching import tell
+from gpubroker.config import Settings
+from gpubroker.doors import Clock, SystemClock, ThreadPool
+from gpubroker.errors import ConfigError, SchemaTooNew, StoreError
+from gpubroker.jobspec import JobSpec
+from gpubroker.prices.market import open_context
+from gpubroker.provider import Compute, ProviderContext
+from gpubroker.run import kept
+from gpubroker.run.computes import computes
+from gpubroker.run.contact import connector, keys_of
+from gpubroker.run.fleet import Fleet
+from gpubroker.run.launching import Job
+from gpubroker.run.leases import Leases
+from gpubroker.run.looks import job_folder
+from gpubroker.run.records import Caps, Records
+from gpubroker.run.renting import Renting
+from gpubroker.run.supervise import Supervisor
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@click.command(
+    context_settings={"max_content_width": 100},
+    epilog="""\b
+Examples:
+  gpubroker supervise
+  gpubroker supervise --until-done
+  gpubroker service install --now""",
+)
+@click.option(
+    "--tick", "tick_s", type=Duration(least_s=1), default="5s", show_default=True, help="Between two rounds."
+)
+@click.option("--until-done", is_flag=True, help="Leave once every job is over.")
+def supervise(*, tick_s: float, until_done: bool) -> None:
+    """Run what was submitted: rent, prove, watch, replace and bring back, for all jobs, as long as it lives.
+
+    Ctrl-C and SIGTERM leave it, and the jobs go on where they run: start it again, here or on another machine
+    with the same database and jobs_dir, and it finds them. Killed at any point it loses nothing. Several may
+    run on one PostgreSQL: when one dies the others have its jobs within a minute. A node that no supervisor
+    has looked at for the config's renew_within ends its job by itself.
+    """
+    settings, clock = config.load(), SystemClock()
+    with open_context(settings, os.environ, clock) as (store, context):
+        leases = Leases(store.database, clock, host=socket.gethostname(), pid=os.getpid())
+        records = Records(store.database, clock, leases.id)
+        found, without = computes(context)
+        if not found:
+            raise ConfigError("no provider can rent: " + "; ".join(f"{n}: {r}" for n, r in without.items()))
+        made = _Made(settings=settings, context=context, records=records, computes=found, clock=clock)
+        fleet = Fleet(
+            leases=leases,
+            records=records,
+            renting=made.renting,
+            computes=found,
+            clock=clock,
+            pool=ThreadPool(),
+            make=made.supervisor,
+            over=lambda job_id: kept.forget(job_folder(settings.jobs_dir, job_id)),
+            say=lambda text: _say(clock, text),
+            tick_s=tick_s,
+        )
+        tell(f"{leases.id} supervises by {', '.join(found)}; the database is {store.database.where}")
+        _until_told(fleet, clock, tick_s, until_done=until_done)
+
+
+def _until_told(fleet: Fleet, clock: Clock, tick_s: float, *, until_done: bool) -> None:
+    """Tick until a signal comes, or every job is over. A database that is away for a while is waited for."""
+    with _signals() as was_told, contextlib.closing(fleet):
+        while not was_told():
+            began_s = clock.monotonic_s()
+            try:
+                fleet.tick()
+            except SchemaTooNew:
+                raise
+            except StoreError as error:
+                _say(clock, str(error))
+            if until_done and not fleet.size:
+                return
+            left_s = tick_s - (clock.monotonic_s() - began_s)
+            while left_s > 0 and not was_told():
+                clock.sleep(min(left_s, 0.5))
+                left_s = tick_s - (clock.monotonic_s() - began_s)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[Callable[[], bool]]:
+    """Whether one has come. A second one does what it usually does."""
+    heard: list[int] = []
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+
+    def hear(number: int, frame: object) -> None:
+        heard.append(number)
+        for name, handler in before.items():
+            signal.signal(name, handler)
+        tell("leaving: what runs goes on")
+
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, hear)
+    yield lambda: bool(heard)
+
+
+class _Made:
+    """Builds each job's own supervisor from what is kept of the job."""
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        context: ProviderContext,
+        records: Records,
+        computes: dict[str, Compute],
+        clock: Clock,
+    ) -> None:
+        self._settings, self._context, self._records, self._clock = settings, context, records, clock
+        self._computes = computes
+        self.renting = Renting(records, computes, clock)
+
+    def supervisor(self, job_id: str, spec: JobSpec) -> Supervisor:
+        """Raises ConfigError where the job cannot be run here."""
+        folder = job_folder(self._settings.jobs_dir, job_id)
+        found, keys = kept.load(folder), keys_of(folder)
+        ask = ask_of(spec, self._settings)
+        volume = volume_of(spec, ask, self._context)
+        if volume is not None:
+            ask = replace(ask, providers=(volume.provider,))
+
+        def say(text: str) -> None:
+            _say(self._clock, f"{job_id}: {text}")
+
+        market = Market(
+            ask,
+            known_of(spec),
+            self._settings,
+            self._clock,
+            self._computes,
+            volume=volume,
+            deadline=spec.limits.deadline,
+            attempts=lambda: self._records.attempts(job_id),
+            tell=say,
+            on_ask=lambda names: None,
+        )
+        return Supervisor(
+            job=Job(
+                id=job_id,
+                spec=spec,
+                folder=found.folder,
+                out=found.out,
+                secrets=found.secrets,
+                store=found.store,
+                private_key=keys.private,
+                public_key=keys.public,
+                caps=Caps(usd_per_day=self._settings.usd_per_day, usd_per_job=spec.limits.budget_usd),
+            ),
+            records=self._records,
+            renting=self.renting,
+            computes=self._computes,
+            candidates=market.candidates,
+            connect=connector(keys),
+            clock=self._clock,
+            say=say,
+            log=lambda attempt, data: _append(kept.log_file(folder, attempt.epoch), data),
+            log_from=lambda attempt: _size(kept.log_file(folder, attempt.epoch)),
+            renew_within_s=float(self._settings.renew_within_s),
+            reach=self._settings.reach,
+        )
+
+
+def _append(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with path.open("ab") as file:
+        file.write(data)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _say(clock: Clock, text: str) -> None:
+    tell(f"[{clock.now():%H:%M:%S}] {text}")
