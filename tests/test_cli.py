@@ -25,6 +25,7 @@ HEAVY = {
     "requests",
     "apscheduler",
     "apprise",
+    "prometheus_client",
 }
 
 

@@ -112,6 +112,13 @@ class Events:
             found = connection.execute(select(tables.cursors))
             return {row.name: Cursor(position=row.position, moved_at=row.moved_at) for row in found}
 
+    def counts(self) -> dict[Kind, int]:
+        """How many of each kind there are; a kind of which there is none is not in it."""
+        kind = tables.events.c.kind
+        with self._database.read() as connection:
+            rows = connection.execute(select(kind, func.count()).group_by(kind))
+            return {row[0]: row[1] for row in rows}
+
     def move(self, name: str, position: int) -> None:
         """The reader is done with all events up to this one."""
         table, values = tables.cursors, {"position": position, "moved_at": self._clock.now()}
