@@ -24,6 +24,9 @@ _NOT_SETTINGS = re.compile(r"GPUBROKER_(CONFIG|DB_URL|\w+_URL|TEST_\w+|AWS_SSH_P
 
 OUTSIDE = ("1.1.1.1:443", "pypi.org:443", "huggingface.co:443")
 _PLACE = re.compile(r"[A-Za-z0-9.:_\[\]-]+:\d{1,5}")
+_NOTIFIED = re.compile(r"\$[A-Za-z_]\w*|[A-Za-z][A-Za-z0-9+.-]*://\S+")
+# An address may hold commas: one in a list of them ends only where the next begins.
+_NEXT_NOTIFIED = re.compile(r"[,\s]+(?=\$|[A-Za-z][A-Za-z0-9+.-]*://)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +42,15 @@ def _default_jobs_dir() -> Path:
     from platformdirs import user_data_path
 
     return user_data_path("gpubroker") / "jobs"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Notify:
+    """Who is told of what while nobody watches. See run/notify.py."""
+
+    # Addresses for apprise, or $NAME of a variable that holds some; () = nobody. They hold tokens.
+    urls: tuple[str, ...] = field(default=(), repr=False)
+    events: tuple[str, ...] = ()  # kinds; () = the usual ones
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +72,7 @@ class Settings:
     renew_within_s: int = 1800  # a node that nobody has looked at for so long ends its job, then itself
     # host:port outside; a rented node that reaches none of them has no network
     reach: tuple[str, ...] = OUTSIDE
+    notify: Notify = Notify()
     fees: Mapping[tuple[str, str], Decimal] = field(default_factory=dict)  # (provider, item) -> override
 
     @property
@@ -105,6 +118,7 @@ def load(env: Mapping[str, str] | None = None) -> Settings:
         usd_per_day=values.decimal("usd_per_day", Decimal(100)) or None,
         renew_within_s=values.duration_s("renew_within", 1800),
         reach=values.places("reach", OUTSIDE),
+        notify=values.notify(),
         fees=values.fees(),
     )
     values.refuse_leftovers()
@@ -159,7 +173,7 @@ class _Values:
         self._env = {k: v for k, v in env.items() if k.startswith("GPUBROKER_") and v}
 
     def _take(self, key: str) -> tuple[str, Any]:
-        variable = f"GPUBROKER_{key.upper()}"
+        variable = f"GPUBROKER_{key.upper().replace('.', '_')}"
         from_file = self._table.pop(key, None)
         if variable in self._env:
             return variable, self._env.pop(variable)
@@ -217,6 +231,26 @@ class _Values:
         if isinstance(value, str):
             value = [word for word in value.split(",") if word.strip()]
         return tuple(_local_gpu(where, entry) for entry in (value if isinstance(value, list) else [value]))
+
+    def notify(self) -> Notify:
+        """[notify] urls and events, or GPUBROKER_NOTIFY_URLS and GPUBROKER_NOTIFY_EVENTS."""
+        table = self._table.pop("notify", {})
+        if not isinstance(table, dict):
+            raise ConfigError(f'{self._path}: notify must be a table such as [notify] urls = ["$SLACK_URL"]')
+        self._table |= {f"notify.{key}": value for key, value in table.items()}
+        return Notify(urls=self._addresses("notify.urls"), events=tuple(self.words("notify.events")))
+
+    def _addresses(self, key: str) -> tuple[str, ...]:
+        """No error shows one: it may hold a token."""
+        where, found = self._take(key)
+        if isinstance(found, str):
+            found = [word for word in _NEXT_NOTIFIED.split(found.strip()) if word]
+        if found is not None and not isinstance(found, list):
+            raise ConfigError(f"{where} must be a list of addresses")
+        for number, one in enumerate(found or (), 1):
+            if not (isinstance(one, str) and _NOTIFIED.fullmatch(one)):
+                raise ConfigError(f"{where}: number {number} is no address like mailto://… and no $VARIABLE")
+        return tuple(found or ())
 
     def fees(self) -> dict[tuple[str, str], Decimal]:
         """[fees.runpod] egress_usd_per_gb = "0.05", or GPUBROKER_FEES_RUNPOD_EGRESS_USD_PER_GB."""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gpubroker.config import LocalGpu, load
+from gpubroker.config import LocalGpu, Notify, load
 from gpubroker.errors import ConfigError
 
 
@@ -39,6 +39,9 @@ def test_every_key_of_the_file_is_taken(write):
             aws_regions = ["us-east-1"]
             disabled_providers = ["modal"]
             egress_gb_this_month = 120
+            [notify]
+            urls = ["$SLACK_URL", "mailto://me:word@example.com?to=a,b"]
+            events = ["done", "failed"]
             [fees.runpod]
             egress_usd_per_gb = "0.05"
         """)
@@ -49,6 +52,8 @@ def test_every_key_of_the_file_is_taken(write):
     assert ("us-east-1",) == settings.aws_regions
     assert frozenset({"modal"}) == settings.disabled_providers
     assert {("runpod", "egress_usd_per_gb"): Decimal("0.05")} == settings.fees
+    urls = ("$SLACK_URL", "mailto://me:word@example.com?to=a,b")
+    assert Notify(urls=urls, events=("done", "failed")) == settings.notify
 
 
 def test_the_environment_wins_over_the_file(write):
@@ -58,12 +63,16 @@ def test_the_environment_wins_over_the_file(write):
         "GPUBROKER_DISABLED_PROVIDERS": "aws, modal",
         "GPUBROKER_LOCAL_GPUS": "rtx3090, h100-pcie:2:300",
         "GPUBROKER_FEES_RUNPOD_EGRESS_USD_PER_GB": "0.1",
+        "GPUBROKER_NOTIFY_URLS": "mailto://me:word@example.com?to=a,b, $SLACK_URL ntfy://topic",
+        "GPUBROKER_NOTIFY_EVENTS": "done, failed",
     }
     settings = load(env)
     assert 10 == settings.max_age_s
     assert frozenset({"aws", "modal"}) == settings.disabled_providers
     assert (LocalGpu(gpu="rtx3090"), LocalGpu(gpu="h100-pcie", count=2, watts=300)) == settings.local_gpus
     assert {("runpod", "egress_usd_per_gb"): Decimal("0.1")} == settings.fees
+    urls = ("mailto://me:word@example.com?to=a,b", "$SLACK_URL", "ntfy://topic")
+    assert Notify(urls=urls, events=("done", "failed")) == settings.notify
 
 
 @pytest.mark.parametrize(
@@ -85,6 +94,12 @@ def test_the_environment_wins_over_the_file(write):
         pytest.param("[fees.aws]\negress_usd_per_gb = '1e30'", "beyond belief", id="a fee beyond belief"),
         pytest.param("a = " + "[" * 5000, "config.toml", id="nested beyond sense"),
         pytest.param("[", "config.toml", id="not TOML"),
+        pytest.param("notify = 3", "notify must be a table", id="notify that is no table"),
+        pytest.param("[notify]\nurl = []", "unknown key 'notify.url'", id="a misspelt key of notify"),
+        pytest.param("notify_urls = []", "unknown key 'notify_urls'", id="a key of notify outside of it"),
+        pytest.param("[notify]\nurls = 3", "must be a list of addresses", id="a number for addresses"),
+        pytest.param("[notify]\nurls = ['$A', 'b']", "number 2 is no address", id="no address"),
+        pytest.param("[notify]\nevents = [1]", "list of names", id="numbers for events"),
         pytest.param("aws_regions = [1]", "list of names", id="numbers for names"),
     ],
 )
@@ -94,6 +109,14 @@ def test_a_wrong_file_is_one_sentence_that_names_the_place(write, text, word):
         load(write(text))
     assert "config.toml" in str(caught.value)
     assert 2 == caught.value.exit_code
+
+
+def test_an_address_for_notifications_is_in_no_error_and_no_print(write):
+    """It may hold a token."""
+    with pytest.raises(ConfigError) as caught:
+        load(write("[notify]\nurls = ['t0ken-without-its-kind']"))
+    settings = load(write("[notify]\nurls = ['slack://t0ken/t0ken/t0ken']"))
+    assert "t0ken" not in f"{caught.value} {settings}"
 
 
 def test_a_variable_that_does_not_exist_is_refused():

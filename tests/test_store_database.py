@@ -321,3 +321,10 @@ def test_a_server_that_takes_the_connection_and_says_nothing_is_given_up(monkeyp
         url = f"postgresql://u@127.0.0.1:{silent.getsockname()[1]}/x"
         with Store.open(url, FakeClock()) as store, pytest.raises(StoreError):
             store.check_schema()
+
+
+def test_a_name_that_is_let_go_can_be_held_at_once(store):
+    """Not only when the server has seen the connection close."""
+    for _ in range(50):
+        with store.database.hold("notifications") as is_ours:
+            assert is_ours

@@ -44,6 +44,7 @@ _COMMANDS = {
     "doctor": ("gpubroker.cli.doctor", "doctor", "Check configuration, credentials, clock and database."),
     "sweep": ("gpubroker.cli.sweep", "sweep", "Nodes that bill and that nobody wants; --end ends them."),
     "stop-all": ("gpubroker.cli.sweep", "stop_all", "End everything that bills, now."),
+    "notify": ("gpubroker.cli.notify", "notify", "Whether messages about your jobs arrive."),
     "import-history": ("gpubroker.cli.history", "import_history", "Import price history files."),
     "demo": ("gpubroker.cli.demo", "demo", "Watch it work, on a cloud on this machine: no account."),
     "testcloud": ("gpubroker.cli.testcloud", "testcloud", "A cloud on this machine for tests and tries."),

@@ -10,7 +10,7 @@ import errno
 import hashlib
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -118,7 +118,13 @@ class Database:
             connection = opened.execution_options(isolation_level="AUTOCOMMIT")
             connection.detach()  # closed at the end, and not kept for others with the lock on it
             ask = "SELECT pg_try_advisory_lock(hashtextextended(?, 0))"
-            yield bool(self.run(connection, ask, (name,)).scalar())
+            is_ours = bool(self.run(connection, ask, (name,)).scalar())
+            try:
+                yield is_ours
+            finally:
+                # The server sees a closed connection a moment later; of one that is lost the name is free.
+                with suppress(exc.DBAPIError):
+                    self.run(connection, "SELECT pg_advisory_unlock_all()")
 
     @contextmanager
     def _hold_file(self, name: str) -> Iterator[bool]:

@@ -55,6 +55,14 @@ class Event:
     text: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cursor:
+    """How far a reader has come."""
+
+    position: int
+    moved_at: datetime
+
+
 def add(
     connection: Connection,
     at: datetime,
@@ -105,6 +113,19 @@ class Events:
         table = tables.cursors
         with self._database.read() as connection:
             return connection.execute(select(table.c.position).where(table.c.name == name)).scalar()
+
+    def cursors(self) -> dict[str, Cursor]:
+        """Of all readers, by name."""
+        with self._database.read() as connection:
+            found = connection.execute(select(tables.cursors))
+            return {row.name: Cursor(position=row.position, moved_at=row.moved_at) for row in found}
+
+    def counts(self) -> dict[Kind, int]:
+        """How many of each kind there are; a kind of which there is none is not in it."""
+        kind = tables.events.c.kind
+        with self._database.read() as connection:
+            rows = connection.execute(select(kind, func.count()).group_by(kind))
+            return {row[0]: row[1] for row in rows}
 
     def move(self, name: str, position: int) -> None:
         """The reader is done with all events up to this one."""

@@ -14,7 +14,7 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, Connection, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, delete, func, insert, or_, select, update
 
 from gpubroker.doors import Clock
 from gpubroker.errors import NotOurs, OverBudget
@@ -394,6 +394,35 @@ class Records:
         with self._database.read() as connection:
             rows = connection.execute(select(found).where(found.c.job_id == job_id).order_by(found.c.epoch))
             return [Attempt(**row._mapping) for row in rows]
+
+    def attempts_of_unfinished(self) -> dict[str, list[Attempt]]:
+        """Of every job that is not over or may bill, by its id; of one that never rented there are none."""
+        jobs, found = tables.jobs.c, tables.attempts
+        open_ones = select(found.c.job_id).where(found.c.ended_at.is_(None))
+        mine = select(jobs.id).where(or_(jobs.state == "running", jobs.id.in_(open_ones)))
+        with self._database.read() as connection:
+            attempts: dict[str, list[Attempt]] = {job_id: [] for job_id in connection.scalars(mine)}
+            for row in connection.execute(select(found).where(found.c.job_id.in_(mine)).order_by(found.c.id)):
+                attempts[row.job_id].append(Attempt(**row._mapping))
+            return attempts
+
+    def count_by_state(self) -> dict[JobState, int]:
+        """All jobs; a state in which there is none is not in it."""
+        state = tables.jobs.c.state
+        with self._database.read() as connection:
+            return {row[0]: row[1] for row in connection.execute(select(state, func.count()).group_by(state))}
+
+    def newest_checkpoints(self) -> dict[str, datetime]:
+        """When each job that runs last published one, by its node's clock; none = it is not in it."""
+        jobs, found = tables.jobs.c, tables.checkpoints.c
+        query = (
+            select(found.job_id, func.max(found.published_at))
+            .join(tables.jobs, jobs.id == found.job_id)
+            .where(jobs.state == "running")
+            .group_by(found.job_id)
+        )
+        with self._database.read() as connection:
+            return {row[0]: row[1] for row in connection.execute(query)}
 
     def published(self, job_id: str, found: Iterable[Checkpoint]) -> None:
         """Keep those that are not known yet."""
