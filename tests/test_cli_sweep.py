@@ -3,10 +3,12 @@
 import json
 import os
 from contextlib import contextmanager
+from datetime import timedelta
 from decimal import Decimal
 
 import pytest
 import requests
+from sqlalchemy import update
 
 pytest.importorskip("aiohttp", reason="needs the extra [testcloud]")
 
@@ -17,9 +19,11 @@ from gpubroker.model import OfferQuery
 from gpubroker.prices.market import open_context
 from gpubroker.provider import NodeSpec
 from gpubroker.run.computes import computes
+from gpubroker.run.leases import Leases
 from gpubroker.run.records import Caps, Records
 from gpubroker.run.renting import Order, Renting
 from gpubroker.run.shell import make_key
+from gpubroker.run.tables import supervisors
 
 VENDORS = ("vast", "runpod", "lambda")
 PUBLIC = make_key()[1]
@@ -173,3 +177,19 @@ def test_nodes_are_ended_once_a_person_has_said_yes(cloud, capsys, monkeypatch):
     assert [] == billing(cloud)
     (words,) = asked
     assert words.startswith(f"End 1 node now, which bill ${attempt.usd_per_hour:.2f}/h?")
+
+
+def test_nodes_of_a_submitted_job_are_its_supervisors_until_nobody_has_had_it_for_long(cloud, capsys):
+    """Then their own leases are over too; what still bills is nobody's."""
+    (attempt,) = rented(["runpod"])
+    with open_context(config.load(), os.environ, SystemClock()) as (store, _):
+        leases = Leases(store.database, SystemClock(), host="here", pid=1)
+        leases.renew()
+        assert Records(store.database, SystemClock()).hand_over(attempt.job_id)
+        assert [attempt.job_id] == leases.claim()
+        assert [] == run(capsys, "sweep")[1]["nodes"]
+        leases.leave()
+        assert [] == run(capsys, "sweep")[1]["nodes"]
+        with store.database.write() as connection:
+            connection.execute(update(supervisors).values(until_at=SystemClock().now() - timedelta(hours=1)))
+    assert [attempt.node_id] == [node["node"] for node in run(capsys, "sweep")[1]["nodes"]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import socket
@@ -22,15 +23,19 @@ from gpubroker.config import Settings
 from gpubroker.doors import Clock, SystemClock, ThreadPool
 from gpubroker.errors import ConfigError, SchemaTooNew, StoreError
 from gpubroker.jobspec import JobSpec
+from gpubroker.prices.database import Database
 from gpubroker.prices.market import open_context
 from gpubroker.provider import Compute, ProviderContext
 from gpubroker.run import kept
 from gpubroker.run.computes import computes
 from gpubroker.run.contact import connector, keys_of
+from gpubroker.run.events import Events
 from gpubroker.run.fleet import Fleet
 from gpubroker.run.launching import Job
 from gpubroker.run.leases import Leases
 from gpubroker.run.looks import job_folder
+from gpubroker.run.metrics import Ticks, serve, snapshot
+from gpubroker.run.notify import Notifier, channels_of, check, kinds_of, secrets_of
 from gpubroker.run.records import Caps, Records
 from gpubroker.run.renting import Renting
 from gpubroker.run.supervise import Supervisor
@@ -43,20 +48,25 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     epilog="""\b
 Examples:
   gpubroker supervise
+  gpubroker supervise --metrics 127.0.0.1:9464
   gpubroker supervise --until-done
   gpubroker service install --now""",
 )
 @click.option(
     "--tick", "tick_s", type=Duration(least_s=1), default="5s", show_default=True, help="Between two rounds."
 )
+@click.option(
+    "--metrics", metavar="HOST:PORT", help="Serve metrics for Prometheus there, such as 127.0.0.1:9464."
+)
 @click.option("--until-done", is_flag=True, help="Leave once every job is over.")
-def supervise(*, tick_s: float, until_done: bool) -> None:
+def supervise(*, tick_s: float, metrics: str | None, until_done: bool) -> None:
     """Run what was submitted: rent, prove, watch, replace and bring back, for all jobs, as long as it lives.
 
     Ctrl-C and SIGTERM leave it, and the jobs go on where they run: start it again, here or on another machine
     with the same database and jobs_dir, and it finds them. Killed at any point it loses nothing. Several may
     run on one PostgreSQL: when one dies the others have its jobs within a minute. A node that no supervisor
-    has looked at for the config's renew_within ends its job by itself.
+    has looked at for the config's renew_within ends its job by itself. [notify] in the config says who is
+    told of what happens.
     """
     settings, clock = config.load(), SystemClock()
     with open_context(settings, os.environ, clock) as (store, context):
@@ -65,7 +75,7 @@ def supervise(*, tick_s: float, until_done: bool) -> None:
         found, without = computes(context)
         if not found:
             raise ConfigError("no provider can rent: " + "; ".join(f"{n}: {r}" for n, r in without.items()))
-        made = _Made(settings=settings, context=context, records=records, computes=found, clock=clock)
+        made, ticks = _Made(settings, context, records, found, clock), Ticks()
         fleet = Fleet(
             leases=leases,
             records=records,
@@ -75,30 +85,51 @@ def supervise(*, tick_s: float, until_done: bool) -> None:
             pool=ThreadPool(),
             make=made.supervisor,
             over=lambda job_id: kept.forget(job_folder(settings.jobs_dir, job_id)),
+            listed=lambda provider: ticks.listed(provider, clock.now()),
             say=lambda text: _say(clock, text),
             tick_s=tick_s,
         )
-        tell(f"{leases.id} supervises by {', '.join(found)}; the database is {store.database.where}")
-        _until_told(fleet, clock, tick_s, until_done=until_done)
+        with contextlib.ExitStack() as stack:
+            notifier = _notifier(settings, store.database, clock)
+            if metrics:
+                events = Events(store.database, clock)
+                found_now = functools.partial(snapshot, records, events)
+                stack.enter_context(contextlib.closing(serve(metrics, lambda: found_now(clock.now(), ticks))))
+            tell(f"{leases.id} supervises by {', '.join(found)}; the database is {store.database.where}")
+            _until_told(fleet, notifier, ticks, clock, tick_s, until_done=until_done)
 
 
-def _until_told(fleet: Fleet, clock: Clock, tick_s: float, *, until_done: bool) -> None:
+def _notifier(settings: Settings, database: Database, clock: Clock) -> Notifier | None:
+    """None where nobody is to be told. Raises ConfigError for an address that is none."""
+    if not settings.notify.urls:
+        return None
+    channels = channels_of(settings, os.environ)
+    check(channels)
+    secrets = secrets_of(channels, settings, os.environ)
+    kinds = kinds_of(settings)
+    return Notifier(database, clock, ThreadPool(), channels=channels, kinds=kinds, secrets=secrets)
+
+
+def _until_told(
+    fleet: Fleet, notifier: Notifier | None, ticks: Ticks, clock: Clock, tick_s: float, *, until_done: bool
+) -> None:
     """Tick until a signal comes, or every job is over. A database that is away for a while is waited for."""
     with _signals() as was_told, contextlib.closing(fleet):
         while not was_told():
             began_s = clock.monotonic_s()
             try:
                 fleet.tick()
+                ticks.took(clock.monotonic_s() - began_s)
+                if notifier is not None:
+                    notifier.tick()
             except SchemaTooNew:
                 raise
             except StoreError as error:
                 _say(clock, str(error))
             if until_done and not fleet.size:
                 return
-            left_s = tick_s - (clock.monotonic_s() - began_s)
-            while left_s > 0 and not was_told():
+            while (left_s := tick_s - (clock.monotonic_s() - began_s)) > 0 and not was_told():
                 clock.sleep(min(left_s, 0.5))
-                left_s = tick_s - (clock.monotonic_s() - began_s)
 
 
 @contextlib.contextmanager
@@ -124,7 +155,6 @@ class _Made:
 
     def __init__(
         self,
-        *,
         settings: Settings,
         context: ProviderContext,
         records: Records,

@@ -68,6 +68,7 @@ class Fleet:
     pool: Pool
     make: Callable[[str, JobSpec], Supervisor]
     over: Callable[[str], None] = lambda job_id: None  # a job of ours is over, and nothing of it bills
+    listed: Callable[[str], None] = lambda provider: None  # a vendor has answered
     say: Callable[[str], None] = lambda text: None
     tick_s: float = TICK_S
     _runners: dict[str, _Runner] = field(default_factory=dict)
@@ -82,7 +83,7 @@ class Fleet:
         self._hold()
         rows = self._claimed()
         attempts = self._open_attempts(rows)
-        seen = self._listed(self._wanted(attempts))
+        seen = self._ask(self._wanted(attempts))
         due = [self._runners[row.id] for row in rows if self._is_due(row, attempts.get(row.id, []), seen)]
         by_id = {row.id: row for row in rows}
         for runner in due:
@@ -155,7 +156,7 @@ class Fleet:
             return set(self.computes)
         return {attempt.provider for found in attempts.values() for attempt in found}
 
-    def _listed(self, providers: set[str]) -> Listing:
+    def _ask(self, providers: set[str]) -> Listing:
         """What came in since the last tick. A vendor that takes its time is waited for beside the ticks."""
         todo = []
         for name in sorted(providers & set(self.computes)):
@@ -178,6 +179,8 @@ class Fleet:
             listed, problems = self.renting.list_all([name])
             vendor.problem = problems.get(name, "")
             vendor.nodes = listed.get(name)
+            if vendor.nodes is not None:
+                self.listed(name)
         finally:
             vendor.is_busy = False
 
