@@ -45,6 +45,9 @@ def test_a_job_that_has_printed_nothing_says_so(user, records, job):
     """Exit 0; one that nobody knows is exit 2, and so is one that prints in its terminal."""
     assert (0, b"", f"{job} is running, and nothing is printed\n") == user.ran("logs", job)
     assert (2, b"", "gpubroker: no job is called 'job-x'\n") == user.ran("logs", "job-x")
+    records.add_job("other", "{}", unattended=True, job_id="other-1")
+    code, _, said = user.ran("logs", "other-1")
+    assert (2, True) == (code, f"other-1 is not kept in {user.jobs_dir}" in said)
     code, _, said = user.ran("logs", records.add_job("mine", "{}"))
     assert (2, True) == (code, "its output is in its terminal" in said)
 

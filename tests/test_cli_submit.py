@@ -9,6 +9,7 @@ from gpubroker.jobspec import kept_job
 from gpubroker.run import kept
 
 WORDS = ("submit", "--gpu", "4090", "--hours", "2")
+KEYS = ("URL", "ACCESS_KEY_ID", "SECRET_ACCESS_KEY")
 JOB = """
 name = "sft"
 command = "python3 train.py"
@@ -87,6 +88,35 @@ def test_what_can_be_wrong_is_found_before_anything_is_kept(user, records, words
     assert (code, "", True) == (found, out, sentence in said), said
     assert [] == records.rows()
     assert [] == list(user.jobs_dir.glob("*"))
+
+
+def test_the_key_of_a_store_is_tried_and_kept_for_the_jobs_nodes(user, records, monkeypatch):
+    """In its bucket; one that cannot be written is found before anything is kept."""
+    pytest.importorskip("aiohttp", reason="needs the extra [testcloud]")
+    from gpubroker.testcloud.client import running
+    from tests.test_cli_run import bucket
+
+    words = (*WORDS, "--store", "s3://jobs/sft", "--", "true")
+    with running(speed=10) as cloud, bucket(cloud) as store:
+        for name, value in store.items():
+            monkeypatch.setenv(name, value)
+        code, out, said = user.do(*words)
+        assert 0 == code, said
+        wrong, _, said = user.do(*WORDS, "--store", "s3://nowhere/sft", "--", "true")
+    keys = kept.load(user.jobs_dir / out.strip()).store
+    found = (keys.where, keys.endpoint, keys.access_key, keys.secret_key)
+    assert ("s3://jobs/sft", *(store[f"GPUBROKER_STORE_{name}"] for name in KEYS)) == found
+    assert (2, True) == (wrong, "gpubroker: checkpoint.store: " in said)
+    assert [out.strip()] == [row.id for row in records.rows()]
+    secret = store["GPUBROKER_STORE_SECRET_ACCESS_KEY"].encode()
+    assert secret not in b"".join(path.read_bytes() for path in user.root.glob("p.db*"))
+
+
+def test_a_terminal_does_not_take_a_job_that_is_the_supervisors(user):
+    """Both would look after its node."""
+    job_id = user.submitted()
+    code, _, said = user.do("run", "--resume", job_id)
+    assert (2, True) == (code, f"gpubroker job resume {job_id}" in said)
 
 
 def test_a_stopped_job_goes_on_unattended_with_what_was_kept(user, records):

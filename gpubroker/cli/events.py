@@ -50,7 +50,7 @@ def events(
 ) -> None:
     """What happened to jobs and nodes and why, of one job or of all, the oldest first.
 
-    With -f, JSON is one object a line.
+    Times are UTC. With -f, JSON is one object a line.
     """
     clock = SystemClock()
     with open_context(config.load(), os.environ, clock) as (store, _):

@@ -16,7 +16,7 @@ from gpubroker.doors import Clock, SystemClock
 from gpubroker.errors import ConfigError
 from gpubroker.prices.market import open_context
 from gpubroker.run.events import Events
-from gpubroker.run.kept import log_files
+from gpubroker.run.kept import load, log_files
 from gpubroker.run.looks import job_folder
 from gpubroker.run.records import Attempt, JobRow, Records
 
@@ -54,6 +54,8 @@ def logs(*, job_id: str, follow: bool, attempt: int | None) -> None:
             raise ConfigError(
                 f"{job_id} is a job of gpubroker run: its output is in its terminal, then in job.log"
             )
+        if not folder.exists():
+            load(folder)  # says where it is not
         output = Output(folder)
         if attempt is not None:
             output.only = _epoch(attempt, job_id, records.attempts(job_id))

@@ -163,6 +163,9 @@ def _resumed(records: Records, job_id: str) -> tuple[JobSpec, str]:
     if kept is None:
         raise ConfigError(f"--resume: no job is called {job_id[:60]!r}")
     state, reason, spec = kept
+    row = records.row(job_id)
+    if row is not None and row.unattended:
+        raise ConfigError(f"--resume: {job_id} is the supervisor's: gpubroker job resume {job_id}")
     is_over = state not in ("running", "stopped") and all(a.ended_at for a in records.attempts(job_id))
     if is_over:
         raise ConfigError(f"--resume: {job_id} is {state}{f': {reason}' if reason else ''}")

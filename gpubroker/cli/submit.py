@@ -36,7 +36,11 @@ from gpubroker.run.payload import StoreKeys, script
 from gpubroker.run.records import Records, new_job_id
 
 # A job's description has no key for these: whoever runs it would price it without them.
-_NOT_KEPT = {"volume_gb": "--volume-gb", "preemption_rate": "--preemptions-per-hour"}
+_NOT_KEPT = {
+    "volume_gb": "--volume-gb",
+    "preemption_rate": "--preemptions-per-hour",
+    "checkpoint_at": "--checkpoint-at",
+}
 
 
 @click.command(

@@ -91,8 +91,8 @@ def sweep(*, providers: tuple[str, ...], is_ending: bool, volumes: bool, yes: bo
 def stop_all(*, providers: tuple[str, ...], yes: bool, output: str) -> None:
     """End everything with gpubroker's tag that bills, now: nodes of running jobs, and leaked ones.
 
-    Jobs stop, and gpubroker run --resume goes on with one; with --provider a job may move to another vendor.
-    Exits with 4 when something may still bill.
+    Jobs stop; gpubroker run --resume, or gpubroker job resume, goes on with one. With --provider a job may
+    move to another vendor. Exits with 4 when something may still bill.
     """
     with _renting(providers) as (renting, problems, _):
         listed, silent = renting.list_all(renting.providers)
