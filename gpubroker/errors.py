@@ -22,6 +22,7 @@ BrokerError                          exit code
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 
 
 class BrokerError(Exception):
@@ -56,9 +57,16 @@ class NoFeasibleOffer(BrokerError):
 
 
 class OverBudget(BrokerError):
-    """Spending more would pass a cap. Says the limit, what is spent, and what was wanted."""
+    """Spending more would pass a cap. Says the limit, what is spent, and what was wanted.
+
+    `until`: when a day's cap begins anew; None = waiting does not help.
+    """
 
     exit_code = 5
+
+    def __init__(self, message: str, *, until: datetime | None = None) -> None:
+        super().__init__(message)
+        self.until = until
 
 
 class NotOurs(BrokerError):

@@ -4,7 +4,7 @@ from decimal import Decimal
 
 import pytest
 
-from gpubroker.config import LocalGpu, load
+from gpubroker.config import DayCaps, LocalGpu, load
 from gpubroker.errors import ConfigError
 
 
@@ -38,6 +38,10 @@ def test_every_key_of_the_file_is_taken(write):
             aws_regions = ["us-east-1"]
             disabled_providers = ["modal"]
             egress_gb_this_month = 120
+            node_hours_per_day = 48
+            [accounts.vast]
+            usd_per_day = 50
+            node_hours_per_day = 0
             [fees.runpod]
             egress_usd_per_gb = "0.05"
         """)
@@ -48,6 +52,10 @@ def test_every_key_of_the_file_is_taken(write):
     assert ("us-east-1",) == settings.aws_regions
     assert frozenset({"modal"}) == settings.disabled_providers
     assert {("runpod", "egress_usd_per_gb"): Decimal("0.05")} == settings.fees
+    assert (Decimal(48), {"vast": DayCaps(usd_per_day=Decimal(50))}) == (
+        settings.node_hours_per_day,
+        settings.accounts,
+    )
 
 
 def test_the_environment_wins_over_the_file(write):
@@ -57,12 +65,17 @@ def test_the_environment_wins_over_the_file(write):
         "GPUBROKER_DISABLED_PROVIDERS": "aws, modal",
         "GPUBROKER_LOCAL_GPUS": "rtx3090, h100-pcie:2:300",
         "GPUBROKER_FEES_RUNPOD_EGRESS_USD_PER_GB": "0.1",
+        "GPUBROKER_NODE_HOURS_PER_DAY": "24",
+        "GPUBROKER_ACCOUNTS_LAMBDA_USD_PER_DAY": "5",
+        "GPUBROKER_ACCOUNTS_LAMBDA_NODE_HOURS_PER_DAY": "0.5",
     }
     settings = load(env)
     assert 10 == settings.max_age_s
     assert frozenset({"aws", "modal"}) == settings.disabled_providers
     assert (LocalGpu(gpu="rtx3090"), LocalGpu(gpu="h100-pcie", count=2, watts=300)) == settings.local_gpus
     assert {("runpod", "egress_usd_per_gb"): Decimal("0.1")} == settings.fees
+    caps = DayCaps(usd_per_day=Decimal(5), node_hours_per_day=Decimal("0.5"))
+    assert (Decimal(24), {"lambda": caps}) == (settings.node_hours_per_day, settings.accounts)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +95,12 @@ def test_the_environment_wins_over_the_file(write):
         pytest.param("fees = 3", "tables", id="fees that are no table"),
         pytest.param("cpu_cores_per_gpu = '1e30'", "beyond belief", id="cores beyond belief"),
         pytest.param("[fees.aws]\negress_usd_per_gb = '1e30'", "beyond belief", id="a fee beyond belief"),
+        pytest.param("accounts = 3", "tables", id="accounts that are no table"),
+        pytest.param(
+            "[accounts.vast]\nusd = 3", "accounts.vast: unknown key 'usd'", id="an account's unknown cap"
+        ),
+        pytest.param("[accounts.vast]\nusd_per_day = -3", "zero or more", id="an account's negative cap"),
+        pytest.param("node_hours_per_day = 'all'", "not a number", id="hours in words"),
         pytest.param("a = " + "[" * 5000, "config.toml", id="nested beyond sense"),
         pytest.param("[", "config.toml", id="not TOML"),
         pytest.param("aws_regions = [1]", "list of names", id="numbers for names"),
@@ -99,4 +118,6 @@ def test_a_variable_that_does_not_exist_is_refused():
     """A misspelt GPUBROKER_… must not be silently ignored; base URLs and test switches pass."""
     with pytest.raises(ConfigError, match="GPUBROKER_MAXAGE"):
         load({"GPUBROKER_MAXAGE": "1h"})
+    with pytest.raises(ConfigError, match="GPUBROKER_ACCOUNTS_VAST_HOURS"):
+        load({"GPUBROKER_ACCOUNTS_VAST_HOURS": "1"})
     load({"GPUBROKER_VAST_URL": "http://127.0.0.1:1", "GPUBROKER_RUNPOD_S3_URL": "http://127.0.0.1:1"})
