@@ -105,7 +105,8 @@ def test_the_readme_names_every_setting():
     from gpubroker.config import Settings
 
     block = README.split("## Configuration")[1].split("```toml")[1].split("```")[0]
-    shown = set(re.findall(r"^([a-z_]+) =", block.split("[fees")[0], re.M)) | {"fees", "db_url", "cache_dir"}
+    shown = set(re.findall(r"^([a-z_]+) =", block.split("\n[")[0], re.M)) | {"db_url", "cache_dir"}
+    shown |= set(re.findall(r"^\[([a-z]+)\.", block, re.M))
     assert {f.name.removesuffix("_s") for f in fields(Settings)} == shown
 
 
