@@ -54,6 +54,14 @@ class Notify:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DayCaps:
+    """The most that may be used in one day (UTC). None = no such cap; 0 in the config is none."""
+
+    usd_per_day: Decimal | None = None
+    node_hours_per_day: Decimal | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """Everything a user can set. Durations in seconds, money in USD."""
 
@@ -69,6 +77,8 @@ class Settings:
     ram_gib_per_gpu: Decimal = Decimal(16)
     egress_gb_this_month: Decimal = Decimal(0)  # already used: where a tier is account-monthly
     usd_per_day: Decimal | None = Decimal(100)  # over all jobs, by UTC day; 0 in the config = no such cap
+    node_hours_per_day: Decimal | None = None  # the same of nodes' time; None = no such cap
+    accounts: Mapping[str, DayCaps] = field(default_factory=dict)  # provider -> what its nodes alone may use
     renew_within_s: int = 1800  # a node that nobody has looked at for so long ends its job, then itself
     # host:port outside; a rented node that reaches none of them has no network
     reach: tuple[str, ...] = OUTSIDE
@@ -116,6 +126,8 @@ def load(env: Mapping[str, str] | None = None) -> Settings:
         ram_gib_per_gpu=values.decimal("ram_gib_per_gpu", Decimal(16)) or Decimal(0),
         egress_gb_this_month=values.decimal("egress_gb_this_month", Decimal(0)) or Decimal(0),
         usd_per_day=values.decimal("usd_per_day", Decimal(100)) or None,
+        node_hours_per_day=values.decimal("node_hours_per_day", None) or None,
+        accounts=values.accounts(),
         renew_within_s=values.duration_s("renew_within", 1800),
         reach=values.places("reach", OUTSIDE),
         notify=values.notify(),
@@ -266,6 +278,27 @@ class _Values:
             provider, _, item = variable.removeprefix("GPUBROKER_FEES_").lower().partition("_")
             fees[provider, item] = _amount(variable, self._env.pop(variable))
         return fees
+
+    def accounts(self) -> dict[str, DayCaps]:
+        """[accounts.vast] usd_per_day = 50, or GPUBROKER_ACCOUNTS_VAST_USD_PER_DAY, for any provider."""
+        table = self._table.pop("accounts", {})
+        if not isinstance(table, dict) or not all(isinstance(caps, dict) for caps in table.values()):
+            raise ConfigError(
+                f"{self._path}: accounts must be tables such as [accounts.vast] usd_per_day = 50"
+            )
+        found: dict[str, dict[str, Decimal | None]] = {}
+        for provider, caps in table.items():
+            if unknown := sorted(set(caps) - set(DayCaps.__dataclass_fields__)):
+                raise ConfigError(f"{self._path}: accounts.{provider}: unknown key {unknown[0]!r}")
+            for key, value in caps.items():
+                amount = _amount(f"{self._path}: accounts.{provider}.{key}", value)
+                found.setdefault(provider, {})[key] = amount or None
+        for variable in [v for v in self._env if v.startswith("GPUBROKER_ACCOUNTS_")]:
+            for key in DayCaps.__dataclass_fields__:
+                name = variable.removeprefix("GPUBROKER_ACCOUNTS_").lower()
+                if provider := name.removesuffix(f"_{key}") if name.endswith(f"_{key}") else "":
+                    found.setdefault(provider, {})[key] = _amount(variable, self._env.pop(variable)) or None
+        return {provider: DayCaps(**caps) for provider, caps in found.items()}
 
     def refuse_leftovers(self) -> None:
         if self._table:

@@ -59,14 +59,14 @@ class NoFeasibleOffer(BrokerError):
 class OverBudget(BrokerError):
     """Spending more would pass a cap. Says the limit, what is spent, and what was wanted.
 
-    `passes_at`: when the cap starts anew, such as at midnight; None = it is the job's own.
+    `until`: when a day's cap begins anew; None = it is the job's own, and waiting does not help.
     """
 
     exit_code = 5
 
-    def __init__(self, message: str, passes_at: datetime | None = None) -> None:
+    def __init__(self, message: str, *, until: datetime | None = None) -> None:
         super().__init__(message)
-        self.passes_at = passes_at
+        self.until = until
 
 
 class NotOurs(BrokerError):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gpubroker.config import LocalGpu, Notify, load
+from gpubroker.config import DayCaps, LocalGpu, Notify, load
 from gpubroker.errors import ConfigError
 
 
@@ -39,9 +39,13 @@ def test_every_key_of_the_file_is_taken(write):
             aws_regions = ["us-east-1"]
             disabled_providers = ["modal"]
             egress_gb_this_month = 120
-            [notify]
+            node_hours_per_day = 48
+                        [notify]
             urls = ["$SLACK_URL", "mailto://me:word@example.com?to=a,b"]
             events = ["done", "failed"]
+            [accounts.vast]
+            usd_per_day = 50
+            node_hours_per_day = 0
             [fees.runpod]
             egress_usd_per_gb = "0.05"
         """)
@@ -54,6 +58,10 @@ def test_every_key_of_the_file_is_taken(write):
     assert {("runpod", "egress_usd_per_gb"): Decimal("0.05")} == settings.fees
     urls = ("$SLACK_URL", "mailto://me:word@example.com?to=a,b")
     assert Notify(urls=urls, events=("done", "failed")) == settings.notify
+    assert (Decimal(48), {"vast": DayCaps(usd_per_day=Decimal(50))}) == (
+        settings.node_hours_per_day,
+        settings.accounts,
+    )
 
 
 def test_the_environment_wins_over_the_file(write):
@@ -65,6 +73,9 @@ def test_the_environment_wins_over_the_file(write):
         "GPUBROKER_FEES_RUNPOD_EGRESS_USD_PER_GB": "0.1",
         "GPUBROKER_NOTIFY_URLS": "mailto://me:word@example.com?to=a,b, $SLACK_URL ntfy://topic",
         "GPUBROKER_NOTIFY_EVENTS": "done, failed",
+        "GPUBROKER_NODE_HOURS_PER_DAY": "24",
+        "GPUBROKER_ACCOUNTS_LAMBDA_USD_PER_DAY": "5",
+        "GPUBROKER_ACCOUNTS_LAMBDA_NODE_HOURS_PER_DAY": "0.5",
     }
     settings = load(env)
     assert 10 == settings.max_age_s
@@ -73,6 +84,8 @@ def test_the_environment_wins_over_the_file(write):
     assert {("runpod", "egress_usd_per_gb"): Decimal("0.1")} == settings.fees
     urls = ("mailto://me:word@example.com?to=a,b", "$SLACK_URL", "ntfy://topic")
     assert Notify(urls=urls, events=("done", "failed")) == settings.notify
+    caps = DayCaps(usd_per_day=Decimal(5), node_hours_per_day=Decimal("0.5"))
+    assert (Decimal(24), {"lambda": caps}) == (settings.node_hours_per_day, settings.accounts)
 
 
 @pytest.mark.parametrize(
@@ -92,6 +105,12 @@ def test_the_environment_wins_over_the_file(write):
         pytest.param("fees = 3", "tables", id="fees that are no table"),
         pytest.param("cpu_cores_per_gpu = '1e30'", "beyond belief", id="cores beyond belief"),
         pytest.param("[fees.aws]\negress_usd_per_gb = '1e30'", "beyond belief", id="a fee beyond belief"),
+        pytest.param("accounts = 3", "tables", id="accounts that are no table"),
+        pytest.param(
+            "[accounts.vast]\nusd = 3", "accounts.vast: unknown key 'usd'", id="an account's unknown cap"
+        ),
+        pytest.param("[accounts.vast]\nusd_per_day = -3", "zero or more", id="an account's negative cap"),
+        pytest.param("node_hours_per_day = 'all'", "not a number", id="hours in words"),
         pytest.param("a = " + "[" * 5000, "config.toml", id="nested beyond sense"),
         pytest.param("[", "config.toml", id="not TOML"),
         pytest.param("notify = 3", "notify must be a table", id="notify that is no table"),
@@ -123,6 +142,8 @@ def test_a_variable_that_does_not_exist_is_refused():
     """A misspelt GPUBROKER_… must not be silently ignored; base URLs and test switches pass."""
     with pytest.raises(ConfigError, match="GPUBROKER_MAXAGE"):
         load({"GPUBROKER_MAXAGE": "1h"})
+    with pytest.raises(ConfigError, match="GPUBROKER_ACCOUNTS_VAST_HOURS"):
+        load({"GPUBROKER_ACCOUNTS_VAST_HOURS": "1"})
     load({"GPUBROKER_VAST_URL": "http://127.0.0.1:1", "GPUBROKER_RUNPOD_S3_URL": "http://127.0.0.1:1"})
 
 

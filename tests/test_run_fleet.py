@@ -16,7 +16,7 @@ from gpubroker.run.events import Events
 from gpubroker.run.fleet import Fleet
 from gpubroker.run.launching import Candidate, Job
 from gpubroker.run.leases import Leases
-from gpubroker.run.records import Caps, Records
+from gpubroker.run.records import Caps, Records, midnight_before
 from gpubroker.run.renting import Renting
 from gpubroker.run.supervise import Supervisor
 from tests.support import NOW
@@ -370,3 +370,32 @@ def test_a_terminate_that_fails_is_asked_again_until_the_node_is_gone(world):
     world.vendor.terminate = terminate
     world.go(fleet, 1)
     assert ({}, 0) == (world.vendor.nodes, len(world.records.open_attempts()))
+
+
+def test_a_job_saves_and_ends_before_its_budget_is_passed(world):
+    """A person has heard of half of it and of four fifths before; nothing bills afterwards."""
+    (job,) = world.submit(budget_usd="4.20")
+    fleet = world.fleet()
+    world.go(fleet, 180, tick_s=60)
+    assert ({job: "over_budget"}, {}, 1) == (world.states(), world.vendor.nodes, world.node.stops)
+    (attempt,) = world.records.attempts(job)
+    assert Decimal("4.0") < attempt.usd_estimated <= Decimal("4.20")
+    told = [e.text for e in Events(world.store.database, world.clock).after(job_id=job) if e.kind == "budget"]
+    assert ["50 %", "80 %", "limi"] == [text[:4] for text in told]
+
+
+def test_a_days_cap_makes_nodes_save_and_wait_for_the_next_day(world):
+    """No job ends by it; all go on at midnight UTC."""
+    jobs = world.submit(2)
+    world.caps = Caps(usd_per_day=Decimal(12))
+    fleet = world.fleet()
+    fleet.caps = world.caps
+    now = world.clock.now()
+    world.clock.sleep((midnight_before(now) + timedelta(days=1) - now).total_seconds())
+    world.go(fleet, 240, tick_s=60)
+    assert ({"running"}, {}, 2) == (set(world.states().values()), world.vendor.nodes, world.vendor.created)
+    spent = sum(a.usd_estimated for job in jobs for a in world.records.attempts(job))
+    assert Decimal("11.5") < spent <= Decimal(12)
+    world.node.state = dict(AT_WORK)
+    world.go(fleet, 1230, tick_s=60)
+    assert (4, 2) == (world.vendor.created, len(world.vendor.nodes))

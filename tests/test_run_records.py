@@ -1,9 +1,11 @@
 """What is remembered of jobs and nodes, on both kinds of database: intents, caps, ledger, machines to avoid."""
 
+from datetime import UTC, datetime
 from decimal import Decimal
 
 import pytest
 
+from gpubroker.config import DayCaps
 from gpubroker.errors import OverBudget
 from gpubroker.run.records import Caps, Checkpoint, Records
 from tests.support import NOW
@@ -123,6 +125,71 @@ def test_the_next_day_begins_at_midnight(records, clock):
     clock.advance(5 * 3600)
     assert Decimal(0) == records.usd_today(clock.now())
     assert intend(records, records.add_job("sft", "{}"), Decimal(3), caps)
+
+
+def test_the_hours_of_a_day_are_capped_as_its_money_is(records, clock):
+    """4 h: one node has run two, it and another reserve one each; a vendor's price has nothing to do with it."""
+    caps = Caps(usd_per_day=None, node_hours_per_day=Decimal(4))
+    attempt = records.running(
+        records.created(intend(records, records.add_job("sft", "{}"), Decimal(1), caps), "n")
+    )
+    intend(records, records.add_job("sft", "{}"), Decimal(1), caps)
+    clock.advance(2 * 3600)
+    job = records.add_job("sft", "{}")
+    with pytest.raises(
+        OverBudget, match=r"limit of today is 4.00 node hours: 4.00 are used or reserved, .* add 1.00"
+    ) as caught:
+        intend(records, job, Decimal(1), caps)
+    assert ([], datetime(2026, 11, 25, tzinfo=UTC)) == (records.attempts(job), caught.value.until)
+    records.ended(attempt, "done")
+    assert 1 == intend(records, job, Decimal(1), caps).epoch
+    clock.advance(11 * 3600)  # another day; two are open still, and one of them has never run
+    assert 1 == intend(records, records.add_job("sft", "{}"), Decimal(1), caps).epoch
+
+
+@pytest.mark.parametrize(
+    ("account", "words"),
+    [
+        pytest.param(DayCaps(usd_per_day=Decimal(5)), r"today at vast is \$5.00: \$3.00", id="money"),
+        pytest.param(
+            DayCaps(node_hours_per_day=Decimal(1)), "today at vast is 1.00 node hours: 1.00", id="hours"
+        ),
+    ],
+)
+def test_the_cap_of_an_account_holds_over_its_nodes_alone(records, account, words):
+    """Another vendor's neither count nor are kept from it."""
+    caps = Caps(usd_per_day=None, accounts={"vast": account})
+    job = records.add_job("sft", "{}")
+    intend(records, job, Decimal(3), caps, provider="vast")
+    with pytest.raises(OverBudget, match=words):
+        intend(records, job, Decimal(3), caps, provider="vast")
+    assert ["vast", "runpod", "runpod"] == [
+        *(a.provider for a in records.attempts(job)),
+        *(intend(records, job, Decimal(3), caps, provider="runpod").provider for _ in range(2)),
+    ]
+
+
+def test_waiting_for_the_next_day_helps_against_a_cap_of_the_day_alone(records):
+    """A job's own budget is not filled up at midnight."""
+    for caps, until in (
+        (Caps(usd_per_day=Decimal(1)), datetime(2026, 11, 25, tzinfo=UTC)),
+        (Caps(usd_per_day=None, usd_per_job=Decimal(1)), None),
+    ):
+        with pytest.raises(OverBudget) as caught:
+            intend(records, records.add_job("sft", "{}"), Decimal(2), caps)
+        assert until == caught.value.until
+
+
+def test_attempts_of_all_jobs_are_found_by_when_they_were_open(records, clock):
+    """For the caps of a day, and for what everything has cost."""
+    first, second = (intend(records, records.add_job("sft", "{}")) for _ in range(2))
+    records.ended(first, "gone")
+    clock.advance(60)
+    later = clock.now()
+    clock.advance(60)
+    third = intend(records, records.add_job("sft", "{}"))
+    found = [[a.id for a in records.attempts_since(moment)] for moment in (later, None)]
+    assert [[second.id, third.id], [first.id, second.id, third.id]] == found
 
 
 def test_the_cap_of_a_job_is_its_own(records, clock):

@@ -16,7 +16,7 @@ from itertools import cycle
 from pathlib import Path
 
 import pytest
-from sqlalchemy import create_engine, select
+from sqlalchemy import NullPool, create_engine, select
 
 pytest.importorskip("aiohttp", reason="needs the extra [testcloud]")
 
@@ -63,7 +63,8 @@ class Desk:
 
     @property
     def database(self):
-        return create_engine(self.env["GPUBROKER_DB_URL"].replace("postgresql://", "postgresql+psycopg://"))
+        url = self.env["GPUBROKER_DB_URL"].replace("postgresql://", "postgresql+psycopg://")
+        return create_engine(url, poolclass=NullPool)
 
     def say(self, *words, code=0):
         command = [sys.executable, "-m", "gpubroker", *words]

@@ -1,5 +1,6 @@
 """What a node of the test cloud says of its GPUs: the host's truth, by every way a launcher may ask."""
 
+import asyncio
 import importlib.util
 import json
 import shutil
@@ -11,6 +12,7 @@ import pytest
 
 pytest.importorskip("asyncssh", reason="needs the extra [testcloud]")
 
+from gpubroker.node.bundle import NAME, bundle
 from gpubroker.testcloud.nodes import LocalNodes
 from gpubroker.testcloud.nodes_process import KeeperFailed
 from tests.test_testcloud_nodes import H100, fakes_built_once, in_loop  # noqa: F401 a fixture
@@ -142,6 +144,26 @@ async def test_how_much_the_gpus_are_used_can_be_said(tmp_path):
             said.append((await node.run(USE, {"GPUBROKER_RUN": "job.1.a"}))[1])
         assert [b"40\n40\n", b"0\n0\n", b"97\n97\n"] == said
         assert b"97\n0\n" == (await other.run(USE, {}))[1]
+
+
+@in_loop
+async def test_an_agent_on_a_node_sees_its_job_use_the_gpus_or_not(tmp_path):
+    """In use while the command runs; idle from when somebody says so."""
+    async with LocalNodes(tmp_path) as nodes:
+        node = await nodes.start("r1", H100, [], {})
+        home = Path(node.home)
+        (home / NAME).write_bytes(bundle())
+        told = {"folder": "agent", "command": "sleep 60", "gpu_s": 0.2, "heartbeat_s": 0.1, "tick_s": 0.1}
+        (home / "config.json").write_text(json.dumps(told))
+        agent = f"python3 {NAME} {{}} config.json"
+        await node.run(["sh", "-c", agent.format("start")], {})
+        found = []
+        for percent in (None, 0, 30):
+            node.show_load(percent)
+            wanted = "[1-9]" if percent == 0 else "0[.]0,"
+            look = f"until {agent.format('status')} | grep -q 'gpu_idle_s\": {wanted}'; do sleep 0.1; done"
+            found.append(await asyncio.wait_for(node.run(["sh", "-c", look], {}), 60))
+    assert [(0, b"", b"")] * 3 == found
 
 
 @in_loop

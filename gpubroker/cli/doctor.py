@@ -80,7 +80,7 @@ def check(env: Mapping[str, str], clock: Clock, *, offline: bool) -> list[Findin
     path = config.config_path(env)
     detail = str(path) if path.exists() else f"defaults; {path} does not exist"
     found = [Finding(what="configuration", verdict="ok", detail=detail)]
-    named = settings.disabled_providers | {provider for provider, _ in settings.fees}
+    named = settings.disabled_providers | {provider for provider, _ in settings.fees} | set(settings.accounts)
     if strangers := sorted(named - set(names())):
         detail = f"it names {', '.join(strangers)}; installed providers are {', '.join(names())}"
         found.append(Finding(what="configuration", verdict="warn", detail=detail))

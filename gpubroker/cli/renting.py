@@ -25,7 +25,7 @@ from gpubroker.plan.course import Course
 from gpubroker.plan.rank import Ask, Pricing, Quote, rank
 from gpubroker.plan.sentence import name_of
 from gpubroker.plan.work import Work
-from gpubroker.provider import Compute
+from gpubroker.provider import Compute, names
 from gpubroker.run.contact import Keys
 from gpubroker.run.in_time import has_slack, saved_h
 from gpubroker.run.launching import Candidate, Job
@@ -60,7 +60,25 @@ def job_of(
         store=store,
         private_key=keys.private,
         public_key=keys.public,
-        caps=Caps(usd_per_day=settings.usd_per_day, usd_per_job=spec.limits.budget_usd),
+        caps=caps_of(settings, spec),
+    )
+
+
+def caps_of(settings: Settings, spec: JobSpec) -> Caps:
+    """What a job may use. See day_caps."""
+    return replace(day_caps(settings), usd_per_job=spec.limits.budget_usd)
+
+
+def day_caps(settings: Settings) -> Caps:
+    """What all jobs together may use a day. Raises ConfigError for an account of an unknown provider."""
+    if settings.accounts and (strangers := sorted(set(settings.accounts) - set(names()))):
+        raise ConfigError(
+            f"accounts: no provider is called {strangers[0]!r}; installed: {', '.join(names())}"
+        )
+    return Caps(
+        usd_per_day=settings.usd_per_day,
+        node_hours_per_day=settings.node_hours_per_day,
+        accounts=settings.accounts,
     )
 
 

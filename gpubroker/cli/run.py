@@ -37,7 +37,7 @@ from gpubroker.run.records import Records
 from gpubroker.run.renting import Renting
 from gpubroker.run.supervise import Outcome, Supervisor
 
-_JOB_FAILED = 6
+_JOB_FAILED, _OVER_BUDGET = 6, 5
 _SHOWN = 10
 
 
@@ -200,7 +200,7 @@ def _report(job_id: str, outcome: Outcome, records: Records, output: str, clock:
         nodes = f"{count} node{'s' * (count != 1)}"
         say(f"{job_id} is {outcome.state} ({outcome.reason}): {nodes}, about ${total:.4f}")
     if outcome.state != "done":
-        raise click.exceptions.Exit(_JOB_FAILED)
+        raise click.exceptions.Exit(_OVER_BUDGET if outcome.state == "over_budget" else _JOB_FAILED)
 
 
 def _show(spec: JobSpec, market: Market, output: str) -> None:

@@ -17,12 +17,13 @@ from gpubroker import config
 from gpubroker.cli.asked import volume_of
 from gpubroker.cli.options import Duration
 from gpubroker.cli.plan import ask_of, known_of
-from gpubroker.cli.renting import Market
+from gpubroker.cli.renting import Market, caps_of, day_caps
 from gpubroker.cli.watching import tell
 from gpubroker.config import Settings
 from gpubroker.doors import Clock, SystemClock, ThreadPool
 from gpubroker.errors import ConfigError, SchemaTooNew, StoreError
 from gpubroker.jobspec import JobSpec
+from gpubroker.plan.fees import FeeTable
 from gpubroker.prices.database import Database
 from gpubroker.prices.market import open_context
 from gpubroker.provider import Compute, ProviderContext
@@ -36,7 +37,7 @@ from gpubroker.run.leases import Leases
 from gpubroker.run.looks import job_folder
 from gpubroker.run.metrics import Ticks, serve, snapshot
 from gpubroker.run.notify import Notifier, channels_of, check, kinds_of, secrets_of
-from gpubroker.run.records import Caps, Records
+from gpubroker.run.records import Records
 from gpubroker.run.renting import Renting
 from gpubroker.run.supervise import Supervisor
 
@@ -87,6 +88,7 @@ def supervise(*, tick_s: float, metrics: str | None, until_done: bool) -> None:
             over=lambda job_id: kept.forget(job_folder(settings.jobs_dir, job_id)),
             listed=lambda provider: ticks.listed(provider, clock.now()),
             say=lambda text: _say(clock, text),
+            caps=day_caps(settings),
             tick_s=tick_s,
         )
         with contextlib.ExitStack() as stack:
@@ -162,7 +164,7 @@ class _Made:
         clock: Clock,
     ) -> None:
         self._settings, self._context, self._records, self._clock = settings, context, records, clock
-        self._computes = computes
+        self._computes, self._fees = computes, FeeTable.load(settings.fees)
         self.renting = Renting(records, computes, clock)
 
     def supervisor(self, job_id: str, spec: JobSpec) -> Supervisor:
@@ -199,7 +201,7 @@ class _Made:
                 store=found.store,
                 private_key=keys.private,
                 public_key=keys.public,
-                caps=Caps(usd_per_day=self._settings.usd_per_day, usd_per_job=spec.limits.budget_usd),
+                caps=caps_of(self._settings, spec),
             ),
             records=self._records,
             renting=self.renting,
@@ -212,6 +214,7 @@ class _Made:
             log_from=lambda attempt: _size(kept.log_file(folder, attempt.epoch)),
             renew_within_s=float(self._settings.renew_within_s),
             reach=self._settings.reach,
+            fees=self._fees,
         )
 
 

@@ -157,7 +157,7 @@ class FeeTable:
         return self._known_storage[provider, kind]
 
     def _storage(self, provider: str, kind: StorageKind) -> Charge:
-        item = f"{kind}_usd_per_gb_month"
+        item = _storage_item(provider, kind)
         own = self._overrides.get((provider, item))
         if own is not None:
             return _own(round_usd(own), f"${own:f}/GB-month")
@@ -169,11 +169,8 @@ class FeeTable:
     def held_usd(
         self, provider: str, gb: Decimal, hours: Decimal, *, kind: StorageKind = "network_volume"
     ) -> Charge:
-        """Holding `gb` (10^9 bytes) for some hours, tier by tier, in a bucket or on a network volume.
-
-        A bucket at a provider that sells none by that name is its network volume.
-        """
-        item = _BUCKETS.get(provider, _VOLUME) if kind == "bucket" else f"{kind}_usd_per_gb_month"
+        """Holding `gb` (10^9 bytes) for some hours, tier by tier, in a bucket or on a network volume."""
+        item = _storage_item(provider, kind)
         month_h = self.hours_per_month(provider)
         lasting = f"x {hours:.4f} h / {month_h} h"
         own = self._overrides.get((provider, item))
@@ -280,6 +277,11 @@ class FeeTable:
             as_of=min(fee.as_of for _, fee in parts),
             status=parts[0][1].status + (", disputed" if disputed else ""),
         )
+
+
+def _storage_item(provider: str, kind: StorageKind) -> str:
+    """A bucket at a provider that sells none by that name is its network volume."""
+    return _BUCKETS.get(provider, _VOLUME) if kind == "bucket" else f"{kind}_usd_per_gb_month"
 
 
 def _own(usd: Decimal, how: str) -> Charge:

@@ -35,9 +35,9 @@ class Observed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Goal:
-    """What the job is to be brought to, with a last checkpoint."""
+    """What the job is to be brought to, with a last checkpoint; resting: to have no node for a while."""
 
-    state: Literal["cancelled", "over_budget", "failed"]
+    state: Literal["cancelled", "over_budget", "failed", "resting"]
     why: str
     since: datetime
 
@@ -120,7 +120,7 @@ def _of_living(attempt: Attempt, node: NodeView, seen: Observed, now: datetime) 
 
 def _towards(goal: Goal, seen: Observed, now: datetime) -> Action:
     """What was begun is given time to save, unless nobody can ask it to."""
-    finish = Finish(state=goal.state, reason=goal.why)
+    finish = _at(goal)
     node, state = seen.node, seen.state or {}
     if not seen.is_listed:
         return Wait(why="the vendor does not answer")
@@ -141,6 +141,12 @@ def _of_agent(state: Mapping[str, Any] | None) -> Action:
     return Wait(why="running")
 
 
+def _at(goal: Goal) -> Finish | Replace:
+    if goal.state == "resting":
+        return Replace(reason=goal.why)
+    return Finish(state=goal.state, reason=goal.why)
+
+
 def _of_result(result: Mapping[str, Any], goal: Goal | None) -> Action:
     outcome, reason = str(result.get("outcome")), str(result.get("reason", ""))
     if outcome == "done":
@@ -148,7 +154,7 @@ def _of_result(result: Mapping[str, Any], goal: Goal | None) -> Action:
     if outcome == "failed":
         return Finish(state="failed", reason=reason)
     if goal is not None:
-        return Finish(state=goal.state, reason=goal.why)
+        return _at(goal)
     kind: EndKind = "crashed" if outcome == "retry" else "ended"
     return Replace(reason=f"{outcome.replace('_', ' ')}: {reason}", kind=kind)
 

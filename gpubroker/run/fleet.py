@@ -17,10 +17,12 @@ from gpubroker.doors import Clock, Pool
 from gpubroker.errors import AuthFailed, BrokerError, ConfigError, NotOurs, OverBudget, SchemaTooNew
 from gpubroker.jobspec import JobSpec, kept_job
 from gpubroker.provider import Compute, NodeView
+from gpubroker.run.budget import day_breach
+from gpubroker.run.decide import Goal
 from gpubroker.run.leases import LEASE_S, Leases
-from gpubroker.run.records import Attempt, JobRow, Records
+from gpubroker.run.records import Attempt, Caps, JobRow, Records, midnight_before
 from gpubroker.run.renting import APPEARS_WITHIN, Renting, Stray
-from gpubroker.run.supervise import Listing, Outcome, Supervisor
+from gpubroker.run.supervise import ENDING, Listing, Outcome, Supervisor
 
 TICK_S = 5.0
 # Looks at nodes are spread out so that there are at most so many a second.
@@ -32,6 +34,8 @@ _WAIT_S = 2.0
 _TRY_AGAIN_S, _TRY_AGAIN_MOST_S = 30.0, 1800.0
 # A node that nobody wants may be where no job has one.
 _EVERYWHERE_S = 60.0
+# What a day has cost is added up so often.
+_DAY_LOOK_S = 15.0
 _NEVER_S = -1e9
 
 
@@ -69,6 +73,7 @@ class Fleet:
     make: Callable[[str, JobSpec], Supervisor]
     over: Callable[[str], None] = lambda job_id: None  # a job of ours is over, and nothing of it bills
     listed: Callable[[str], None] = lambda provider: None  # a vendor has answered
+    caps: Caps | None = None  # of a day; None = there is none
     say: Callable[[str], None] = lambda text: None
     tick_s: float = TICK_S
     _runners: dict[str, _Runner] = field(default_factory=dict)
@@ -76,6 +81,7 @@ class Fleet:
     _foreign: set[str] = field(default_factory=set)  # tags that are none of our business
     _renew_at_s: float = _NEVER_S
     _look_everywhere_at_s: float = _NEVER_S
+    _look_at_day_s: float = _NEVER_S
     _alive: frozenset[str] = frozenset()
 
     def tick(self) -> None:
@@ -84,6 +90,7 @@ class Fleet:
         rows = self._claimed()
         attempts = self._open_attempts(rows)
         seen = self._ask(self._wanted(attempts))
+        self._rest(attempts)
         due = [self._runners[row.id] for row in rows if self._is_due(row, attempts.get(row.id, []), seen)]
         by_id = {row.id: row for row in rows}
         for runner in due:
@@ -146,6 +153,25 @@ class Fleet:
                 found[attempt.job_id].append(attempt)
         return found
 
+    def _rest(self, attempts: Mapping[str, Sequence[Attempt]]) -> None:
+        """Once a day's cap is as good as used up, our nodes save and end, and wait for the next day."""
+        now_s = self.clock.monotonic_s()
+        if self.caps is None or now_s < self._look_at_day_s:
+            return
+        self._look_at_day_s = now_s + _DAY_LOOK_S
+        now = self.clock.now()
+        today = self.records.attempts_since(midnight_before(now))
+        breaches = {one.provider: one for one in day_breach(today, self.caps, now, ENDING)}
+        for job_id, found in attempts.items():
+            supervisor = self._runners[job_id].supervisor
+            if supervisor is None:
+                continue
+            over = [breaches[name] for name in ("", *(a.provider for a in found)) if name in breaches]
+            if not over or not found:
+                supervisor.rests = None
+            elif supervisor.rests is None:
+                supervisor.rests = Goal(state="resting", why=over[0].reason, since=now)
+
     # Looking
 
     def _wanted(self, attempts: Mapping[str, Sequence[Attempt]]) -> set[str]:
@@ -188,10 +214,10 @@ class Fleet:
         runner = self._runners[row.id]
         if runner.is_busy:
             return False
-        is_to_end = row.state != "running" or row.wanted
+        is_to_end = row.state != "running" or bool(row.wanted)
         if self.clock.monotonic_s() < runner.not_before_s and not is_to_end:
             return False
-        if runner.supervisor is None:
+        if runner.supervisor is None or (runner.supervisor.rests and attempts):
             return True
         look_every_s = min(_LONGEST_LOOK_S, max(self.tick_s, len(self._runners) / _LOOKS_PER_S))
         return runner.supervisor.is_due(row, attempts, seen, look_every_s)
@@ -233,10 +259,10 @@ class Fleet:
 
     def _over_budget(self, runner: _Runner, error: OverBudget) -> None:
         """A job's own limit is its end; a day's is waited for."""
-        if error.passes_at is None:
+        if error.until is None:
             self.records.end_job(runner.job_id, "over_budget", str(error))
         else:
-            why = f"{error}; it goes on after {error.passes_at:%Y-%m-%d %H:%M} UTC"
+            why = f"{error}; it goes on after {error.until:%Y-%m-%d %H:%M} UTC"
             self._put_off(runner, why, for_s=self._growing_s(runner))
 
     def _growing_s(self, runner: _Runner) -> float:

@@ -32,8 +32,8 @@ from gpubroker.run.records import Attempt, Caps, Records
 from gpubroker.run.renting import Order, Renting
 from gpubroker.run.risk import risk_of
 
-# Less than this of the cap of hours is not worth a node's start.
-_LEAST_S = 60.0
+# Less than this of the cap of hours is not worth a node's start: to save and to end takes as long.
+_LEAST_S = 200.0
 _NO_STORE = "no --store is given: when the node is lost, all its work is lost with it"
 
 

@@ -2,23 +2,25 @@
 
 An attempt is written before its node is asked for and is open until the node is known to be gone: what is
 open may be billing. The caps are checked in the transaction that writes the intent, so that two launchers
-cannot both take the last dollar.
+cannot both take the last dollar, or the last hour.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
-from datetime import datetime, timedelta
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any, Literal
 
 from sqlalchemy import ColumnElement, Connection, delete, func, insert, or_, select, update
 
+from gpubroker.config import DayCaps
 from gpubroker.doors import Clock
 from gpubroker.errors import NotOurs, OverBudget
 from gpubroker.model import Offer
+from gpubroker.money import SECONDS_PER_HOUR
 from gpubroker.prices.database import Database
 from gpubroker.provider import TAG
 from gpubroker.run import events, tables
@@ -30,8 +32,8 @@ JobState = Literal["running", "done", "failed", "stopped", "cancelled", "over_bu
 EndKind = Literal["", "preempted", "lost", "rejected", "crashed", "ended"]
 # What a job is to be brought to, with a last checkpoint; "" = to its own end.
 Wanted = Literal["", "cancelled", "over_budget", "failed"]
-# What an open node is taken to spend at least, before anybody looks at it again.
-_RESERVED_H = 1
+# What an open node is taken to use at least, before anybody looks at it again.
+_RESERVED_H = Decimal(1)
 _LOCK = "gpubroker launch"
 
 
@@ -41,6 +43,13 @@ class Caps:
 
     usd_per_day: Decimal | None  # over all jobs, by UTC day
     usd_per_job: Decimal | None = None
+    node_hours_per_day: Decimal | None = None  # over all jobs, by UTC day
+    accounts: Mapping[str, DayCaps] = field(default_factory=dict)  # provider -> over all its nodes
+
+    def by_day(self) -> Iterator[tuple[str, DayCaps]]:
+        """(provider, its caps); "" = all providers together."""
+        yield "", DayCaps(usd_per_day=self.usd_per_day, node_hours_per_day=self.node_hours_per_day)
+        yield from self.accounts.items()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +108,13 @@ class Attempt:
         """Of its node's time, until now where it has not ended."""
         return 0.0 if self.running_at is None else ((self.ended_at or now) - self.running_at).total_seconds()
 
+    def hours_since(self, moment: datetime, now: datetime) -> Decimal:
+        """Of its node's time between two moments: from when it ran to its end."""
+        if self.running_at is None:
+            return Decimal(0)
+        since, until = max(moment, self.running_at), min(now, self.ended_at or now)
+        return Decimal(max(0, int((until - since).total_seconds()))) / SECONDS_PER_HOUR
+
     def usd_so_far(self, now: datetime) -> Decimal:
         """Estimated: of what has ended as recorded then, of what is open until now."""
         return self.usd_by(now) if self.usd_estimated is None else self.usd_estimated
@@ -106,6 +122,10 @@ class Attempt:
     def usd_known(self, now: datetime) -> Decimal:
         """The vendor's own figure where there is one, else the estimate."""
         return self.usd_so_far(now) if self.usd_settled is None else self.usd_settled
+
+    def usd_since(self, moment: datetime, now: datetime) -> Decimal:
+        """As far as we know; a vendor's figure that is below the estimate of before takes nothing back."""
+        return max(Decimal(0), self.usd_known(now) - self.usd_by(moment))
 
     def usd_by(self, moment: datetime, *, is_free: bool = False) -> Decimal:
         """Estimated, of what it had cost by then. See ledger.estimate_usd."""
@@ -254,7 +274,7 @@ class Records:
         now = self._clock.now()
         with self._database.write(_LOCK) as connection:
             self._refuse_others(connection, job_id)
-            self._check(connection, job_id, usd_per_hour, caps, now)
+            self._check(connection, job_id, offer.provider, usd_per_hour, caps, now)
             last = connection.execute(
                 select(func.max(tables.attempts.c.epoch)).where(tables.attempts.c.job_id == job_id)
             ).scalar()
@@ -495,7 +515,7 @@ class Records:
         """Raises SchemaTooNew once a newer gpubroker has migrated the database."""
         self._database.check_schema()
 
-    def attempts_since(self, since: datetime | None, job_id: str | None = None) -> list[Attempt]:
+    def attempts_since(self, since: datetime | None = None, job_id: str | None = None) -> list[Attempt]:
         """Nodes of one job or of all that were there since then, the oldest first; None = ever."""
         found = tables.attempts.c
         query = select(tables.attempts).where(found.node_id.is_not(None)).order_by(found.id)
@@ -564,21 +584,38 @@ class Records:
             return _one(connection, attempt.id)
 
     def _check(
-        self, connection: Connection, job_id: str, usd_per_hour: Decimal, caps: Caps, now: datetime
+        self,
+        connection: Connection,
+        job_id: str,
+        provider: str,
+        usd_per_hour: Decimal,
+        caps: Caps,
+        now: datetime,
     ) -> None:
         """One more hour of this node, and one of every other that is open, must still fit."""
-        found = tables.attempts
-        open_now = connection.execute(select(found).where(found.c.ended_at.is_(None)))
-        reserved = {row.id: row.usd_per_hour * _RESERVED_H for row in open_now}
-        wanted = usd_per_hour * _RESERVED_H
-        if caps.usd_per_day is not None:
-            spent = _usd_today(connection, now) + sum(reserved.values(), Decimal(0))
-            _refuse("today", caps.usd_per_day, spent, wanted, next_midnight(now))
+        today, midnight, wanted = _today(connection, now), midnight_before(now), usd_per_hour * _RESERVED_H
+        for account, most in caps.by_day():
+            if account not in ("", provider):
+                continue
+            what = f"today at {account}" if account else "today"
+            mine = [a for a in today if account in ("", a.provider)]
+            if most.usd_per_day is not None:
+                usd = sum((a.usd_since(midnight, now) + _reserved_usd(a) for a in mine), Decimal(0))
+                _refuse(what, most.usd_per_day, usd, wanted, until=midnight + timedelta(days=1))
+            if most.node_hours_per_day is not None:
+                hours = sum((a.hours_since(midnight, now) + _reserved_h(a) for a in mine), Decimal(0))
+                _refuse_hours(what, most.node_hours_per_day, hours, until=midnight + timedelta(days=1))
         if caps.usd_per_job is not None:
+            found = tables.attempts
             rows = connection.execute(select(found).where(found.c.job_id == job_id))
             own = [Attempt(**row._mapping) for row in rows]
-            spent = sum((a.usd_known(now) + reserved.get(a.id, Decimal(0)) for a in own), Decimal(0))
+            spent = sum((a.usd_known(now) + _reserved_usd(a) for a in own), Decimal(0))
             _refuse("this job", caps.usd_per_job, spent, wanted)
+
+
+def midnight_before(now: datetime) -> datetime:
+    """When the day (UTC) of the caps began."""
+    return now.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
 
 
 def new_job_id(name: str) -> str:
@@ -586,30 +623,48 @@ def new_job_id(name: str) -> str:
     return f"{name}-{secrets.token_hex(3)}"
 
 
-def next_midnight(now: datetime) -> datetime:
-    """UTC: when a day's cap starts anew."""
-    return now.replace(hour=0, minute=0, second=0, microsecond=0) + timedelta(days=1)
+def _reserved_h(attempt: Attempt) -> Decimal:
+    return Decimal(0) if attempt.ended_at is not None else _RESERVED_H
+
+
+def _reserved_usd(attempt: Attempt) -> Decimal:
+    return attempt.usd_per_hour * _reserved_h(attempt)
 
 
 def _refuse(
-    what: str, limit: Decimal, spent: Decimal, wanted: Decimal, passes_at: datetime | None = None
+    what: str, limit: Decimal, spent: Decimal, wanted: Decimal, *, until: datetime | None = None
 ) -> None:
     if spent + wanted > limit:
         raise OverBudget(
             f"the limit of {what} is ${limit:.2f}: ${spent:.2f} are spent or reserved,"
             f" an hour of this node would add ${wanted:.2f}",
-            passes_at,
+            until=until,
+        )
+
+
+def _refuse_hours(what: str, limit: Decimal, used: Decimal, *, until: datetime) -> None:
+    if used + _RESERVED_H > limit:
+        raise OverBudget(
+            f"the limit of {what} is {limit:.2f} node hours: {used:.2f} are used or reserved,"
+            f" this node would add {_RESERVED_H:.2f}",
+            until=until,
         )
 
 
 def _usd_today(connection: Connection, now: datetime) -> Decimal:
-    midnight = now.replace(hour=0, minute=0, second=0, microsecond=0)
+    midnight = midnight_before(now)
+    return sum((a.usd_since(midnight, now) for a in _today(connection, now)), Decimal(0))
+
+
+def _today(connection: Connection, now: datetime) -> list[Attempt]:
+    """Those that have used anything since midnight UTC, or may yet."""
+    return _since(connection, midnight_before(now))
+
+
+def _since(connection: Connection, moment: datetime) -> list[Attempt]:
     found = tables.attempts.c
-    rows = connection.execute(
-        select(tables.attempts).where((found.ended_at.is_(None)) | (found.ended_at > midnight))
-    )
-    attempts = [Attempt(**row._mapping) for row in rows]
-    return sum((max(Decimal(0), a.usd_known(now) - a.usd_by(midnight)) for a in attempts), Decimal(0))
+    query = select(tables.attempts).where((found.ended_at.is_(None)) | (found.ended_at > moment))
+    return [Attempt(**row._mapping) for row in connection.execute(query.order_by(found.id))]
 
 
 def _one(connection: Connection, attempt_id: int) -> Attempt:

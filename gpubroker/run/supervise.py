@@ -27,8 +27,9 @@ from gpubroker.errors import (
     Transient,
     Unreachable,
 )
+from gpubroker.plan.fees import FeeTable
 from gpubroker.provider import Compute, NodeView
-from gpubroker.run import waste
+from gpubroker.run import budget, waste
 from gpubroker.run.contact import Connect
 from gpubroker.run.decide import (
     Action,
@@ -62,6 +63,9 @@ RENEW_WITHIN_S = 1800.0
 _MOST_FAILURES = 5
 # A node may say anything, as often as it likes.
 _MOST_PROBLEMS = 20
+# What a node may go on for after it should stop: the agent waits so long for a last checkpoint and then for
+# the job to end (node/config.py), and with many jobs it is looked at once a minute.
+ENDING = budget.Ending(save_s=120, grace_s=10, tick_s=60)
 # Ticks in a row in which the database said no.
 _MOST_STORE_FAILURES = 20
 # How long an end waits for a vendor that does not confirm it, and how long between two tries.
@@ -134,9 +138,14 @@ class Supervisor:
     log_from: Callable[[Attempt], int] = lambda attempt: 0
     renew_within_s: float = RENEW_WITHIN_S
     reach: Sequence[str] = ()  # "host:port" outside, of which a node must reach one
+    fees: FeeTable | None = None  # what its store costs; None = that is not counted
+    rests: Goal | None = None  # a day's cap is used up: no node until it begins anew
     _contacts: dict[int, _Contact] = field(default_factory=dict)
     _said: str = ""
     _store_failures: int = 0
+    _told_percent: int = 0  # of its budget
+    _past: tuple[int, list[Attempt]] | None = None  # (the open attempt, those before it)
+    _kept: tuple[int, budget.Stored] | None = None  # (checkpoints, what they cost)
     _launcher: Launcher = field(init=False)
 
     def __post_init__(self) -> None:
@@ -228,7 +237,9 @@ class Supervisor:
             attempt = self._meter(attempt, node)
             contact.node = node or contact.node
         look = self._observe(attempt, contact.node if nodes is None else node, is_listed=nodes is not None)
-        action = decide(attempt, look, self.clock.now(), _goal(row))
+        action = decide(attempt, look, self.clock.now(), _goal(row) or self._judge_budget(row, attempt))
+        if isinstance(action, Wait) and nodes is None and attempt.provider not in seen.problems:
+            return None  # its list has not come yet
         try:
             outcome = self._apply(attempt, action)
         except (Transient, Unreachable) as error:
@@ -240,10 +251,9 @@ class Supervisor:
 
     def _rent(self, row: JobRow) -> Outcome | None:
         """The next node, unless the job is to be no more, or its nodes come to nothing again and again."""
-        goal = _goal(row)
-        if goal is not None:
-            self.records.end_job(self.job.id, goal.state, goal.why)
-            return self._wind_up(goal.state, goal.why)
+        if row.wanted:
+            self.records.end_job(self.job.id, row.wanted, row.wanted_why)
+            return self._wind_up(row.wanted, row.wanted_why)
         attempts = self.records.attempts(self.job.id)
         epochs = {made.epoch for made in self.records.checkpoints(self.job.id)}
         patience = after_failures(attempts, epochs, self.clock.now())
@@ -387,6 +397,40 @@ class Supervisor:
             self._tell("idle", f"{attempt.provider} {attempt.node_id}: {found.text}", attempt)
         elif isinstance(found, waste.End) and self.records.want(self.job.id, "failed", found.reason):
             self.say(found.reason)
+
+    def _judge_budget(self, row: JobRow, attempt: Attempt) -> Goal | None:
+        """A person hears of each share of the job's budget; before it is passed the job saves and ends."""
+        limits, now = self.job.spec.limits, self.clock.now()
+        if limits.budget_usd is None and limits.max_hours is None:
+            return self.rests
+        if self._past is None or self._past[0] != attempt.id:
+            past = [a for a in self.records.attempts(self.job.id) if a.id != attempt.id]
+            self._past = (attempt.id, past)
+        attempts, kept = [*self._past[1], attempt], self._stored()
+        used = budget.spend(attempts, now)
+        share = budget.shares(limits, used.usd + kept.usd, used.hours)
+        if why := budget.breach(limits, attempts, now, ENDING, kept):
+            self.records.told_percent(self.job.id, 100, why)
+            if self.records.want(self.job.id, "over_budget", why):
+                self.say(why)
+            return Goal(state="over_budget", why=why, since=now)
+        if share is not None and share.percent > max(row.told_percent, self._told_percent):
+            self._told_percent = share.percent
+            self.records.told_percent(self.job.id, share.percent, share.text)
+            self.say(share.text)
+        return self.rests
+
+    def _stored(self) -> budget.Stored:
+        """What its checkpoints cost in their store; worked out anew when there is another one."""
+        made = sum(contact.made for contact in self._contacts.values())
+        if self.fees is None or self.job.store is None or not made:
+            return budget.Stored()
+        if self._kept is None or self._kept[0] != made:
+            spec, found = self.job.spec.checkpoint, self.records.checkpoints(self.job.id)
+            most = None if spec.keep_size is None else int(spec.keep_size * 10**9)
+            now = self.clock.now()
+            self._kept = (made, budget.stored(found, spec.keep, most, self.job.store, self.fees, now))
+        return self._kept[1]
 
     def _work_lost_s(self, attempt: Attempt) -> int | None:
         """Run since the save that is in the store; None = not by this process, so nobody knows."""
