@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from gpubroker.doors import SystemClock
 from gpubroker.model import OfferQuery, Parsed
 from gpubroker.prices.store import Store
 from tests.database import assert_sound, rows_of
@@ -118,6 +119,18 @@ def test_a_name_is_held_by_one_process_until_it_is_gone(empty_url):
         first.wait()
         with holder(url, "a") as fourth:
             assert "ours\n" == fourth.stdout.readline()
+
+
+def test_a_name_stays_held_when_another_is_let_go(empty_url):
+    """By the same process, which has it once; what it lets go is free."""
+    with Store.open(empty_url, SystemClock()) as store:
+        with store.database.hold("a") as first:
+            with store.database.hold("b") as second, store.database.hold("a") as again:
+                assert (True, True, False) == (first, second, again)
+            with holder(empty_url, "a") as other, holder(empty_url, "b") as third:
+                assert ["taken\n", "ours\n"] == [other.stdout.readline(), third.stdout.readline()]
+        with holder(empty_url, "a") as other:
+            assert "ours\n" == other.stdout.readline()
 
 
 def holder(url, name):

@@ -7,7 +7,9 @@ where it must, and whatever the database says no to becomes a StoreError that na
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
+import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -36,6 +38,9 @@ from gpubroker.prices.rows import REVISION
 T = TypeVar("T")
 # Values or rows in one statement: SQLite allows 32766 values, PostgreSQL 65535.
 _CHUNK = 1000
+# Files of held names, and the bytes of them that this process holds.
+_HELD_FILES: dict[Path, int] = {}
+_HELD: set[tuple[Path, int]] = set()
 # How long a write waits for another process's: SQLite lets one write at a time.
 BUSY_S = 10
 # A server that takes the connection and never answers must not hang a command.
@@ -132,19 +137,21 @@ class Database:
         if self.path is None:
             yield True
             return
-        import fcntl
-
+        path = self.path.with_name(f"{self.path.name}-held").absolute()
+        # A process loses all its locks on a file when it closes any descriptor of it: this one stays open.
+        if path not in _HELD_FILES:
+            _HELD_FILES[path] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        file = _HELD_FILES[path]
         place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
-        with self.path.with_name(f"{self.path.name}-held").open("ab") as file:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
-            except OSError as error:
-                if error.errno not in (errno.EACCES, errno.EAGAIN):
-                    raise
-                is_ours = False
-            else:
-                is_ours = True
+        is_ours = (path, place) not in _HELD and _lock(file, place)
+        if is_ours:
+            _HELD.add((path, place))
+        try:
             yield is_ours
+        finally:
+            if is_ours:
+                _HELD.discard((path, place))
+                fcntl.lockf(file, fcntl.LOCK_UN, 1, place)
 
     def run(
         self, connection: Connection, sql: str, values: tuple[Any, ...] | Sequence[tuple[Any, ...]] = ()
@@ -213,6 +220,17 @@ class Database:
             yield
         except (exc.DBAPIError, sqlite3.Error) as error:
             raise StoreError(f"{self.where} {_next_step(error)}") from error
+
+
+def _lock(file: int, place: int) -> bool:
+    """That byte of the file; False = another process has it."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise
+        return False
+    return True
 
 
 def chunks(items: Iterable[T]) -> Iterator[list[T]]:

@@ -93,12 +93,12 @@ attempts = Table(
     Column("running_at", Moment),  # NULL = never seen running
     Column("ended_at", Moment),  # NULL = may be billing
     text_column("end_reason"),
-    text_column("end_kind"),  # records.EndKind; "" = it has not ended, or was never created
     Column("usd_estimated", Money),  # NULL until it has ended
     Column("usd_settled", Money),  # NULL = the vendor has not said
     Column("work_lost_s", Integer),  # run since the last save; NULL until it has ended, or nobody knows
     Column("held_usd_per_hour", Money, nullable=False, server_default="0"),  # its disk, while it does not run
     Column("stopped_at", Moment),  # NULL = not seen stopped
+    text_column("end_kind"),  # records.EndKind; "" = it has not ended, or was never created
     UniqueConstraint("job_id", "epoch"),
     Index("ix_attempts_open", "ended_at"),
 )
