@@ -218,7 +218,7 @@ def test_a_script_of_one_line_goes_on_after_an_interruption_and_brings_the_files
                         cloud.preempt(node["id"])
         assert 0 == process.returncode
     begun = [line.split() for line in said if line.startswith("attempt")]
-    assert ["1", "0"] == [begun[0][1], begun[0][3]]
+    assert "0" == begun[0][3]
     assert int(begun[-1][3]) >= 10
     (back,) = (tmp_path / "job" / "gpubroker-out").glob("job-*/out/result.txt")
     assert str(sum(range(31))) == back.read_text()

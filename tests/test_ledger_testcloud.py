@@ -114,7 +114,9 @@ def run_job(tmp_path, monkeypatch, capsys):
             monkeypatch.setattr(module, "SystemClock", lambda: clock)
         folder = tmp_path / "job"
         folder.mkdir()
-        (folder / "train.py").write_text(TRAIN.replace("31", "25"))
+        (folder / "train.py").write_text(
+            TRAIN.replace("31", "25").replace("start < 10", "os.environ['GPUBROKER_ATTEMPT'] == '1'")
+        )
         code = main([
             "run", "--gpu", gpu, "--hours", "1", "--max-usd", "90", "--folder", str(folder),
             "--provider", vendor, "--market", market, "--store", "s3://jobs/x",
