@@ -154,7 +154,7 @@ def test_every_job_has_a_node_until_it_is_done(world):
     world.go(fleet, 2)
     assert ({"done"}, {}) == (set(world.states().values()), world.vendor.nodes)
     assert ["submitted", "rented", "done", "ended"] == world.story(jobs[0])
-    assert (sorted(jobs), 0) == (sorted(world.over), fleet.size)
+    assert (sorted(jobs), 0, True) == (sorted(world.over), fleet.size, fleet.is_idle)
 
 
 def test_a_lost_node_is_replaced_in_the_tick_that_shows_it(world):

@@ -4,6 +4,7 @@ loopback, with real processes behind real SSH as nodes, and supervisors that are
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from sqlalchemy import NullPool, create_engine, select
 
 pytest.importorskip("aiohttp", reason="needs the extra [testcloud]")
 
+from gpubroker.prices.rows import REVISION
 from gpubroker.run.tables import attempts
 from gpubroker.testcloud.client import running
 from tests.support import EXAMPLES_FACTOR
@@ -66,16 +68,20 @@ class Desk:
         url = self.env["GPUBROKER_DB_URL"].replace("postgresql://", "postgresql+psycopg://")
         return create_engine(url, poolclass=NullPool)
 
-    def say(self, *words, code=0):
-        command = [sys.executable, "-m", "gpubroker", *words]
+    def say(self, *words, code=0, **env):
         done = subprocess.run(
-            command, env=self.env, cwd=self.root / "job", capture_output=True, text=True, check=False
+            [sys.executable, "-m", "gpubroker", *words],
+            env={**self.env, **env},
+            cwd=self.root / "job",
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert code == done.returncode, f"{words}: {done.stdout}{done.stderr}"
-        return done.stdout
+        return done.stderr if code else done.stdout
 
-    def ask(self, *words):
-        return json.loads(self.say(*words, "--format", "json"))
+    def ask(self, *words, **env):
+        return json.loads(self.say(*words, "--format", "json", **env))
 
     def submit(self, least=0, provider=("runpod",), gpu="4090", name="job"):
         providers = [word for one in provider for word in ("--provider", one)]
@@ -86,11 +92,11 @@ class Desk:
         )  # fmt: skip
         return json.loads(told)["id"]
 
-    def supervise(self, *words):
+    def supervise(self, *words, **env):
         place = self.root / f"supervisor-{len(self.supervisors)}.log"
         command = [sys.executable, "-m", "gpubroker", "supervise", "--tick", "1s", *words]
         with place.open("w") as log:
-            begun = subprocess.Popen(command, env=self.env, cwd=self.root, stdout=log, stderr=log)
+            begun = subprocess.Popen(command, env={**self.env, **env}, cwd=self.root, stdout=log, stderr=log)
         self.supervisors.append(begun)
         return begun
 
@@ -157,13 +163,63 @@ def test_a_submitted_job_is_seen_through_with_nobody_there(tmp_path):
     assert Decimal(record["usd_estimated"]) == Decimal(cost["total"]["usd_estimated"])
 
 
+def test_a_newer_version_takes_over_with_a_migration_in_between(tmp_path):
+    """The older one leaves with a sentence, its jobs run on where they are, and end in the newer one's hands."""
+    newer = {"PYTHONPATH": str(next_version(tmp_path / "next"))}
+    with running(speed=10) as cloud, desk(tmp_path, cloud) as at:
+        job = at.submit(least=1)
+        older = at.supervise()
+        at.wait_for(lambda: at.heard(job, "step 5"))
+        at.supervise("--until-done", **newer)
+        assert 2 == older.wait(90)
+        assert "newer than this gpubroker knows" in at.said()
+        assert "upgrade gpubroker" in at.say("jobs", code=2)
+        (node,) = cloud.nodes(state="running")
+        cloud.preempt(node["id"])
+        assert 0 == at.supervisors[-1].wait(240), at.said()
+        record = at.ask("job", "show", job, **newer)
+    assert "done" == record["state"]
+    assert ["preempted", "done"] == [a["end_reason"].partition(":")[0] for a in record["attempts"]]
+    assert TOTAL == (tmp_path / "back" / "job" / "out" / "result.txt").read_text()
+
+
+def next_version(place):
+    """This version as it would be with one more migration; what goes onto PYTHONPATH."""
+    repository = Path(__file__).parents[1]
+    shutil.copytree(
+        repository / "gpubroker", place / "gpubroker", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    shutil.copytree(repository / "providers" / "gpubroker_providers", place / "gpubroker_providers")
+    shutil.copytree(repository / "migrations", place / "gpubroker" / "migrations")
+    rows = place / "gpubroker" / "prices" / "rows.py"
+    rows.write_text(rows.read_text().replace(f'REVISION = "{REVISION}"', 'REVISION = "9999"'))
+    (place / "gpubroker" / "migrations" / "versions" / "9999_next.py").write_text(
+        f"""import sqlalchemy as sa
+from alembic import op
+
+revision, down_revision, branch_labels, depends_on = "9999", "{REVISION}", None, None
+
+
+def upgrade():
+    op.add_column("jobs", sa.Column("owner", sa.Text, nullable=False, server_default=""))
+    op.add_column("attempts", sa.Column("note", sa.Text))
+"""
+    )
+    tables = place / "gpubroker" / "run" / "tables.py"
+    column = '    Index("ix_jobs_state", "state"),\n'
+    assert column in tables.read_text()
+    tables.write_text(tables.read_text().replace(column, f'    text_column("owner"),\n{column}'))
+    return place
+
+
 def test_jobs_end_right_though_nodes_and_supervisors_are_taken_away_again_and_again(tmp_path, postgres_url):
     """Two supervisors on PostgreSQL at once, killed at random; nothing is left that bills."""
-    with running(speed=10) as cloud, desk(tmp_path, cloud, postgres_url) as at:
-        gpus = {"4090": ("vast", "runpod"), "l4": ("aws", "modal"), "a10": ("lambda",)}
+    with running(speed=30) as cloud, desk(tmp_path, cloud, postgres_url) as at:
+        # Lambda takes one launch in twelve seconds, whoever asks.
+        choices = [("a10", ("lambda",)), *(9 * [("4090", ("vast", "runpod")), ("l4", ("aws", "modal"))])]
         jobs = [
-            at.submit(least=TIMES, provider=gpus[gpu], gpu=gpu, name=f"job{number}")
-            for number, gpu in zip(range(JOBS), cycle(gpus))
+            at.submit(least=TIMES, provider=providers, gpu=gpu, name=f"job{number}")
+            for number, (gpu, providers) in zip(range(JOBS), cycle(choices))
         ]
         at.supervise(), at.supervise()
         storm = Storm(cloud, at)

@@ -128,7 +128,7 @@ def _until_told(
                 raise
             except StoreError as error:
                 _say(clock, str(error))
-            if until_done and not fleet.size:
+            if until_done and fleet.is_idle:
                 return
             while (left_s := tick_s - (clock.monotonic_s() - began_s)) > 0 and not was_told():
                 clock.sleep(min(left_s, 0.5))

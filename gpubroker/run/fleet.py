@@ -83,6 +83,7 @@ class Fleet:
     _look_everywhere_at_s: float = _NEVER_S
     _look_at_day_s: float = _NEVER_S
     _alive: frozenset[str] = frozenset()
+    _unfinished: int | None = None  # None = nobody has looked
 
     def tick(self) -> None:
         """One round. Raises StoreError, and SchemaTooNew once a newer gpubroker has migrated the database."""
@@ -110,6 +111,11 @@ class Fleet:
         """How many jobs it has."""
         return len(self._runners)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no job was left at the last tick, another supervisor's or nobody's either."""
+        return self._unfinished == 0
+
     # Which jobs
 
     def _hold(self) -> None:
@@ -130,6 +136,7 @@ class Fleet:
                     self.records.tell("claimed", text, job_id=row.id)
             if claimed:
                 rows = self.records.rows(only_unfinished=True)
+        self._unfinished = len(rows)
         mine = [row for row in rows if row.supervisor_id == self.leases.id]
         ids = {row.id for row in mine}
         for job_id in [job_id for job_id in self._runners if job_id not in ids]:
