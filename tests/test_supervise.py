@@ -10,13 +10,14 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from decimal import Decimal
 from itertools import cycle
 from pathlib import Path
 
 import pytest
+import requests
 from sqlalchemy import NullPool, create_engine, select
 
 pytest.importorskip("aiohttp", reason="needs the extra [testcloud]")
@@ -257,8 +258,7 @@ class Storm:
         while self.taken < JOBS * TIMES or self.kills < KILLS:
             assert time.monotonic() < end_s, (self, self.at.said()[-6000:])
             for job, node in self.begun():
-                if gone[job] < TIMES and choose.random() < 0.5:
-                    self.cloud.preempt(node)
+                if gone[job] < TIMES and choose.random() < 0.5 and self.take(node):
                     gone[job] += 1
                     self.taken += 1
             if self.kills < KILLS and self.taken * KILLS >= self.kills * JOBS * TIMES:
@@ -268,6 +268,13 @@ class Storm:
                 self.at.supervise()
                 self.kills += 1
             time.sleep(0.3)
+
+    def take(self, node):
+        """False where the market itself has taken it a moment ago."""
+        with suppress(requests.HTTPError):
+            self.cloud.preempt(node)
+            return True
+        return False
 
     def begun(self):
         """(job, node) where the newest attempt has said something, and its vendor still has it."""
