@@ -101,6 +101,7 @@ class Capabilities:
     bills_idle_disk: bool = False  # the disk is billed from the create to the end, whatever runs
     free_if_preempted_within_s: int = 0  # a node that is taken back so early costs its disk alone
     least_disk_gb: int = 0  # a smaller disk is made so large all the same
+    create_interval_s: float = 0.0  # at least so long between two creates of one account
 
     @property
     def self_terminate(self) -> bool:

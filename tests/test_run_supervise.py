@@ -8,7 +8,7 @@ import pytest
 
 from gpubroker.cli.job import job_record
 from gpubroker.doors import Ran
-from gpubroker.errors import OverBudget, StoreError, Transient, Unreachable
+from gpubroker.errors import StoreError, Transient, Unreachable
 from gpubroker.jobspec import job_from
 from gpubroker.provider import Capabilities
 from gpubroker.run.launching import Candidate, Job
@@ -133,15 +133,15 @@ def test_hours_that_earlier_nodes_have_used_are_taken_off_the_next_ones(supervis
 
 
 def test_a_job_whose_hours_are_used_rents_no_more(supervised, clock):
-    """It says so, and that is a budget."""
+    """Its node's time counts to the last, and the job has ended by its budget."""
     supervisor, vendor, _ = supervised(Node(SILENT), max_hours="3")
     for _ in range(2):
         supervisor.tick()
     clock.sleep(3 * 3600)
     vendor.nodes.clear()
-    with pytest.raises(OverBudget, match=r"limits.max_hours: all of the 3 h are used"):
-        supervisor.tick()
-    assert 1 == vendor.created
+    outcome = supervisor.tick()
+    assert ("over_budget", 1) == (outcome.state, vendor.created)
+    assert "limits.max_hours: 3.00 of 3.00 h are used" in outcome.reason
 
 
 def test_the_caps_of_time_and_money_are_in_what_the_node_is_told(supervised, clock):
@@ -284,3 +284,45 @@ def test_what_a_vendor_does_not_end_is_told_at_the_stop(supervised, monkeypatch)
     provider = supervisor.open_attempts()[0].provider
     assert {(provider, "n1"): "cloud: terminate: HTTP 500"} == supervisor.stop("interrupted")
     assert any("HTTP 500" in text for text in said)
+
+
+class Queue:
+    """A limiter whose next turn comes after so many seconds."""
+
+    def __init__(self, clock, *waits_s):
+        self.clock, self.waits_s, self.asked = clock, list(waits_s), []
+
+    def wait(self, provider, endpoint, interval_s, deadline_s):
+        wait_s = self.waits_s.pop(0)
+        self.asked.append((provider, endpoint, interval_s))
+        if wait_s > deadline_s:
+            raise Transient(provider, endpoint, "its turn comes later", retry_after_s=wait_s)
+        self.clock.sleep(wait_s)
+
+
+@pytest.mark.parametrize(("wait_s", "asked"), [(1, [False]), (40, [False, True])])
+def test_offers_that_grew_old_while_a_vendors_turn_was_waited_for_are_looked_for_anew(
+    supervised, clock, wait_s, asked
+):
+    """And nothing is written down meanwhile: whoever is killed in the queue leaves no doubt."""
+    supervisor, vendor, _ = supervised(Node(SILENT))
+    vendor.capabilities = Capabilities(create_interval_s=4.5)
+    queue, fresh = Queue(clock, wait_s), []
+    supervisor.renting._limiter = queue
+    candidates = supervisor.candidates(False)
+    supervisor._launcher.candidates = lambda is_fresh: fresh.append(is_fresh) or candidates
+    supervisor.tick()
+    assert (asked, 1, [("cloud", "turn", 4.5)]) == (fresh, vendor.created, queue.asked)
+
+
+def test_a_turn_that_is_far_away_is_not_waited_for(supervised, clock):
+    """The next tick asks again; no attempt is written down."""
+    supervisor, vendor, said = supervised(Node(SILENT))
+    vendor.capabilities = Capabilities(create_interval_s=4.5)
+    supervisor.renting._limiter = Queue(clock, 600, 0)
+    supervisor.tick()
+    assert (0, []) == (vendor.created, supervisor.records.attempts(supervisor.job.id))
+    assert any("its turn comes later" in text for text in said)
+    clock.sleep(600)
+    supervisor.tick()
+    assert 1 == vendor.created

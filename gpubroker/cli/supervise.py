@@ -165,7 +165,7 @@ class _Made:
     ) -> None:
         self._settings, self._context, self._records, self._clock = settings, context, records, clock
         self._computes, self._fees = computes, FeeTable.load(settings.fees)
-        self.renting = Renting(records, computes, clock)
+        self.renting = Renting(records, computes, clock, context.limiter)
 
     def supervisor(self, job_id: str, spec: JobSpec) -> Supervisor:
         """Raises ConfigError where the job cannot be run here."""

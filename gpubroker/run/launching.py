@@ -22,6 +22,7 @@ from gpubroker.errors import (
     OverBudget,
     QuotaExceeded,
     StoreError,
+    Transient,
 )
 from gpubroker.jobspec import JobSpec
 from gpubroker.model import Offer
@@ -35,6 +36,8 @@ from gpubroker.run.risk import risk_of
 
 # Less than this of the cap of hours is not worth a node's start: to save and to end takes as long.
 _LEAST_S = 200.0
+# Offers that were chosen so long ago are looked for anew.
+_OLD_S = 3.0
 _NO_STORE = "no --store is given: when the node is lost, all its work is lost with it"
 
 
@@ -110,7 +113,11 @@ class Launcher:
         left_s = self.left_s()
         if left_s is not None and left_s < _LEAST_S:
             raise OverBudget(f"limits.max_hours: all of the {self.job.spec.limits.max_hours} h are used")
-        avoided, is_fresh = self.records.avoided(), self._is_stale
+        return self._rent(frozenset())
+
+    def _rent(self, turns: frozenset[str]) -> Rented | None:
+        """`turns`: vendors whose turn has come, and been waited for."""
+        avoided, is_fresh = self.records.avoided(), self._is_stale or bool(turns)
         self.passing.over.clear()
         for candidate in self.candidates(is_fresh):
             offer = candidate.offer
@@ -124,7 +131,15 @@ class Launcher:
                 if rest.is_short:
                     return None
                 continue
+            try:
+                waited_s = 0.0 if offer.provider in turns else self.renting.turn(offer.provider)
+            except Transient as error:
+                self._pass_over(candidate, error)
+                return None
+            if waited_s > _OLD_S:  # by now the offers may be others
+                return self._rent(turns | {offer.provider})
             found = self._try(candidate)
+            turns -= {offer.provider}
             if isinstance(found, Rented):
                 return found
             if self._is_to_wait(candidate, found, is_fresh=is_fresh):

@@ -18,7 +18,7 @@ from decimal import Decimal
 from gpubroker.doors import Clock
 from gpubroker.errors import BrokerError, LaunchUncertain
 from gpubroker.model import Offer
-from gpubroker.provider import Compute, Leftovers, NodeSpec, NodeView
+from gpubroker.provider import Compute, Leftovers, Limiter, NodeSpec, NodeView
 from gpubroker.run.boxes import Box, boxes, over
 from gpubroker.run.records import Attempt, Caps, EndKind, Records
 
@@ -27,6 +27,7 @@ APPEARS_WITHIN = timedelta(minutes=5)
 _CALL_S = 60.0
 # A longer-lasting create is a queue: Modal's scheduler may take its time.
 _CREATE_S = 120.0
+_TURN_S = 120.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,13 +53,32 @@ class Stray:
 class Renting:
     """Over the records and the providers that rent nodes."""
 
-    def __init__(self, records: Records, computes: Mapping[str, Compute], clock: Clock) -> None:
-        self._records, self._computes, self._clock = records, computes, clock
+    def __init__(
+        self,
+        records: Records,
+        computes: Mapping[str, Compute],
+        clock: Clock,
+        limiter: Limiter | None = None,  # None = one job at a time: nobody queues
+    ) -> None:
+        self._records, self._computes, self._clock, self._limiter = records, computes, clock, limiter
 
     @property
     def providers(self) -> list[str]:
         """Those that can be asked."""
         return sorted(self._computes)
+
+    def turn(self, provider: str) -> float:
+        """Wait until this vendor may be asked for another node; the seconds that it took.
+
+        Before an offer is chosen and an intent is written: in a queue an offer grows old, and an intent
+        whose process dies is in doubt for minutes. Raises Transient when the turn is far away.
+        """
+        interval_s = self._computes[provider].capabilities.create_interval_s
+        if self._limiter is None or not interval_s:
+            return 0.0
+        began_s = self._clock.monotonic_s()
+        self._limiter.wait(provider, "turn", interval_s, _TURN_S)
+        return self._clock.monotonic_s() - began_s
 
     def rent(self, order: Order, caps: Caps) -> Attempt:
         """Ask for one node. Raises OverBudget before anything is asked, and what the provider raises.

@@ -72,7 +72,7 @@ _LAUNCHES = Slot("launch", 12.0)
 _LAUNCH, _LIST, _SHOW, _END = "launch", "list instances", "show instance", "terminate"
 _ADD_KEY, _LIST_KEYS, _DELETE_KEY = "add SSH key", "list SSH keys", "delete SSH key"
 _REQUIRED = ("id", "status")
-_CAPABILITIES = Capabilities(image_by="docker")
+_CAPABILITIES = Capabilities(image_by="docker", create_interval_s=_LAUNCHES.interval_s)
 _STATUSES: Mapping[str, NodeStatus] = {
     "active": "running",
     "unhealthy": "stopped",

@@ -76,7 +76,9 @@ _CREATES, _LISTS, _ENDS, _STARTS = (
 )
 _REQUIRED = ("id", "label", "actual_status", "intended_status", "cur_state", "next_state", "is_bid")
 _MOST_PAGES = 400
-_CAPABILITIES = Capabilities(takes_bids=True, stop=True, bills_idle_disk=True)
+_CAPABILITIES = Capabilities(
+    takes_bids=True, stop=True, bills_idle_disk=True, create_interval_s=_CREATES.interval_s
+)
 # A start that is not the first follows a preemption, and nobody waits for that node any more.
 _END_IF_BACK = (
     "for c in ~/gpubroker/*/config.json; do"
