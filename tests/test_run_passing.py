@@ -9,6 +9,7 @@ from gpubroker.errors import (
     AuthFailed,
     MissingCredentials,
     NoCapacity,
+    NotOurs,
     PayloadChanged,
     QuotaExceeded,
     Refused,
@@ -101,17 +102,17 @@ class Vendors:
 
 @pytest.fixture
 def supervised(store, clock, tmp_path):
-    """`supervised(vendors, *offers)`: a supervisor, and what it has said."""
+    """`supervised(vendors, *offers)`: a supervisor, and what it has said; `of`: a fleet's, that has not claimed it."""
 
-    def _supervised(vendors, *offers):
-        records, said = Records(store.database, clock), []
+    def _supervised(vendors, *offers, of=None):
+        records, said = Records(store.database, clock, of), []
         computes = {name: vendors.of(name) for name in vendors.answers}
         listed = [
             Candidate(offer=one, usd_per_hour=Decimal(2), bid_usd_per_hour=None, name=f"{one.provider} {n}")
             for n, one in enumerate(offers)
         ]
         job = Job(
-            id=records.add_job("job", "{}"), spec=SPEC, folder=tmp_path, out=tmp_path, secrets={}, store=None,
+            id=records.add_job("job", "{}", unattended=of is not None), spec=SPEC, folder=tmp_path, out=tmp_path, secrets={}, store=None,
             private_key="", public_key="", caps=Caps(usd_per_day=Decimal(100)),
         )  # fmt: skip
         supervisor = Supervisor(
@@ -141,6 +142,15 @@ def test_a_refused_key_costs_one_request_and_the_others_are_asked(supervised):
     ][:2]
     assert 1 == sum("HTTP 401" in text for text in said)
     assert said[0].startswith("one 0: one: create: HTTP 401; one is not asked for more before ")
+
+
+def test_a_job_that_another_supervisor_has_by_now_is_no_reason_to_ask_for_the_next_offer(supervised):
+    """Each would be refused alike, before anything is asked."""
+    vendors = Vendors(one=[])
+    supervisor, said = supervised(vendors, *[in_region("", "one")] * 3, of="host-1-abc")
+    with pytest.raises(NotOurs):
+        supervisor.tick()
+    assert ([], [], []) == (vendors.asked, supervisor.passing.over, said)
 
 
 def test_a_quota_of_one_region_leaves_the_others(supervised):

@@ -1,7 +1,7 @@
 """A run goes on when a node or its vendor is away in the middle of something; nothing is billed for ever."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 
 import pytest
@@ -15,7 +15,7 @@ from gpubroker.run.launching import Candidate, Job
 from gpubroker.run.payload import StoreKeys, agent_config
 from gpubroker.run.records import Caps, Records
 from gpubroker.run.renting import Renting
-from gpubroker.run.supervise import Supervisor
+from gpubroker.run.supervise import Listing, Supervisor
 from tests.support import NOW
 from tests.test_bill import offer
 from tests.test_run_renting import Vendor
@@ -241,6 +241,35 @@ def test_a_job_that_is_over_is_wound_up_and_not_rented_for(supervised, monkeypat
         vendor.created,
         supervisor.open_attempts(),
     )
+
+
+@pytest.mark.parametrize("is_forgotten", [False, True], ids=["the same supervisor", "another one"])
+def test_a_node_that_was_taken_before_its_cancelled_job_ended_it_is_free_where_its_vendor_says_so(
+    supervised, clock, monkeypatch, is_forgotten
+):
+    """AWS charges nothing for a first hour that it cuts short: the end may be asked for twice, by two supervisors."""
+    supervisor, vendor, _ = supervised(Node(None, state={"state": "running", "pid": 7, "agent": True}))
+    monkeypatch.setattr(vendor, "capabilities", Capabilities(free_if_preempted_within_s=3600))
+    for _ in range(2):
+        supervisor.tick()
+    supervisor.close()
+    clock.sleep(1800)
+    vendor.nodes["n1"] = replace(vendor.nodes["n1"], status="gone", is_preempted=True)
+    supervisor.records.want(supervisor.job.id, "cancelled", "by its user")
+
+    def lost(node_id, deadline_s):
+        monkeypatch.delattr(vendor, "terminate")
+        raise Transient("cloud", "terminate", "the answer was lost")
+
+    monkeypatch.setattr(vendor, "terminate", lost, raising=False)
+    assert supervisor.tick() is None
+    if is_forgotten:
+        supervisor._contacts.clear()
+    row, (attempt,) = supervisor.records.row(supervisor.job.id), supervisor.open_attempts()
+    listed = Listing.of({attempt.provider: list(vendor.nodes.values())}, {})
+    assert "cancelled" == supervisor.step(row, listed).state
+    (ended,) = supervisor.records.attempts(supervisor.job.id)
+    assert ("preempted", Decimal(0)) == (ended.end_kind, ended.usd_estimated)
 
 
 def test_what_a_vendor_does_not_end_is_told_at_the_stop(supervised, monkeypatch):

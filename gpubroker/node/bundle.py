@@ -6,6 +6,7 @@ that is installed there stays whole, for the package inside only adds to it.
 
 from __future__ import annotations
 
+import functools
 import io
 import zipfile
 from pathlib import Path
@@ -17,8 +18,12 @@ _INIT = "from pkgutil import extend_path\n\n__path__ = extend_path(__path__, __n
 _MAIN = "import sys\n\nfrom gpubroker.node.__main__ import main\n\nsys.exit(main())\n"
 
 
+@functools.cache
 def bundle() -> bytes:
-    """The same bytes for the same sources."""
+    """The same bytes for the same sources.
+
+    Packed once a process, which then sends its own version for as long as it lives, and twice to every node.
+    """
     texts = {"__main__.py": _MAIN, "gpubroker/__init__.py": _INIT}
     for path in [_PACKAGE / "checkpoint.py", *sorted((_PACKAGE / "node").glob("*.py"))]:
         if path.name != Path(__file__).name:

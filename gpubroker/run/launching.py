@@ -18,6 +18,7 @@ from gpubroker.errors import (
     BrokerError,
     LaunchUncertain,
     NoCapacity,
+    NotOurs,
     OverBudget,
     QuotaExceeded,
     StoreError,
@@ -149,7 +150,10 @@ class Launcher:
         return None
 
     def _try(self, candidate: Candidate) -> Rented | Exception:
-        """Ask for it; what its provider raised. Raises OverBudget, and StoreError: its tag is looked for."""
+        """Ask for it; what its provider raised.
+
+        Raises OverBudget, NotOurs: no other offer would do, and StoreError: its tag is looked for.
+        """
         offer = candidate.offer
         order = Order(
             job_id=self.job.id,
@@ -161,7 +165,7 @@ class Launcher:
         )
         try:
             attempt = self.renting.rent(order, self.job.caps)
-        except (OverBudget, StoreError):
+        except (NotOurs, OverBudget, StoreError):
             raise
         except (BrokerError, ValueError) as error:
             return error

@@ -218,7 +218,7 @@ class Supervisor:
 
     def _step(self, row: JobRow, seen: Listing | None) -> Outcome | None:
         if row.state != "running":
-            return self._wind_up(row.state, row.reason)
+            return self._wind_up(row.state, row.reason, seen)
         attempt = self._open_attempt()
         if attempt is None:
             return self._rent(row)
@@ -506,15 +506,23 @@ class Supervisor:
         self.records.end_job(self.job.id, state, reason)
         return self._wind_up(state, reason)
 
-    def _wind_up(self, state: JobState, reason: str) -> Outcome | None:
+    def _wind_up(self, state: JobState, reason: str, seen: Listing | None = None) -> Outcome | None:
         """End what a job that is over has left; None while a vendor does not confirm it."""
         open_now = self.open_attempts()
         listed, _ = self.renting.list_all(a.provider for a in open_now if a.node_id is None)
         self.renting.settle_doubts(listed)
         for attempt in self.open_attempts():
             if attempt.node_id is not None:
-                self._end(attempt, state)
+                self._end(attempt, state, "preempted" if self._is_taken(attempt, seen) else "ended")
         return None if self.open_attempts() else Outcome(state=state, reason=reason)
+
+    def _is_taken(self, attempt: Attempt, seen: Listing | None) -> bool:
+        """By its vendor, before we could end it: what it then costs may be another."""
+        contact = self._contacts.get(attempt.id)
+        node = None if contact is None else contact.node
+        if seen is not None and attempt.node_id is not None:
+            node = seen.nodes.get(attempt.provider, {}).get(attempt.node_id, node)
+        return node is not None and node.is_preempted
 
     def _end(self, attempt: Attempt, reason: str, kind: EndKind = "ended") -> None:
         self._drop(attempt)
