@@ -73,6 +73,18 @@ class LatePool(SerialPool):
 
 
 @dataclass
+class WaitingPool(SerialPool):
+    """Remembers how long a list was waited for."""
+
+    for_lists_s: list = field(default_factory=list)
+
+    def map(self, fn, items, deadline_s, *, on_done=None):
+        items = list(items)
+        self.for_lists_s += [deadline_s for item in items if isinstance(item, str)]
+        return super().map(fn, items, deadline_s)
+
+
+@dataclass
 class World:
     """A vendor, jobs and supervisors over one database."""
 
@@ -301,6 +313,19 @@ def test_a_slow_vendor_or_job_holds_up_no_tick_and_is_not_begun_twice(world):
     world.go(fleet, 1)
     pool.catch_up()
     assert 2 == world.vendor.created
+
+
+def test_a_vendor_that_was_slow_is_not_waited_for_until_it_is_quick_again(world):
+    """Pages that come one a second keep nobody from seeing what the others tell."""
+    world.submit()
+    pool, listed = WaitingPool(), world.vendor.list_nodes
+    fleet = world.fleet(pool)
+    world.vendor.list_nodes = lambda deadline_s: world.clock.sleep(14) or listed(deadline_s)
+    world.go(fleet, 2)
+    world.vendor.list_nodes = listed
+    world.go(fleet, 2)
+    assert [2.0, 0.0, 0.0, 2.0] == pool.for_lists_s
+    assert 1 == world.vendor.created
 
 
 def test_a_node_that_nobody_wants_is_ended_wherever_it_is(world):

@@ -4,6 +4,7 @@ loopback, with real processes behind real SSH as nodes, and supervisors that are
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from sqlalchemy import NullPool, create_engine, select
 
 pytest.importorskip("aiohttp", reason="needs the extra [testcloud]")
 
+from gpubroker.cli.supervise import allow_connections
 from gpubroker.prices.rows import REVISION
 from gpubroker.run.tables import attempts, jobs
 from gpubroker.testcloud.client import running
@@ -182,6 +184,17 @@ def test_a_newer_version_takes_over_with_a_migration_in_between(tmp_path):
     assert "done" == record["state"]
     assert ["preempted", "done"] == [a["end_reason"].partition(":")[0] for a in record["attempts"]]
     assert TOTAL == (tmp_path / "back" / "job" / "out" / "result.txt").read_text()
+
+
+def test_a_supervisor_may_hold_as_many_connections_as_the_system_allows():
+    """More than the usual soft limit: a thousand jobs are a thousand connections."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))
+        allow_connections()
+        assert min(hard, 65536) == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def next_version(place):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import resource
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -41,6 +42,8 @@ from gpubroker.run.records import Records
 from gpubroker.run.renting import Renting
 from gpubroker.run.supervise import Supervisor
 
+# The usual soft limit of 1024 files is spent by as many jobs; no more than this is ever of use.
+_MOST_FILES = 65536
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -70,6 +73,7 @@ def supervise(*, tick_s: float, metrics: str | None, until_done: bool) -> None:
     told of what happens.
     """
     settings, clock = config.load(), SystemClock()
+    allow_connections()
     with open_context(settings, os.environ, clock) as (store, context):
         leases = Leases(store.database, clock, host=socket.gethostname(), pid=os.getpid())
         records = Records(store.database, clock, leases.id)
@@ -99,6 +103,16 @@ def supervise(*, tick_s: float, metrics: str | None, until_done: bool) -> None:
                 stack.enter_context(contextlib.closing(serve(metrics, lambda: found_now(clock.now(), ticks))))
             tell(f"{leases.id} supervises by {', '.join(found)}; the database is {store.database.where}")
             _until_told(fleet, notifier, ticks, clock, tick_s, until_done=until_done)
+
+
+def allow_connections() -> None:
+    """As many open files as the system lets us have: each job's node is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft == resource.RLIM_INFINITY or soft >= most:
+        return
+    with contextlib.suppress(OSError, ValueError):  # some systems have a limit of their own below it
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _notifier(settings: Settings, database: Database, clock: Clock) -> Notifier | None:

@@ -57,6 +57,7 @@ class _Vendor:
     """Its list, as it came last and nobody has used it yet."""
 
     is_busy: bool = False
+    is_slow: bool = False  # a tick would wait for it in vain, as for pages that come one a second
     nodes: list[NodeView] | None = None
     problem: str = ""
 
@@ -192,13 +193,14 @@ class Fleet:
 
     def _ask(self, providers: set[str]) -> Listing:
         """What came in since the last tick. A vendor that takes its time is waited for beside the ticks."""
-        todo = []
+        slow, quick = list[str](), list[str]()
         for name in sorted(providers & set(self.computes)):
             vendor = self._vendors.setdefault(name, _Vendor())
             if not vendor.is_busy and vendor.nodes is None:
                 vendor.is_busy = True
-                todo.append(name)
-        self.pool.map(self._list, todo, _WAIT_S)
+                (slow if vendor.is_slow else quick).append(name)
+        self.pool.map(self._list, slow, 0.0)
+        self.pool.map(self._list, quick, _WAIT_S)
         nodes, problems = dict[str, list[NodeView]](), dict[str, str]()
         for name, vendor in self._vendors.items():
             if vendor.nodes is not None:
@@ -208,7 +210,7 @@ class Fleet:
         return Listing.of(nodes, problems)
 
     def _list(self, name: str) -> None:
-        vendor = self._vendors[name]
+        vendor, begun_s = self._vendors[name], self.clock.monotonic_s()
         try:
             listed, problems = self.renting.list_all([name])
             vendor.problem = problems.get(name, "")
@@ -216,6 +218,7 @@ class Fleet:
             if vendor.nodes is not None:
                 self.listed(name)
         finally:
+            vendor.is_slow = self.clock.monotonic_s() - begun_s > _WAIT_S
             vendor.is_busy = False
 
     def _due(
