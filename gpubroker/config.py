@@ -20,7 +20,7 @@ from gpubroker.gpus import catalogue, parse_request
 from gpubroker.units import parse_duration_s
 
 # Variables that have a meaning of their own and are not settings.
-_NOT_SETTINGS = re.compile(r"GPUBROKER_(CONFIG|DB_URL|\w+_URL|TEST_\w+|AWS_SSH_PORT|STORE_\w+)")
+_NOT_SETTINGS = re.compile(r"GPUBROKER_(CONFIG|DB_URL|\w+_URL|TEST_\w+|(AWS|LAMBDA)_SSH_PORT|STORE_\w+)")
 
 OUTSIDE = ("1.1.1.1:443", "pypi.org:443", "huggingface.co:443")
 _PLACE = re.compile(r"[A-Za-z0-9.:_\[\]-]+:\d{1,5}")

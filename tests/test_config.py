@@ -88,6 +88,11 @@ def test_the_environment_wins_over_the_file(write):
     assert (Decimal(24), {"lambda": caps}) == (settings.node_hours_per_day, settings.accounts)
 
 
+def test_where_the_ssh_of_a_vendors_nodes_is_is_no_setting_and_no_mistake():
+    """A test cloud says so where port 22 is not its own."""
+    assert load({}) == load({"GPUBROKER_AWS_SSH_PORT": "2222", "GPUBROKER_LAMBDA_SSH_PORT": "2222"})
+
+
 @pytest.mark.parametrize(
     ("text", "word"),
     [

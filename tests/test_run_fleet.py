@@ -1,6 +1,7 @@
 """Many jobs by one supervisor: each is stepped when it is due, and what goes wrong with one is its own affair."""
 
 import json
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from decimal import Decimal
@@ -169,14 +170,16 @@ def test_a_lost_node_is_replaced_in_the_tick_that_shows_it(world):
 
 
 def test_nodes_are_looked_at_less_often_when_there_are_many(world):
-    """At most thirty looks a second, and a list shows a loss all the same."""
+    """At most thirty a second, each in its turn; a list shows a loss all the same, and it waits for no look."""
     world.caps = Caps(usd_per_day=None)
     world.submit(300)
-    fleet = world.fleet()
-    world.go(fleet, 2)
-    world.node.looks = 0
-    world.go(fleet, 2, tick_s=5)
-    assert 300 == world.node.looks
+    fleet, looked, run = world.fleet(), Counter(), world.node.run
+    world.go(fleet, 3)
+    world.node.run = lambda command, **more: looked.update([command]) or run(command, **more)
+    world.go(fleet, 1)
+    assert (150, {1}) == (len(looked), set(looked.values()))
+    world.go(fleet, 1)
+    assert (300, {1}) == (len(looked), set(looked.values()))
     gone = next(iter(world.vendor.nodes))
     del world.vendor.nodes[gone]
     world.go(fleet, 1, tick_s=0)

@@ -9,6 +9,7 @@ so another supervisor goes on wherever this one is killed.
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from gpubroker.run.renting import APPEARS_WITHIN, Renting, Stray
 from gpubroker.run.supervise import ENDING, Listing, Outcome, Supervisor
 
 TICK_S = 5.0
-# Looks at nodes are spread out so that there are at most so many a second.
+# Looks at nodes are spread out: at most so many a second, or as many as bring each its turn in time.
 _LOOKS_PER_S = 30.0
 _LONGEST_LOOK_S = 120.0
 # How long a tick waits for what it began; the rest goes on without it.
@@ -92,7 +93,7 @@ class Fleet:
         attempts = self._open_attempts(rows)
         seen = self._ask(self._wanted(attempts))
         self._rest(attempts)
-        due = [self._runners[row.id] for row in rows if self._is_due(row, attempts.get(row.id, []), seen)]
+        due = self._due(rows, attempts, seen)
         by_id = {row.id: row for row in rows}
         for runner in due:
             runner.is_busy = True
@@ -217,17 +218,32 @@ class Fleet:
         finally:
             vendor.is_busy = False
 
-    def _is_due(self, row: JobRow, attempts: Sequence[Attempt], seen: Listing) -> bool:
-        runner = self._runners[row.id]
-        if runner.is_busy:
-            return False
+    def _due(
+        self, rows: Sequence[JobRow], attempts: Mapping[str, Sequence[Attempt]], seen: Listing
+    ) -> list[_Runner]:
+        """Who has news; and of the others, whose nodes are only looked at, those that have waited longest.
+
+        A loss is never behind looks, and no tick begins more than fit into it.
+        """
+        news, others = list[_Runner](), list[tuple[float, _Runner]]()
+        for row in rows:
+            runner, found = self._runners[row.id], attempts.get(row.id, [])
+            if self._is_put_off(runner, row):
+                continue
+            supervisor = runner.supervisor
+            if supervisor is None:
+                others.append((math.inf, runner))
+            elif supervisor.has_news(row, found, seen) or (supervisor.rests and found):
+                news.append(runner)
+            else:
+                others.append((supervisor.unseen_s(found), runner))
+        most = math.ceil(self.tick_s * max(_LOOKS_PER_S, len(rows) / _LONGEST_LOOK_S))
+        others.sort(key=lambda one: one[0], reverse=True)
+        return news + [runner for _, runner in others[:most]]
+
+    def _is_put_off(self, runner: _Runner, row: JobRow) -> bool:
         is_to_end = row.state != "running" or bool(row.wanted)
-        if self.clock.monotonic_s() < runner.not_before_s and not is_to_end:
-            return False
-        if runner.supervisor is None or (runner.supervisor.rests and attempts):
-            return True
-        look_every_s = min(_LONGEST_LOOK_S, max(self.tick_s, len(self._runners) / _LOOKS_PER_S))
-        return runner.supervisor.is_due(row, attempts, seen, look_every_s)
+        return runner.is_busy or (self.clock.monotonic_s() < runner.not_before_s and not is_to_end)
 
     # Stepping
 

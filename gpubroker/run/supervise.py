@@ -12,6 +12,7 @@ is replaced by another. Only connections and what was said to the person live in
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -108,7 +109,7 @@ class _Contact:
     host_key: str | None = None
     last_reached_at: datetime | None = None
     reached_s: float | None = None  # by the clock that never jumps; since the first try where it never was
-    looked_s: float | None = None  # likewise; None = never
+    looked_s: float | None = None  # likewise, whether it was reached or not; None = never
     log_bytes: int | None = None  # of the job's output that are here; None = nobody has counted yet
     state: Mapping[str, Any] | None = None  # the agent's, when it was last reached
     made: int = 0  # checkpoints that are recorded
@@ -178,20 +179,22 @@ class Supervisor:
         """
         return self._forgiving(lambda: self._step(row, seen))
 
-    def is_due(self, row: JobRow, attempts: Sequence[Attempt], seen: Listing, look_every_s: float) -> bool:
-        """Whether a step would find anything to do. `attempts`: the job's open ones."""
+    def has_news(self, row: JobRow, attempts: Sequence[Attempt], seen: Listing) -> bool:
+        """Whether a step would find more to do than to look at the node. `attempts`: the job's open ones."""
         if row.state != "running" or row.wanted or len(attempts) != 1 or attempts[0].node_id is None:
             return True
-        contact = self._contacts.get(attempts[0].id)
-        if contact is None or contact.looked_s is None or contact.state is None:
-            return True
-        if self.clock.monotonic_s() - contact.looked_s >= look_every_s:
-            return True
-        nodes, known = seen.nodes.get(attempts[0].provider), contact.node
-        if nodes is None:
+        contact, nodes = self._contacts.get(attempts[0].id), seen.nodes.get(attempts[0].provider)
+        if contact is None or nodes is None:
             return False
-        node = nodes.get(attempts[0].node_id)
+        node, known = nodes.get(attempts[0].node_id), contact.node
         return node is None or known is None or (node.status, node.is_preempted) != (known.status, False)
+
+    def unseen_s(self, attempts: Sequence[Attempt]) -> float:
+        """Since this process last looked at the job's node, or tried to; infinite = it never has."""
+        contact = self._contacts.get(attempts[-1].id) if attempts else None
+        if contact is None or contact.looked_s is None:
+            return math.inf
+        return self.clock.monotonic_s() - contact.looked_s
 
     def _row(self) -> JobRow:
         row = self.records.row(self.job.id)
@@ -315,13 +318,12 @@ class Supervisor:
     def _observe(self, attempt: Attempt, node: NodeView | None, *, is_listed: bool) -> Observed:
         """While a vendor does not answer its node is looked at where it was last: that renews its lease."""
         contact, now_s = self._contacts[attempt.id], self.clock.monotonic_s()
-        look = None
+        look, contact.looked_s = None, now_s
         if contact.reached_s is None:
             contact.reached_s = now_s
         if contact.log_bytes is None:
             contact.log_bytes = self.log_from(attempt)
         if node is not None and node.status == "running":
-            contact.looked_s = now_s
             try:
                 look = OnNode(self._shell(attempt, node), self.job.id).look(contact.log_bytes)
             except ProviderError as error:  # a node may refuse the key until its start script has run
