@@ -316,6 +316,12 @@ class Records:
             ).scalar_one()
             return _one(connection, added)
 
+    def refuse_others(self, job_id: str) -> None:
+        """Raises NotOurs where another supervisor has the job by now; a person may do what they want."""
+        if self._supervisor_id is not None:
+            with self._database.read() as connection:
+                self._refuse_others(connection, job_id)
+
     def _refuse_others(self, connection: Connection, job_id: str) -> None:
         """Its row stays locked until the intent is written: nobody claims it in between."""
         found = tables.jobs.c
