@@ -21,7 +21,7 @@ def attempt(number=1, *, hours=1.0, usd_per_hour=2, start=NOON, is_open=False, *
         usd_per_hour=Decimal(usd_per_hour), held_usd_per_hour=Decimal(0), bid_usd_per_hour=None,
         billing_increment_s=1, minimum_s=0, intended_at=start, node_id=f"n-{number}", running_at=start,
         stopped_at=None, ended_at=None if is_open else start + timedelta(hours=hours), end_reason="",
-        usd_estimated=None, usd_settled=None, work_lost_s=None,
+        end_kind="", usd_estimated=None, usd_settled=None, work_lost_s=None,
     )  # fmt: skip
     if not is_open:
         made = replace(made, usd_estimated=made.usd_by(made.ended_at))

@@ -182,12 +182,12 @@ def test_waiting_for_the_next_day_helps_against_a_cap_of_the_day_alone(records):
 
 def test_attempts_of_all_jobs_are_found_by_when_they_were_open(records, clock):
     """For the caps of a day, and for what everything has cost."""
-    first, second = (intend(records, records.add_job("sft", "{}")) for _ in range(2))
+    first, second = (records.created(intend(records, records.add_job("sft", "{}")), "n") for _ in range(2))
     records.ended(first, "gone")
     clock.advance(60)
     later = clock.now()
     clock.advance(60)
-    third = intend(records, records.add_job("sft", "{}"))
+    third = records.created(intend(records, records.add_job("sft", "{}")), "n")
     found = [[a.id for a in records.attempts_since(moment)] for moment in (later, None)]
     assert [[second.id, third.id], [first.id, second.id, third.id]] == found
 

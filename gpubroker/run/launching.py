@@ -34,8 +34,8 @@ from gpubroker.run.records import Attempt, Caps, Records
 from gpubroker.run.renting import Order, Renting
 from gpubroker.run.risk import risk_of
 
-# Less than this of the cap of hours is not worth a node's start: to save and to end takes as long.
-_LEAST_S = 200.0
+# Less than this of the cap of hours is not worth a node's start: for a job to save and to end takes as long.
+_LEAST_S, _LEAST_OF_BOX_S = 200.0, 60.0
 # Offers that were chosen so long ago are looked for anew.
 _OLD_S = 3.0
 _NO_STORE = "no --store is given: when the node is lost, all its work is lost with it"
@@ -111,7 +111,8 @@ class Launcher:
         OverBudget, and AuthFailed where everybody refuses us.
         """
         left_s = self.left_s()
-        if left_s is not None and left_s < _LEAST_S:
+        least_s = _LEAST_OF_BOX_S if self.job.spec.box else _LEAST_S
+        if left_s is not None and left_s < least_s:
             raise OverBudget(f"limits.max_hours: all of the {self.job.spec.limits.max_hours} h are used")
         return self._rent(frozenset())
 

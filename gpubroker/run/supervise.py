@@ -403,8 +403,8 @@ class Supervisor:
     def _judge_budget(self, row: JobRow, attempt: Attempt) -> Goal | None:
         """A person hears of each share of the job's budget; before it is passed the job saves and ends."""
         limits, now = self.job.spec.limits, self.clock.now()
-        if limits.budget_usd is None and limits.max_hours is None:
-            return self.rests
+        if self.job.spec.box or (limits.budget_usd is None and limits.max_hours is None):
+            return self.rests  # a box ends by its own lease
         if self._past is None or self._past[0] != attempt.id:
             past = [a for a in self.records.attempts(self.job.id) if a.id != attempt.id]
             self._past = (attempt.id, past)
