@@ -10,7 +10,9 @@ from gpubroker.errors import NotOurs
 from gpubroker.run import tables
 from gpubroker.run.leases import LEASE_S, Leases
 from gpubroker.run.records import Caps, Records
+from gpubroker.run.renting import Renting
 from tests.test_bill import offer
+from tests.test_run_renting import Vendor, order
 
 
 @pytest.fixture
@@ -124,3 +126,20 @@ def test_a_supervisor_finds_jobs_that_are_over_and_still_bill(store, clock, supe
     assert {jobs[0]} == mine(store, clock, one)
     records.ended(attempt, "done")
     assert set() == mine(store, clock, one)
+
+
+def test_one_that_was_away_ends_no_node_of_a_job_that_it_has_lost(store, clock, supervisor, expire, jobs):
+    """It may go by a list from before the node was there; a person without a supervisor may end it."""
+    one, two, vendor = supervisor("a"), supervisor("b"), Vendor()
+    one.claim()
+    expire(one)
+    two.claim()
+    (job, *_) = mine(store, clock, two)
+    found = {offer().provider: vendor}
+    of = {who: Renting(Records(store.database, clock, who), found, clock) for who in (one.id, two.id, None)}
+    attempt = of[two.id].rent(order(job), Caps(usd_per_day=None))
+    with pytest.raises(NotOurs):
+        of[one.id].end(attempt, "gone")
+    assert [attempt.node_id] == list(vendor.nodes)
+    of[None].end(attempt, "by hand")
+    assert {} == vendor.nodes

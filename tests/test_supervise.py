@@ -25,7 +25,7 @@ pytest.importorskip("aiohttp", reason="needs the extra [testcloud]")
 
 from gpubroker.cli.supervise import allow_connections
 from gpubroker.prices.rows import REVISION
-from gpubroker.run.tables import attempts
+from gpubroker.run.tables import attempts, jobs
 from gpubroker.testcloud.client import running
 from tests.support import EXAMPLES_FACTOR
 
@@ -235,7 +235,7 @@ def test_jobs_end_right_though_nodes_and_supervisors_are_taken_away_again_and_ag
             ("4090", ("vast",)),
             *(9 * [("l4", ("aws", "modal")), ("4090", ("runpod",))]),
         ]
-        jobs = [
+        mine = [
             at.submit(least=TIMES, provider=providers, gpu=gpu, name=f"job{number}")
             for number, (gpu, providers) in zip(range(JOBS), cycle(choices), strict=False)
         ]
@@ -244,7 +244,7 @@ def test_jobs_end_right_though_nodes_and_supervisors_are_taken_away_again_and_ag
         storm.run(within_s=150 * JOBS)
         at.wait_for(lambda: set(states(at).values()) == {"done"}, within_s=600)
         at.wait_for(lambda: {node["state"] for node in cloud.nodes()} <= {"ended"}, within_s=120)
-        records = [at.ask("job", "show", job) for job in jobs]
+        records = [at.ask("job", "show", job) for job in mine]
     for number, record in enumerate(records):
         assert TOTAL == (tmp_path / "back" / f"job{number}" / "out" / "result.txt").read_text()
         epochs = [made["epoch"] for made in record["checkpoints"]]
@@ -254,7 +254,8 @@ def test_jobs_end_right_though_nodes_and_supervisors_are_taken_away_again_and_ag
 
 
 def states(at):
-    return {row["id"]: row["state"] for row in at.ask("jobs", "--all")["jobs"]}
+    with at.database.connect() as connection:
+        return dict(connection.execute(select(jobs.c.id, jobs.c.state)).tuples().all())
 
 
 @dataclass

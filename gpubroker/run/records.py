@@ -14,7 +14,7 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, Connection, delete, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, bindparam, delete, func, insert, or_, select, update
 
 from gpubroker.config import DayCaps
 from gpubroker.doors import Clock
@@ -169,6 +169,17 @@ class PassedOver:
     reason: str
 
 
+# What is asked at every tick or step is built once: to build it costs as much as to run it.
+_JOBS = select(*(tables.jobs.c[name] for name in JobRow.__dataclass_fields__))
+_NEWEST_JOBS = _JOBS.order_by(tables.jobs.c.created_at.desc(), tables.jobs.c.id.desc())
+_UNFINISHED = _JOBS.where(unfinished()).order_by(tables.jobs.c.created_at, tables.jobs.c.id)
+_OPEN = select(tables.attempts).where(tables.attempts.c.ended_at.is_(None)).order_by(tables.attempts.c.id)
+_KNOWN_CHECKPOINTS = select(tables.checkpoints.c.epoch, tables.checkpoints.c.number).where(
+    tables.checkpoints.c.job_id == bindparam("job")
+)
+_OPEN_OF_JOB = _OPEN.where(tables.attempts.c.job_id == bindparam("job"))
+
+
 class Records:
     """Over a migrated database. Every method is one transaction, with the event that tells of it.
 
@@ -305,6 +316,12 @@ class Records:
             ).scalar_one()
             return _one(connection, added)
 
+    def refuse_others(self, job_id: str) -> None:
+        """Raises NotOurs where another supervisor has the job by now; a person may do what they want."""
+        if self._supervisor_id is not None:
+            with self._database.read() as connection:
+                self._refuse_others(connection, job_id)
+
     def _refuse_others(self, connection: Connection, job_id: str) -> None:
         """Its row stays locked until the intent is written: nobody claims it in between."""
         found = tables.jobs.c
@@ -375,21 +392,14 @@ class Records:
 
     def rows(self, *, only_unfinished: bool = False, most: int | None = None) -> list[JobRow]:
         """All jobs, the newest first; or supervisors' that are not over or may bill, the oldest first."""
-        found = tables.jobs.c
-        query = select(*(found[name] for name in JobRow.__dataclass_fields__))
-        if only_unfinished:
-            query = query.where(unfinished()).order_by(found.created_at, found.id)
-        else:
-            query = query.order_by(found.created_at.desc(), found.id.desc()).limit(most)
+        query = _UNFINISHED if only_unfinished else _NEWEST_JOBS.limit(most)
         with self._database.read() as connection:
             return [JobRow(**row._mapping) for row in connection.execute(query)]
 
     def row(self, job_id: str) -> JobRow | None:
         """One job; None for one that is unknown."""
-        found = tables.jobs.c
-        query = select(*(found[name] for name in JobRow.__dataclass_fields__)).where(found.id == job_id)
         with self._database.read() as connection:
-            row = connection.execute(query).first()
+            row = connection.execute(_JOBS.where(tables.jobs.c.id == job_id)).first()
             return None if row is None else JobRow(**row._mapping)
 
     def jobs_under_way(self) -> list[tuple[str, str]]:
@@ -448,7 +458,7 @@ class Records:
         """Keep those that are not known yet."""
         table = tables.checkpoints
         with self._database.write(_LOCK) as connection:
-            rows = connection.execute(select(table.c.epoch, table.c.number).where(table.c.job_id == job_id))
+            rows = connection.execute(_KNOWN_CHECKPOINTS, {"job": job_id})
             known = {(row.epoch, row.number) for row in rows}
             for one in found:
                 if (one.epoch, one.number) not in known:
@@ -490,15 +500,12 @@ class Records:
 
     def open_attempts(self, job_id: str | None = None, *, only_wanted: bool = False) -> list[Attempt]:
         """Everything that may be billing, of one job or of all, or only of those that are not over."""
-        found = tables.attempts
-        query = select(found).where(found.c.ended_at.is_(None)).order_by(found.c.id)
-        if job_id is not None:
-            query = query.where(found.c.job_id == job_id)
+        query, values = (_OPEN, {}) if job_id is None else (_OPEN_OF_JOB, {"job": job_id})
         if only_wanted:
             running = select(tables.jobs.c.id).where(tables.jobs.c.state == "running")
-            query = query.where(found.c.job_id.in_(running))
+            query = query.where(tables.attempts.c.job_id.in_(running))
         with self._database.read() as connection:
-            return [Attempt(**row._mapping) for row in connection.execute(query)]
+            return [Attempt(**row._mapping) for row in connection.execute(query, values)]
 
     def owners(self, tags: Iterable[str]) -> dict[str, tuple[Attempt, JobRow]]:
         """Whose nodes have these tags, of those that are in this database."""
@@ -506,8 +513,7 @@ class Records:
         with self._database.read() as connection:
             rows = connection.execute(select(attempts).where(attempts.c.tag.in_(list(tags))))
             found = [Attempt(**row._mapping) for row in rows]
-            columns = (jobs.c[name] for name in JobRow.__dataclass_fields__)
-            mine = select(*columns).where(jobs.c.id.in_({a.job_id for a in found}))
+            mine = _JOBS.where(jobs.c.id.in_({a.job_id for a in found}))
             by_id = {row.id: JobRow(**row._mapping) for row in connection.execute(mine)}
         return {attempt.tag: (attempt, by_id[attempt.job_id]) for attempt in found}
 

@@ -115,9 +115,14 @@ class Renting:
     def end(
         self, attempt: Attempt, reason: str, work_lost_s: int | None = None, *, kind: EndKind = "ended"
     ) -> Attempt:
-        """End the node and the attempt. Raises when the vendor does not confirm: it may still bill."""
+        """End the node and the attempt. Raises when the vendor does not confirm: it may still bill.
+
+        Raises NotOurs, before anything is asked, for a job that went to another supervisor.
+        """
         if attempt.node_id is None:
             raise ValueError(f"attempt {attempt.id} has no node to end: settle_doubts finds out")
+        # A supervisor that stood still may have seen it in a list that is long out of date.
+        self._records.refuse_others(attempt.job_id)
         compute = self._computes[attempt.provider]
         compute.terminate(attempt.node_id, _CALL_S)
         free_for = timedelta(seconds=compute.capabilities.free_if_preempted_within_s)
