@@ -19,6 +19,7 @@ from benchmarks.plan_rank import plan_rank
 from benchmarks.policy_adaptive import policy_adaptive
 from benchmarks.quote_cold import quote_cold
 from benchmarks.store_poll import store_poll
+from benchmarks.supervise_loss import supervise_loss
 from benchmarks.supervise_many import supervise_many
 from benchmarks.testcloud_nodes import testcloud_nodes
 
@@ -33,6 +34,7 @@ BENCHMARKS: dict[str, Callable[[bool], Result]] = {
     "policy-adaptive": policy_adaptive,
     "quote-cold": quote_cold,
     "store-poll": store_poll,
+    "supervise-loss": supervise_loss,
     "supervise-many": supervise_many,
     "testcloud-nodes": testcloud_nodes,
 }
