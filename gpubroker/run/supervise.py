@@ -62,8 +62,8 @@ AVOID_PLACE_S = 3600
 RENEW_WITHIN_S = 1800.0
 # A node that answers and yet cannot be prepared costs money all the while.
 _MOST_FAILURES = 5
-# A process that has not looked for so long stood still, or its job was another's: a node is looked at every two
-# minutes at the latest.
+# A process that has not looked for so long stood still, or its job was another's: a node is looked at every
+# two minutes at the latest.
 _AWAY_S = 200.0
 # A node may say anything, as often as it likes.
 _MOST_PROBLEMS = 20
