@@ -117,6 +117,23 @@ def test_a_node_that_can_never_be_prepared_is_ended(supervised, preflight):
     assert any("cannot be prepared" in text for text in said)
 
 
+def test_a_node_is_not_given_up_for_the_time_in_which_its_supervisor_stood_still(supervised, clock):
+    """The first look after a long sleep may fail; what counts is for how long it was tried."""
+    node = Node(None, state={"state": "running", "pid": 7, "agent": True})
+    supervisor, vendor, _ = supervised(node)
+    for _ in range(2):
+        supervisor.tick()
+    clock.sleep(1200)
+    node.run = lambda *_, **__: (_ for _ in ()).throw(Unreachable("ssh", "node", "no route to host"))
+    for _ in range(6):
+        supervisor.tick()
+        assert ["n1"] == list(vendor.nodes)
+        clock.sleep(101)
+    supervisor.tick()
+    (attempt,) = supervisor.records.attempts(supervisor.job.id)
+    assert "cannot be reached, though its vendor says that it runs" == attempt.end_reason
+
+
 def test_hours_that_earlier_nodes_have_used_are_taken_off_the_next_ones(supervised, clock):
     """A cap of three: two are used, so the next node's lease is one hour, and its vendor is told."""
     supervisor, vendor, _ = supervised(Node(SILENT), max_hours="3")

@@ -62,6 +62,9 @@ AVOID_PLACE_S = 3600
 RENEW_WITHIN_S = 1800.0
 # A node that answers and yet cannot be prepared costs money all the while.
 _MOST_FAILURES = 5
+# A process that has not looked for so long stood still, or its job was another's: a node is looked at every
+# two minutes at the latest.
+_AWAY_S = 200.0
 # A node may say anything, as often as it likes.
 _MOST_PROBLEMS = 20
 # What a node may go on for after it should stop: the agent waits so long for a last checkpoint and then for
@@ -318,8 +321,9 @@ class Supervisor:
     def _observe(self, attempt: Attempt, node: NodeView | None, *, is_listed: bool) -> Observed:
         """While a vendor does not answer its node is looked at where it was last: that renews its lease."""
         contact, now_s = self._contacts[attempt.id], self.clock.monotonic_s()
+        was_away = contact.looked_s is not None and now_s - contact.looked_s > _AWAY_S
         look, contact.looked_s = None, now_s
-        if contact.reached_s is None:
+        if contact.reached_s is None or was_away:  # nobody knows whether it answered meanwhile
             contact.reached_s = now_s
         if contact.log_bytes is None:
             contact.log_bytes = self.log_from(attempt)

@@ -160,6 +160,7 @@ class Vendor:
         self.machines: dict[str, Machine] = {}
         self.by_tag: dict[str, list[Machine]] = {}
         self.away_until_s = 0.0
+        self.troubled_s = -1.0  # when a list or an end last went wrong
         self.told_at_s = -1.0  # when somebody was last given a true list
         self.usd_per_hour = Decimal(round(faults.between(1.5, 4.0), 2)).quantize(Decimal("0.01"))
         self._last: tuple[float, list[NodeView]] = (-_STALE_S, [])
@@ -238,6 +239,8 @@ class Vendor:
         self._world.advance(faults.between(0.05, 0.4))
         self._refuse_while_away("list")
         fault = faults.one_of("list: ", name)
+        if fault:
+            self.troubled_s = now_s
         if fault == "busy":
             raise Transient(name, "list", "HTTP 500")
         if fault == "away":
@@ -258,6 +261,8 @@ class Vendor:
         self._world.advance(faults.between(0.1, 1))
         self._refuse_while_away("end")
         fault = faults.one_of("end: ", name)
+        if fault:
+            self.troubled_s = self._world.now_s
         if fault == "busy":
             raise Transient(name, "end", "HTTP 500")
         if fault == "away":
@@ -294,6 +299,7 @@ class Vendor:
         if self._world.now_s >= self.away_until_s:
             return
         self._faults.touched.add(self.kind.name)
+        self.troubled_s = self._world.now_s
         if self._faults.rng.random() < 0.5:
             raise Unreachable(self.kind.name, operation, "connection refused")
         raise Transient(self.kind.name, operation, "HTTP 503")

@@ -116,8 +116,7 @@ class Doors:
     def __init__(self, faults: Faults) -> None:
         self._faults = faults
         self._is_still = False
-        self.is_rare = False
-        self.stand_still: Callable[[], None] = lambda: None
+        self.stand_still: Callable[[str], None] = lambda where: None
 
     def reach(self, where: str, *, is_rare: bool = False) -> None:
         """Raises Crash; or the supervisor stands still here while others go on."""
@@ -135,7 +134,7 @@ class Doors:
             faults.told(f"! stands still at {where}")
             self._is_still = True
             try:
-                self.stand_still()
+                self.stand_still(where)
             finally:
                 self._is_still = False
             faults.told(f"! goes on at {where}")

@@ -7,7 +7,7 @@ none, nobody could have seen or done anything.
 1. A job has one open attempt, and its program runs on one node at a time, which has proved itself and has a
    higher epoch than any before: in the store nobody is ever refused (nodes.Store).
 2. A node that no open attempt of a running job knows is ended within QUIET_ROUNDS in which its vendor was listed,
-   and every vendor is listed every EVERYWHERE_S.
+   and every vendor that answers is listed every EVERYWHERE_S.
 3. A job's nodes cost no more than its budget, a day's no more than its cap: but for a billing unit, and the time
    in which nobody could see them or end them.
 4. A node is asked for only by an intent that is in the database, once, for a job that is not over, within the caps.
@@ -35,6 +35,8 @@ from tests.sim.nodes import Inside, Run
 QUIET_ROUNDS, EVERYWHERE_S = 3, 60.0
 # What a job that is stopped may take to save, and what the database's whole seconds hide.
 _STOPS_S, _ROUNDING_S = 60.0, 5.0
+# To prepare a node is no look at it, and takes so long.
+_PREPARES_S = 60.0
 # The wall clock may be so far away from the true time.
 _JUMPS_S = 1800.0
 _BEGIN_S = BEGIN.timestamp()
@@ -90,7 +92,7 @@ class Judge:
     jobs: dict[str, JobFacts]
     day_usd: Decimal | None  # None = no such cap
     tick_s: Callable[[], float]
-    is_late: Callable[[], bool]  # whether the supervisor that ticks has stood still meanwhile
+    stood_at: Callable[[], str]  # the door at which the supervisor that ticks stood still last; "" = at none
     rounds: list[Round] = field(default_factory=list)
     unrest: list[float] = field(default_factory=list)  # when a supervisor died, stood still or came
     _asked: set[str] = field(default_factory=set)
@@ -128,7 +130,7 @@ class Judge:
         if not found:
             raise Broken(f"{vendor.kind.name} is asked for {tag}, and no intent of it is written")
         (attempt,) = found
-        if self.is_late():
+        if self.stood_at():
             if attempt.ended_at is not None:  # given up while its supervisor stood still at the create
                 self._too_late.add(tag)
             return
@@ -156,14 +158,14 @@ class Judge:
             if other is not inside and other.is_at_work and _job_of(other.run) == job:
                 raise Broken(f"{job} is begun on {inside.id} while it runs on {other.id}")
         state = self.job_rows()[job].state
-        if state in _FINAL and not self.is_late():
+        if state in _FINAL and not self.stood_at():
             raise Broken(f"{job} is {state}, and is begun on {inside.id}")
 
     def ending(self, machine: Machine) -> None:
         """A node that bills is about to be ended by us."""
         run = machine.inside.run
-        if run is None or self.is_late() or machine.status != "running":
-            return
+        if run is None or machine.status != "running" or self.stood_at().endswith(" end"):
+            return  # nobody can tell a call that is under way that it is too late
         row = self.job_rows()[run.config["job"]]
         if row.state != "running":
             return
@@ -171,7 +173,7 @@ class Judge:
         if outcome in ("done", "failed") and run.is_seen:
             raise Broken(f"{machine.id} is ended with the result {outcome} before {row.id}'s end is written")
         silent_s = self.world.now_s - (machine.inside.answered_s or 0.0)
-        allowed_s = ANSWERS_WITHIN.total_seconds()
+        allowed_s = ANSWERS_WITHIN.total_seconds() - _PREPARES_S
         if (
             run.is_alive
             and run.stopping is None
@@ -231,7 +233,8 @@ class Judge:
             if is_known and jobs[attempt.job].state == "running":
                 self._strays.pop(machine.id, None)
                 continue
-            since_s = max(self._strays.setdefault(machine.id, self.world.now_s), machine.listed_s)
+            troubled_s = self.vendors[machine.kind.name].troubled_s
+            since_s = max(self._strays.setdefault(machine.id, self.world.now_s), machine.listed_s, troubled_s)
             is_nobodys = attempt.job not in unfinished
             quiet = self._quiet(attempt.job, machine.kind.name, since_s, by_anybody=is_nobodys)
             listed = sum(machine.kind.name in one.listed for one in quiet)

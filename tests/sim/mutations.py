@@ -177,6 +177,12 @@ def rents_for_jobs_of_others() -> list[Patch]:
 
 
 @mutation
+def ends_nodes_of_others() -> list[Patch]:
+    """Those that it saw in a list before it stood still."""
+    return [(Records, "refuse_others", lambda *_: None)]
+
+
+@mutation
 def claims_whatever_the_leases() -> list[Patch]:
     """Jobs of a supervisor that is there and well."""
 

@@ -427,10 +427,10 @@ class NodeShell:
         fault = self._faults.one_of("shell: ", self._vendor)
         if fault == "refused":
             raise Unreachable("node", what, "connection refused")
-        self._inside.answered_s = self._world.now_s
         return fault
 
     def _after(self, fault: str, what: str, *, is_rare: bool) -> None:
         self._doors.reach(f"node {what} done", is_rare=is_rare)
         if fault == "done, but lost":
             raise Unreachable("node", what, "connection lost")
+        self._inside.answered_s = self._world.now_s

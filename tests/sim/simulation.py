@@ -79,7 +79,7 @@ class Simulation:
         self.fleets: list[Fleet] = []
         self.ticking: list[Fleet] = []  # the innermost last: one that stands still lets others tick
         self.cancels: dict[str, int] = {}  # job: the round in which somebody cancels it
-        self.late: set[str] = set()  # supervisors that have stood still in their tick
+        self.late: dict[str, str] = {}  # supervisors that have stood still in their tick: where last
         self.tick_s = self.rng.choice((5.0, 10.0, 20.0, 20.0, 25.0))
         self.day_usd = self.rng.choice((None, None, None, None, Decimal(8)))
         self.judge = Judge(
@@ -90,7 +90,7 @@ class Simulation:
             jobs={},
             day_usd=self.day_usd,
             tick_s=lambda: self.tick_s,
-            is_late=lambda: bool(self.ticking) and self.ticking[-1].leases.id in self.late,
+            stood_at=lambda: self.late.get(self.ticking[-1].leases.id, "") if self.ticking else "",
         )
         for vendor in self.vendors.values():
             vendor.asked, vendor.ending = self.judge.asked, self.judge.ending
@@ -194,7 +194,7 @@ class Simulation:
             self.told(str(error))
         finally:
             self.ticking.pop()
-            self.late.discard(fleet.leases.id)
+            self.late.pop(fleet.leases.id, None)
             touched, faults.touched = faults.touched, outer
         if "*" not in touched:
             jobs, listed = (
@@ -209,13 +209,13 @@ class Simulation:
     def _jobs_of(self, fleet: Fleet) -> frozenset[str]:
         return frozenset(j.id for j in self.judge.job_rows().values() if j.owner == fleet.leases.id)
 
-    def _stand_still(self) -> None:
+    def _stand_still(self, where: str) -> None:
         """The supervisor that ticks now does not, for longer than its lease; others do."""
         if not self.ticking:
             return
-        self.late.add(self.ticking[-1].leases.id)
+        self.late[self.ticking[-1].leases.id] = where
         self.judge.unrest.append(self.world.now_s)
-        until_s = self.world.now_s + self.rng.choice((70, 90, 150, 400))
+        until_s = self.world.now_s + self.rng.choice((70, 90, 150, 400, 700))
         while self.world.now_s < until_s:
             others = [fleet for fleet in self.fleets if fleet not in self.ticking]
             if not others:
