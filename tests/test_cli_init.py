@@ -98,11 +98,17 @@ def test_who_has_no_account_presses_enter(ask, path):
     assert "export" not in said
 
 
-def test_a_key_that_is_refused_may_be_typed_again(ask, cloud):
+@pytest.mark.parametrize("name", ["VAST_API_KEY", "MODAL_TOKEN_SECRET"])
+def test_a_key_that_is_refused_may_be_typed_again(ask, cloud, name):
     """What was wrong is said, without the key."""
-    given = "\n\n\nwrong-key-of-mine\n" + cloud.env["VAST_API_KEY"] + "\n\n"
-    code, out, said = ask(answers=given)
-    assert (0, True) == (code, "export VAST_API_KEY=..." in said), out + said
+    right = cloud.env[name]
+    pair = ["", cloud.env["MODAL_TOKEN_ID"]]
+    lines = {
+        "VAST_API_KEY": ["", "", "", "wrong-key-of-mine", right, ""],
+        "MODAL_TOKEN_SECRET": [*pair, "wrong-key-of-mine", pair[1], right, "", "", ""],
+    }
+    code, out, said = ask(answers="\n".join([*lines[name], ""]))
+    assert (0, True) == (code, f"export {name}=..." in said), out + said
     assert "wrong-key-of-mine" not in out + said
 
 

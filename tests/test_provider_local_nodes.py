@@ -246,10 +246,10 @@ def test_a_process_that_always_starts_the_next_one_is_caught(rent):
     shell.run("cat > ~/next; chmod +x ~/next", stdin=script.encode(), deadline_s=20)
     shell.run("~/next >/dev/null 2>&1 </dev/null; sleep 0.3", deadline_s=20)
     assert int(shell.run("wc -l < ~/count", deadline_s=20).stdout) > 5
-    assert processes_with(b"MARK_OF=chain")
+    assert any(processes_with(b"MARK_OF=chain") for _ in range(100))  # each lives for a moment
     provider.terminate(node.id, 10)
     time.sleep(0.2)
-    assert [] == processes_with(b"MARK_OF=chain")
+    assert not any(processes_with(b"MARK_OF=chain") for _ in range(20))
 
 
 def test_an_end_that_was_cut_off_is_finished_by_the_next(rent, tmp_path):

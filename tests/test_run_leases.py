@@ -129,7 +129,7 @@ def test_a_supervisor_finds_jobs_that_are_over_and_still_bill(store, clock, supe
 
 
 def test_one_that_was_away_ends_no_node_of_a_job_that_it_has_lost(store, clock, supervisor, expire, jobs):
-    """It may go by a list from before the node was there; a person without a supervisor may end it."""
+    """Nor does it write down what it saw of one. It may go by a list from before the node was there; a person without a supervisor may end it."""
     one, two, vendor = supervisor("a"), supervisor("b"), Vendor()
     one.claim()
     expire(one)
@@ -140,6 +140,10 @@ def test_one_that_was_away_ends_no_node_of_a_job_that_it_has_lost(store, clock, 
     attempt = of[two.id].rent(order(job), Caps(usd_per_day=None))
     with pytest.raises(NotOurs):
         of[one.id].end(attempt, "gone")
+    for seen in ("running", "stopped"):
+        with pytest.raises(NotOurs):
+            getattr(Records(store.database, clock, one.id), seen)(attempt)
+    assert [attempt] == Records(store.database, clock).attempts(job)
     assert [attempt.node_id] == list(vendor.nodes)
     of[None].end(attempt, "by hand")
     assert {} == vendor.nodes

@@ -255,7 +255,7 @@ def test_jobs_end_right_though_nodes_and_supervisors_are_taken_away_again_and_ag
 
 def states(at):
     with at.database.connect() as connection:
-        return dict(connection.execute(select(jobs.c.id, jobs.c.state)).tuples().all())
+        return {row.id: row.state for row in connection.execute(select(jobs.c.id, jobs.c.state))}
 
 
 @dataclass

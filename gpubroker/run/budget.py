@@ -112,7 +112,7 @@ def breach(
     used, kept = spend(attempts, now), stored or Stored()
     if limits.budget_usd is not None:
         usd = used.usd + kept.usd
-        reserve = _reserve_usd(attempts, ending) + kept.usd_per_hour * ending.seconds / SECONDS_PER_HOUR
+        reserve = _reserve_usd(attempts, now, ending) + kept.usd_per_hour * ending.seconds / SECONDS_PER_HOUR
         if _is_passed(limits.budget_usd, usd, reserve):
             return (
                 f"limits.budget_usd: ${usd:.2f} of ${limits.budget_usd:.2f} are spent,"
@@ -139,8 +139,9 @@ def day_breach(attempts: Sequence[Attempt], caps: Caps, now: datetime, ending: E
         usd = sum((a.usd_since(midnight, now) for a in mine), _ZERO)
         hours = sum((a.hours_since(midnight, now) for a in mine), _ZERO)
         where, reasons = f" at {provider}" if provider else "", list[str]()
-        if most.usd_per_day is not None and _is_passed(most.usd_per_day, usd, _reserve_usd(mine, ending)):
-            reasons.append(f"${usd:.2f} of ${most.usd_per_day:.2f}")
+        limit_usd = most.usd_per_day
+        if limit_usd is not None and _is_passed(limit_usd, usd, _reserve_usd(mine, now, ending)):
+            reasons.append(f"${usd:.2f} of ${limit_usd:.2f}")
         limit_h = most.node_hours_per_day
         if limit_h is not None and _is_passed(limit_h, hours, _reserve_h(mine, ending)):
             reasons.append(f"{hours:.2f} of {limit_h:.2f} node hours")
@@ -155,16 +156,16 @@ def _is_passed(limit: Decimal, used: Decimal, reserve: Decimal) -> bool:
     return used >= limit or used + reserve > limit
 
 
-def _reserve_usd(attempts: Iterable[Attempt], ending: Ending) -> Decimal:
+def _reserve_usd(attempts: Iterable[Attempt], now: datetime, ending: Ending) -> Decimal:
     """The most that open nodes may add before they are ended, a begun billing unit with it."""
-    return sum((_ending_usd(a, ending.seconds) for a in attempts if a.ended_at is None), _ZERO)
+    return sum((_ending_usd(a, now, ending.seconds) for a in attempts if a.ended_at is None), _ZERO)
 
 
-def _ending_usd(attempt: Attempt, seconds: Decimal) -> Decimal:
+def _ending_usd(attempt: Attempt, now: datetime, seconds: Decimal) -> Decimal:
     if attempt.stopped_at is not None:
         return attempt.held_usd_per_hour * seconds / SECONDS_PER_HOUR
     billed_s = seconds + attempt.billing_increment_s
-    if attempt.running_at is None:  # it may begin to run at any moment
+    if attempt.running_at is None or attempt.running_at >= now:  # its minimum is not in what is spent
         billed_s = max(billed_s, Decimal(attempt.minimum_s))
     return max(attempt.usd_per_hour, attempt.held_usd_per_hour) * billed_s / SECONDS_PER_HOUR
 

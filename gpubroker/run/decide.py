@@ -30,7 +30,7 @@ class Observed:
     node: NodeView | None  # None = not in its list
     is_reached: bool  # whether the node's shell answered
     state: Mapping[str, Any] | None  # the agent's; None = not started, or not reached
-    unreached_s: float  # since this process last reached it, or first tried
+    unreached_s: float  # of tries in vain, one after the other, by this process
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

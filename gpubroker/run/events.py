@@ -63,6 +63,9 @@ class Cursor:
     moved_at: datetime
 
 
+_ADD = insert(tables.events)
+
+
 def add(
     connection: Connection,
     at: datetime,
@@ -74,7 +77,7 @@ def add(
 ) -> None:
     """In the transaction of what it tells of."""
     row = {"at": at, "kind": kind, "text": text[:_MOST_TEXT], "job_id": job_id, "attempt_id": attempt_id}
-    connection.execute(insert(tables.events).values(row))
+    connection.execute(_ADD, row)
 
 
 class Events:

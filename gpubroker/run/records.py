@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from sqlalchemy import ColumnElement, Connection, bindparam, delete, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Row, bindparam, delete, func, insert, or_, select, update
 
 from gpubroker.config import DayCaps
 from gpubroker.doors import Clock
@@ -34,6 +34,8 @@ EndKind = Literal["", "preempted", "lost", "rejected", "crashed", "ended"]
 Wanted = Literal["", "cancelled", "over_budget", "failed"]
 # What an open node is taken to use at least, before anybody looks at it again.
 _RESERVED_H = Decimal(1)
+_EVER = datetime.fromtimestamp(0, UTC)
+_Row = TypeVar("_Row", "JobRow", "Attempt")
 _LOCK = "gpubroker launch"
 
 
@@ -173,7 +175,18 @@ class PassedOver:
 _JOBS = select(*(tables.jobs.c[name] for name in JobRow.__dataclass_fields__))
 _NEWEST_JOBS = _JOBS.order_by(tables.jobs.c.created_at.desc(), tables.jobs.c.id.desc())
 _UNFINISHED = _JOBS.where(unfinished()).order_by(tables.jobs.c.created_at, tables.jobs.c.id)
-_OPEN = select(tables.attempts).where(tables.attempts.c.ended_at.is_(None)).order_by(tables.attempts.c.id)
+_JOB = _JOBS.where(tables.jobs.c.id == bindparam("job"))
+_ATTEMPTS = select(*(tables.attempts.c[name] for name in Attempt.__dataclass_fields__))
+_ATTEMPT = _ATTEMPTS.where(tables.attempts.c.id == bindparam("attempt"))
+_ATTEMPTS_OF_JOB = _ATTEMPTS.where(tables.attempts.c.job_id == bindparam("job")).order_by("epoch")
+_OPEN = _ATTEMPTS.where(tables.attempts.c.ended_at.is_(None)).order_by(tables.attempts.c.id)
+_SINCE = _ATTEMPTS.where(
+    or_(tables.attempts.c.ended_at.is_(None), tables.attempts.c.ended_at > bindparam("since"))
+).order_by("id")
+_NODES_SINCE = _SINCE.where(tables.attempts.c.node_id.is_not(None))
+_ATTEMPTS_BY_TAG = _ATTEMPTS.where(tables.attempts.c.tag.in_(bindparam("tags", expanding=True)))
+_JOBS_BY_ID = _JOBS.where(tables.jobs.c.id.in_(bindparam("ids", expanding=True)))
+_ADD_CHECKPOINT = insert(tables.checkpoints)
 _KNOWN_CHECKPOINTS = select(tables.checkpoints.c.epoch, tables.checkpoints.c.number).where(
     tables.checkpoints.c.job_id == bindparam("job")
 )
@@ -323,7 +336,7 @@ class Records:
                 self._refuse_others(connection, job_id)
 
     def _refuse_others(self, connection: Connection, job_id: str) -> None:
-        """Its row stays locked until the intent is written: nobody claims it in between."""
+        """Its row stays locked until what follows is written: nobody claims it in between."""
         found = tables.jobs.c
         row = connection.execute(
             select(found.supervisor_id, found.unattended).where(found.id == job_id).with_for_update()
@@ -340,14 +353,16 @@ class Records:
         return self._change(attempt, node_id=node_id, event=("rented", text))
 
     def running(self, attempt: Attempt, since: datetime | None = None) -> Attempt:
-        """It was seen running, and bills from now or from when the vendor says."""
-        return attempt if attempt.running_at else self._change(attempt, running_at=since or self._clock.now())
+        """It was seen running, and bills from now or from when the vendor says. Raises NotOurs."""
+        if attempt.running_at is not None:
+            return attempt
+        return self._change(attempt, is_seen=True, running_at=since or self._clock.now())
 
     def stopped(self, attempt: Attempt, *, is_stopped: bool = True) -> Attempt:
-        """It was seen to run no more, and then costs its disk alone; or to run again."""
+        """It was seen to run no more, and then costs its disk alone; or to run again. Raises NotOurs."""
         if (attempt.stopped_at is not None) == is_stopped:
             return attempt
-        return self._change(attempt, stopped_at=self._clock.now() if is_stopped else None)
+        return self._change(attempt, is_seen=True, stopped_at=self._clock.now() if is_stopped else None)
 
     def ended(
         self,
@@ -367,7 +382,7 @@ class Records:
             return attempt
         now = at or self._clock.now()
         usd, node = attempt.usd_by(now, is_free=is_free), attempt.node_id
-        values = {
+        values: dict[str, Any] = {
             "ended_at": now,
             "end_reason": reason,
             "end_kind": kind if node else "",
@@ -394,13 +409,13 @@ class Records:
         """All jobs, the newest first; or supervisors' that are not over or may bill, the oldest first."""
         query = _UNFINISHED if only_unfinished else _NEWEST_JOBS.limit(most)
         with self._database.read() as connection:
-            return [JobRow(**row._mapping) for row in connection.execute(query)]
+            return [_as(JobRow, row) for row in connection.execute(query)]
 
     def row(self, job_id: str) -> JobRow | None:
         """One job; None for one that is unknown."""
         with self._database.read() as connection:
-            row = connection.execute(_JOBS.where(tables.jobs.c.id == job_id)).first()
-            return None if row is None else JobRow(**row._mapping)
+            row = connection.execute(_JOB, {"job": job_id}).first()
+            return None if row is None else _as(JobRow, row)
 
     def jobs_under_way(self) -> list[tuple[str, str]]:
         """Id and description of those that are not over, the oldest first."""
@@ -420,10 +435,9 @@ class Records:
 
     def attempts(self, job_id: str) -> list[Attempt]:
         """Of one job, the first first."""
-        found = tables.attempts
         with self._database.read() as connection:
-            rows = connection.execute(select(found).where(found.c.job_id == job_id).order_by(found.c.epoch))
-            return [Attempt(**row._mapping) for row in rows]
+            rows = connection.execute(_ATTEMPTS_OF_JOB, {"job": job_id})
+            return [_as(Attempt, row) for row in rows]
 
     def attempts_of_unfinished(self) -> dict[str, list[Attempt]]:
         """Of every job that is not over or may bill, by its id; of one that never rented there are none."""
@@ -432,8 +446,8 @@ class Records:
         mine = select(jobs.id).where(or_(jobs.state == "running", jobs.id.in_(open_ones)))
         with self._database.read() as connection:
             attempts: dict[str, list[Attempt]] = {job_id: [] for job_id in connection.scalars(mine)}
-            for row in connection.execute(select(found).where(found.c.job_id.in_(mine)).order_by(found.c.id)):
-                attempts[row.job_id].append(Attempt(**row._mapping))
+            for row in connection.execute(_ATTEMPTS.where(found.c.job_id.in_(mine)).order_by(found.c.id)):
+                attempts[row.job_id].append(_as(Attempt, row))
             return attempts
 
     def count_by_state(self) -> dict[JobState, int]:
@@ -456,13 +470,12 @@ class Records:
 
     def published(self, job_id: str, found: Iterable[Checkpoint]) -> None:
         """Keep those that are not known yet."""
-        table = tables.checkpoints
         with self._database.write(_LOCK) as connection:
             rows = connection.execute(_KNOWN_CHECKPOINTS, {"job": job_id})
-            known = {(row.epoch, row.number) for row in rows}
-            for one in found:
-                if (one.epoch, one.number) not in known:
-                    connection.execute(insert(table).values(job_id=job_id, **asdict(one)))
+            known = {(epoch, number) for epoch, number in rows}
+            new = [asdict(one) for one in found if (one.epoch, one.number) not in known]
+            if new:
+                connection.execute(_ADD_CHECKPOINT, [{"job_id": job_id, **one} for one in new])
 
     def checkpoints(self, job_id: str) -> list[Checkpoint]:
         """Of one job, in the order in which they were made."""
@@ -505,16 +518,15 @@ class Records:
             running = select(tables.jobs.c.id).where(tables.jobs.c.state == "running")
             query = query.where(tables.attempts.c.job_id.in_(running))
         with self._database.read() as connection:
-            return [Attempt(**row._mapping) for row in connection.execute(query, values)]
+            return [_as(Attempt, row) for row in connection.execute(query, values)]
 
     def owners(self, tags: Iterable[str]) -> dict[str, tuple[Attempt, JobRow]]:
         """Whose nodes have these tags, of those that are in this database."""
-        attempts, jobs = tables.attempts, tables.jobs
         with self._database.read() as connection:
-            rows = connection.execute(select(attempts).where(attempts.c.tag.in_(list(tags))))
-            found = [Attempt(**row._mapping) for row in rows]
-            mine = _JOBS.where(jobs.c.id.in_({a.job_id for a in found}))
-            by_id = {row.id: JobRow(**row._mapping) for row in connection.execute(mine)}
+            rows = connection.execute(_ATTEMPTS_BY_TAG, {"tags": list(tags)})
+            found = [_as(Attempt, row) for row in rows]
+            mine = connection.execute(_JOBS_BY_ID, {"ids": list({a.job_id for a in found})})
+            by_id = {row.id: _as(JobRow, row) for row in mine}
         return {attempt.tag: (attempt, by_id[attempt.job_id]) for attempt in found}
 
     def check_schema(self) -> None:
@@ -523,25 +535,22 @@ class Records:
 
     def attempts_since(self, since: datetime | None = None, job_id: str | None = None) -> list[Attempt]:
         """Nodes of one job or of all that were there since then, the oldest first; None = ever."""
-        found = tables.attempts.c
-        query = select(tables.attempts).where(found.node_id.is_not(None)).order_by(found.id)
+        query, values = _NODES_SINCE, {"since": since or _EVER}
         if job_id is not None:
-            query = query.where(found.job_id == job_id)
-        if since is not None:
-            query = query.where(found.ended_at.is_(None) | (found.ended_at > since))
+            query = query.where(tables.attempts.c.job_id == job_id)
         with self._database.read() as connection:
-            return [Attempt(**row._mapping) for row in connection.execute(query)]
+            return [_as(Attempt, row) for row in connection.execute(query, values)]
 
     def unsettled(self, job_id: str | None = None) -> list[Attempt]:
         """Ended nodes, of one job or of all, whose vendor has not said what they cost."""
         found = tables.attempts.c
-        wanted = select(tables.attempts).where(
+        wanted = _ATTEMPTS.where(
             found.ended_at.is_not(None), found.node_id.is_not(None), found.usd_settled.is_(None)
         )
         if job_id is not None:
             wanted = wanted.where(found.job_id == job_id)
         with self._database.read() as connection:
-            return [Attempt(**row._mapping) for row in connection.execute(wanted.order_by(found.id))]
+            return [_as(Attempt, row) for row in connection.execute(wanted.order_by(found.id))]
 
     def avoid(self, provider: str, machine_id: str, code: str, reason: str, *, for_s: int) -> None:
         """Keep away from a machine for a while; nothing where the vendor does not name machines."""
@@ -577,10 +586,16 @@ class Records:
         attempt: Attempt,
         *still: ColumnElement[bool],
         event: tuple[events.Kind, str] | None = None,
+        is_seen: bool = False,
         **values: Any,
     ) -> Attempt:
-        """`still`: what must hold, or nothing is changed."""
+        """`still`: what must hold, or nothing is changed.
+
+        `is_seen`: in a list, and not done by us. A supervisor that stood still has an old one.
+        """
         with self._database.write(_LOCK) as connection:
+            if is_seen and self._supervisor_id is not None:
+                self._refuse_others(connection, attempt.job_id)
             mine = (tables.attempts.c.id == attempt.id, *still)
             changed = connection.execute(update(tables.attempts).where(*mine).values(values))
             if event is not None and changed.rowcount:
@@ -612,9 +627,7 @@ class Records:
                 hours = sum((a.hours_since(midnight, now) + _reserved_h(a) for a in mine), Decimal(0))
                 _refuse_hours(what, most.node_hours_per_day, hours, until=midnight + timedelta(days=1))
         if caps.usd_per_job is not None:
-            found = tables.attempts
-            rows = connection.execute(select(found).where(found.c.job_id == job_id))
-            own = [Attempt(**row._mapping) for row in rows]
+            own = [_as(Attempt, row) for row in connection.execute(_ATTEMPTS_OF_JOB, {"job": job_id})]
             spent = sum((a.usd_known(now) + _reserved_usd(a) for a in own), Decimal(0))
             _refuse("this job", caps.usd_per_job, spent, wanted)
 
@@ -664,15 +677,15 @@ def _usd_today(connection: Connection, now: datetime) -> Decimal:
 
 def _today(connection: Connection, now: datetime) -> list[Attempt]:
     """Those that have used anything since midnight UTC, or may yet."""
-    return _since(connection, midnight_before(now))
+    rows = connection.execute(_SINCE, {"since": midnight_before(now)})
+    return [_as(Attempt, row) for row in rows]
 
 
-def _since(connection: Connection, moment: datetime) -> list[Attempt]:
-    found = tables.attempts.c
-    query = select(tables.attempts).where((found.ended_at.is_(None)) | (found.ended_at > moment))
-    return [Attempt(**row._mapping) for row in connection.execute(query.order_by(found.id))]
+def _as(made: type[_Row], row: Row[Any]) -> _Row:
+    """Of what was asked for by its fields, in their order."""
+    return made(**dict(zip(made.__dataclass_fields__, row, strict=True)))
 
 
 def _one(connection: Connection, attempt_id: int) -> Attempt:
-    row = connection.execute(select(tables.attempts).where(tables.attempts.c.id == attempt_id)).one()
-    return Attempt(**row._mapping)
+    row = connection.execute(_ATTEMPT, {"attempt": attempt_id}).one()
+    return _as(Attempt, row)

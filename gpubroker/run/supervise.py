@@ -62,14 +62,13 @@ AVOID_PLACE_S = 3600
 RENEW_WITHIN_S = 1800.0
 # A node that answers and yet cannot be prepared costs money all the while.
 _MOST_FAILURES = 5
-# A process that has not looked for so long stood still, or its job was another's: a node is looked at every
-# two minutes at the latest.
-_AWAY_S = 200.0
 # A node may say anything, as often as it likes.
 _MOST_PROBLEMS = 20
 # What a node may go on for after it should stop: the agent waits so long for a last checkpoint and then for
 # the job to end (node/config.py), and with many jobs it is looked at once a minute.
 ENDING = budget.Ending(save_s=120, grace_s=10, tick_s=60)
+# Nobody knows whether a node could be reached while its supervisor stood still, or looked elsewhere.
+_LOOKS_WITHIN_S = 60.0
 # Ticks in a row in which the database said no.
 _MOST_STORE_FAILURES = 20
 # How long an end waits for a vendor that does not confirm it, and how long between two tries.
@@ -111,8 +110,8 @@ class _Contact:
     shell: Shell | None = None
     host_key: str | None = None
     last_reached_at: datetime | None = None
-    reached_s: float | None = None  # by the clock that never jumps; since the first try where it never was
-    looked_s: float | None = None  # likewise, whether it was reached or not; None = never
+    looked_s: float | None = None  # by the clock that never jumps; None = never
+    unreached_s: float = 0.0  # of tries in vain, one after the other
     log_bytes: int | None = None  # of the job's output that are here; None = nobody has counted yet
     state: Mapping[str, Any] | None = None  # the agent's, when it was last reached
     made: int = 0  # checkpoints that are recorded
@@ -321,10 +320,8 @@ class Supervisor:
     def _observe(self, attempt: Attempt, node: NodeView | None, *, is_listed: bool) -> Observed:
         """While a vendor does not answer its node is looked at where it was last: that renews its lease."""
         contact, now_s = self._contacts[attempt.id], self.clock.monotonic_s()
-        was_away = contact.looked_s is not None and now_s - contact.looked_s > _AWAY_S
+        since_s = 0.0 if contact.looked_s is None else now_s - contact.looked_s
         look, contact.looked_s = None, now_s
-        if contact.reached_s is None or was_away:  # nobody knows whether it answered meanwhile
-            contact.reached_s = now_s
         if contact.log_bytes is None:
             contact.log_bytes = self.log_from(attempt)
         if node is not None and node.status == "running":
@@ -334,7 +331,7 @@ class Supervisor:
                 self._drop(attempt)
                 self._once(f"not reached yet: {error.detail}")
         if look is not None:
-            contact.last_reached_at, contact.reached_s = self.clock.now(), now_s
+            contact.last_reached_at, contact.unreached_s = self.clock.now(), 0.0
             if look.log:
                 self.log(attempt, look.log)
                 contact.log_bytes += len(look.log)
@@ -342,12 +339,14 @@ class Supervisor:
             self._keep_checkpoints(attempt, contact)
             self._tell_problems(attempt, contact)
             self._judge_use(attempt, contact)
+        else:
+            contact.unreached_s += min(since_s, _LOOKS_WITHIN_S)
         return Observed(
             is_listed=is_listed,
             node=node,
             is_reached=look is not None,
             state=None if look is None else look.state,
-            unreached_s=now_s - contact.reached_s,
+            unreached_s=contact.unreached_s,
         )
 
     def _meter(self, attempt: Attempt, node: NodeView | None) -> Attempt:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 from collections.abc import Callable, Coroutine, Mapping
 from decimal import InvalidOperation
 from typing import Any, TypeVar
@@ -41,6 +42,8 @@ _SDK_ERRORS: Mapping[str, type[ProviderError]] = {
     "ClientClosed": Transient,
 }
 _SDK_CONFIG_ERRORS = frozenset(("InvalidError", "VersionError"))
+# Whose connection the SDK keeps, by token and server: it makes one a process.
+_connected: list[tuple[str | None, ...]] = []
 # What to do about an error, and what may be shown of it -> ours.
 Classed = Callable[[Exception, str], BrokerError]
 
@@ -66,12 +69,20 @@ class Sdk:
         missing = self.missing()
         if missing:
             raise MissingCredentials(NAME, missing)
+        self._leave_others()
         try:
             return asyncio.run(asyncio.wait_for(work(), deadline_s))
         except BrokerError:
             raise
         except Exception as error:  # the SDK lets through what gRPC, HTTP/2, TLS and Decimal raise
             raise classed(error, self._shown(error)) from error
+
+    def _leave_others(self) -> None:
+        """A connection with another token, such as one that was typed wrong, is not ours."""
+        mine = tuple(self._env.get(name) for name in (*_TOKEN_VARIABLES, "MODAL_SERVER_URL"))
+        if [mine] != _connected and "modal" in sys.modules:
+            sys.modules["modal"].Client._set_env_client(None)
+        _connected[:] = [mine]
 
     def _shown(self, error: Exception) -> str:
         text = str(error) or type(error).__name__

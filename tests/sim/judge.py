@@ -9,7 +9,7 @@ none, nobody could have seen or done anything.
 2. A node that no open attempt of a running job knows is ended within QUIET_ROUNDS in which its vendor was listed,
    and every vendor that answers is listed every EVERYWHERE_S.
 3. A job's nodes cost no more than its budget, a day's no more than its cap: but for a billing unit, and the time
-   in which nobody could see them or end them.
+   in which nobody could see them or end them. By its lease each node keeps to it on its own.
 4. A node is asked for only by an intent that is in the database, once, for a job that is not over, within the caps.
 5. What has ended stays as it is: no other state, no other node, no second run of a result that was seen.
 6. A node that works and was reached lately is not ended; nor is one with a result before its job's end is written.
@@ -35,6 +35,8 @@ from tests.sim.nodes import Inside, Run
 QUIET_ROUNDS, EVERYWHERE_S = 3, 60.0
 # What a job that is stopped may take to save, and what the database's whole seconds hide.
 _STOPS_S, _ROUNDING_S = 60.0, 5.0
+# A lease is for a cent at least, and for whole micro-dollars.
+_CENTS_USD = Decimal("0.02")
 # To prepare a node is no look at it, and takes so long.
 _PREPARES_S = 60.0
 # The wall clock may be so far away from the true time.
@@ -96,7 +98,7 @@ class Judge:
     rounds: list[Round] = field(default_factory=list)
     unrest: list[float] = field(default_factory=list)  # when a supervisor died, stood still or came
     _asked: set[str] = field(default_factory=set)
-    _too_late: set[str] = field(default_factory=set)  # tags
+    _never: set[int] = field(default_factory=set)  # attempts that were given up: what comes later is a stray
     _ended: dict[str, str] = field(default_factory=dict)  # jobs that are over: their state
     _owners: dict[str, str | None] = field(default_factory=dict)
     _strays: dict[str, float] = field(default_factory=dict)  # since when
@@ -131,8 +133,6 @@ class Judge:
             raise Broken(f"{vendor.kind.name} is asked for {tag}, and no intent of it is written")
         (attempt,) = found
         if self.stood_at():
-            if attempt.ended_at is not None:  # given up while its supervisor stood still at the create
-                self._too_late.add(tag)
             return
         state = self.job_rows()[attempt.job].state
         if attempt.ended_at is not None or state != "running":
@@ -160,6 +160,21 @@ class Judge:
         state = self.job_rows()[job].state
         if state in _FINAL and not self.stood_at():
             raise Broken(f"{job} is {state}, and is begun on {inside.id}")
+        self._lease_fits(job, inside.id, run)
+
+    def _lease_fits(self, job: str, node: str, run: Run) -> None:
+        """A node ends its job by itself before the budget is passed, should nobody look."""
+        budget_usd = self.jobs[job].budget_usd
+        if budget_usd is None:
+            return
+        before = [a for a in self.attempt_rows() if a.job == job and a.epoch < run.config["epoch"]]
+        spent, slack = self.spent(before)
+        may_usd = Decimal(run.config["max_usd"])
+        if spent + may_usd > budget_usd + slack + _CENTS_USD:
+            raise Broken(
+                f"{node} may spend {may_usd:.3f} of {budget_usd} by its lease, of which {spent:.3f} are spent"
+                f" (+ {slack:.3f} unseen)"
+            )
 
     def ending(self, machine: Machine) -> None:
         """A node that bills is about to be ended by us."""
@@ -169,18 +184,13 @@ class Judge:
         row = self.job_rows()[run.config["job"]]
         if row.state != "running":
             return
+        silent_s = self.world.now_s - (machine.inside.answered_s or 0.0)
+        if silent_s >= ANSWERS_WITHIN.total_seconds() - _PREPARES_S:
+            return
         outcome = None if run.result is None else run.result["outcome"]
         if outcome in ("done", "failed") and run.is_seen:
             raise Broken(f"{machine.id} is ended with the result {outcome} before {row.id}'s end is written")
-        silent_s = self.world.now_s - (machine.inside.answered_s or 0.0)
-        allowed_s = ANSWERS_WITHIN.total_seconds() - _PREPARES_S
-        if (
-            run.is_alive
-            and run.stopping is None
-            and not row.wanted
-            and silent_s < allowed_s
-            and run.has_agent
-        ):
+        if run.is_alive and run.stopping is None and not row.wanted and run.has_agent:
             raise Broken(f"{machine.id} works at {row.id}, answered {silent_s:.0f} s ago, and is ended")
 
     # After a tick
@@ -275,11 +285,11 @@ class Judge:
 
     def _ledger_is_right(self, attempts: list[AttemptNow]) -> None:
         for attempt in attempts:
-            if attempt.ended_at is None or attempt.node is None or attempt.id in self._settled:
+            if attempt.ended_at is not None and attempt.node is None:
+                self._never.add(attempt.id)
+            if attempt.ended_at is None or attempt.node is None or attempt.id in self._settled | self._never:
                 continue
             machine = self.vendors[attempt.vendor].machines[attempt.node]
-            if machine.tag in self._too_late:
-                continue  # a stray
             if machine.ended_s is None:
                 raise Broken(f"attempt {attempt.id} of {attempt.job} has ended, and {machine.id} bills")
             self._settled.add(attempt.id)

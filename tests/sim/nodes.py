@@ -430,7 +430,8 @@ class NodeShell:
         return fault
 
     def _after(self, fault: str, what: str, *, is_rare: bool) -> None:
+        answered_s = self._world.now_s
         self._doors.reach(f"node {what} done", is_rare=is_rare)
         if fault == "done, but lost":
             raise Unreachable("node", what, "connection lost")
-        self._inside.answered_s = self._world.now_s
+        self._inside.answered_s = max(answered_s, self._inside.answered_s or 0.0)

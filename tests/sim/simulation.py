@@ -36,7 +36,10 @@ from tests.sim.nodes import Inside, Program, Store
 
 JOBS, TICKS, MOST_TICKS = 5, 200, 900
 _STORE = StoreKeys(where="s3://bucket/jobs", access_key="key", secret_key="secret")
-_CALM_TICK_S = 50.0
+# Between the ticks of others while one stands still.
+_OTHERS_TICK_S = 20.0
+# Once faults have stopped, while nodes are there and while none is: jobs may wait for the next day.
+_CALM_TICK_S, _IDLE_TICK_S = 50.0, 600.0
 
 
 @dataclass(kw_only=True)
@@ -75,12 +78,12 @@ class Simulation:
         self.store = Store()
         self.vendors = {kind.name: Vendor(kind, self.world, self.faults, self.doors) for kind in KINDS}
         self.programs: dict[str, Program] = {}
-        self.specs: dict[str, JobSpec] = {}
         self.fleets: list[Fleet] = []
         self.ticking: list[Fleet] = []  # the innermost last: one that stands still lets others tick
         self.cancels: dict[str, int] = {}  # job: the round in which somebody cancels it
         self.late: dict[str, str] = {}  # supervisors that have stood still in their tick: where last
-        self.tick_s = self.rng.choice((5.0, 10.0, 20.0, 20.0, 25.0))
+        self.tick_s = self.rng.choice((5.0, 10.0, 20.0, 20.0))
+        self.look_every_s = self.rng.choice((5.0, 25.0, 45.0))  # as with few jobs, and with many
         self.day_usd = self.rng.choice((None, None, None, None, Decimal(8)))
         self.judge = Judge(
             world=self.world,
@@ -151,7 +154,8 @@ class Simulation:
         self._tick(self.fleets[self.found.ticks % len(self.fleets)])
         if self.fleets and faults.happens("hand over", "*"):
             self._hand_over(self.fleets[0])
-        self.world.advance(self.tick_s)
+        is_idle = not faults.is_on and all(a.ended_at is not None for a in self.judge.attempt_rows())
+        self.world.advance(_IDLE_TICK_S if is_idle else self.tick_s)
 
     # Supervisors
 
@@ -176,6 +180,7 @@ class Simulation:
             make=make,
             caps=None if self.day_usd is None else Caps(usd_per_day=self.day_usd),
             say=self.told,
+            tick_s=self.look_every_s,
         )
         self.fleets.append(fleet)
 
@@ -207,7 +212,8 @@ class Simulation:
         self.judge.look()
 
     def _jobs_of(self, fleet: Fleet) -> frozenset[str]:
-        return frozenset(j.id for j in self.judge.job_rows().values() if j.owner == fleet.leases.id)
+        rows = self.database.raw.execute("SELECT id FROM jobs WHERE supervisor_id = ?", (fleet.leases.id,))
+        return frozenset(row[0] for row in rows)
 
     def _stand_still(self, where: str) -> None:
         """The supervisor that ticks now does not, for longer than its lease; others do."""
@@ -223,7 +229,7 @@ class Simulation:
                 continue
             for fleet in others:
                 self._tick(fleet)
-            self.world.advance(self.tick_s)
+            self.world.advance(_OTHERS_TICK_S)
 
     def _hand_over(self, fleet: Fleet) -> None:
         self.told(f"{fleet.leases.id} leaves")
@@ -311,7 +317,7 @@ class Simulation:
             hours = Decimal(program.work_s / 3600).quantize(Decimal("0.01")) + Decimal("0.01")
             limits = {}
             if self.rng.random() < 0.5:
-                limits["budget_usd"] = str(self.rng.choice((2, 3, 4, 6)))
+                limits["budget_usd"] = str(self.rng.choice((2, 3, 3, 4)))
             if self.rng.random() < 0.3:
                 limits["max_hours"] = str(hours + self.rng.choice((1, 2)))
             spec = _spec(str(hours), tuple(sorted(limits.items())))
@@ -325,10 +331,10 @@ class Simulation:
 
     def _program(self) -> Program:
         rng = self.rng
-        fate, work_s = rng.random(), rng.choice((120, 600, 1500, 3000, 6000))
+        fate, work_s = rng.random(), rng.choice((60, 200, 400, 600, 1200, 2400, 6000))
         return Program(
             work_s=work_s,
-            save_every_s=rng.choice((40, 90, 250)),
+            save_every_s=rng.choice((40, 100, 300)),
             saving_s=rng.choice((2, 10, 30)),
             fails_at_s=work_s * rng.random() if fate < 0.12 else None,
             retries=rng.choice((1, 2, 9)) if 0.12 < fate < 0.22 else 0,
