@@ -26,7 +26,8 @@ from gpubroker.node import job as node_job
 from gpubroker.node.bundle import NAME, bundle
 from gpubroker.node.config import BadConfig, Config, read_config
 from gpubroker.node.ending import NotEnded, end_node, variables
-from gpubroker.node.job import Exit, Task, read_json
+from gpubroker.node.files import read_json
+from gpubroker.node.job import Exit, Task
 from gpubroker.node.lease import Lease, Terms
 from gpubroker.node.store import FolderStore, Full, StoreFailed, _store_errors
 from gpubroker.node.watch import Imds, Scanner
@@ -506,7 +507,7 @@ def test_a_lease_that_is_renewed_goes_on(node: Node, by: str) -> None:
     until(lambda: node.beat().get("state") == "running")
     for number in range(12):
         if by == "file":
-            node.agent("renew")
+            node.agent("look")
         else:
             node.store.put("train/00000001/lease.json", str(number).encode())
         time.sleep(0.2)
@@ -610,7 +611,7 @@ def test_an_agent_that_was_dead_for_longer_than_its_lease_goes_on_if_somebody_re
     os.kill(node.beat()["agent_pid"], signal.SIGKILL)
     time.sleep(2.5)
     if is_renewed:
-        node.agent("renew")
+        node.agent("look")
         (node.root / "go").touch()
     node.agent("start")
     assert outcome == node.result()["outcome"]
@@ -623,12 +624,12 @@ def test_start_survives_its_terminal(node: Node) -> None:
     assert {"state": "started", "adopted": False}.items() <= started.items()
     until(lambda: node.beat().get("state") == "running")
     assert {"state": "running", "agent_pid": started["agent_pid"], "adopted": False} == node.agent("start")
-    status = node.agent("status")
+    status = node.agent("look")
     assert (True, "running", None) == (status["agent"], status["state"], status["result"])
     assert os.getsid(started["agent_pid"]) not in (os.getsid(0), os.getpid())
     (node.root / "go").touch()
     assert "done" == node.result()["outcome"]
-    until(lambda: node.agent("status")["agent"] is False)
+    until(lambda: node.agent("look")["agent"] is False)
     assert "finished" == node.agent("start")["state"]
     assert "hello\n" == node.log()
 

@@ -1,12 +1,11 @@
 """What the supervisor runs on the node, one JSON line on standard output each:
 
-python3 gpubroker-node.pyz start|run|container|status|stop|notice|renew|end|checkpoints CONFIG
+python3 gpubroker-node.pyz start|run|container|look|stop|notice|end|checkpoints CONFIG
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import sys
@@ -16,17 +15,17 @@ from gpubroker.node import generations
 from gpubroker.node.agent import Busy, open_agent
 from gpubroker.node.config import BadConfig, Config, open_store, read_config
 from gpubroker.node.ending import NotEnded, end_node
-from gpubroker.node.job import lock_file, read_json
+from gpubroker.node.files import read_json
+from gpubroker.node.look import ask, is_running, look
 from gpubroker.node.store import Missing, StoreFailed
 
 COMMANDS = {
     "start": "Begin, or go on with what runs, apart from this terminal.",
     "container": "Run the job's image by docker: what the agent starts where there is one.",
     "run": "The same in this terminal.",
-    "status": "The last heartbeat, and whether the agent is alive.",
+    "look": "Renew the lease; the last heartbeat, and whether the agent is alive.",
     "stop": "Ask the job to save, then end it; a finished agent goes.",
     "notice": "The node will be taken: ask the job to save.",
-    "renew": "The node is still wanted.",
     "end": "End the node, now, by its own means.",
     "checkpoints": "Verify what the store holds: the newest good checkpoint, and what is bad and why.",
 }
@@ -58,33 +57,22 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _answer(asked: argparse.Namespace, config: Config) -> dict[str, Any]:
-    if asked.command == "status":
-        return _status(config)
+    if asked.command == "look":
+        return look(config.folder)
     if asked.command == "checkpoints":
         return _checkpoints(config)
     if asked.command == "end":
         return _end(config)
-    name = {"renew": "lease"}.get(asked.command, asked.command)
     seconds = getattr(asked, "seconds", None)
-    os.makedirs(config.folder, exist_ok=True)
-    path = os.path.join(config.folder, name)
-    with open(path + ".new", "w", encoding="utf-8") as file:
-        file.write("" if seconds is None else str(seconds))
-    os.replace(path + ".new", path)
-    return {asked.command: "asked", "agent": _is_running(config)}
+    ask(config.folder, asked.command, "" if seconds is None else str(seconds))
+    return {asked.command: "asked", "agent": is_running(config.folder)}
 
 
 def _end(config: Config) -> dict[str, Any]:
     if config.end is None:
         raise NotEnded("a node of this vendor cannot end itself")
     end_node(config.end)
-    return {"end": "asked", "agent": _is_running(config)}
-
-
-def _status(config: Config) -> dict[str, Any]:
-    beat = read_json(os.path.join(config.folder, "heartbeat.json")) or {"state": "unknown"}
-    result = read_json(os.path.join(config.folder, "result.json"))
-    return {**beat, "agent": _is_running(config), "result": result}
+    return {"end": "asked", "agent": is_running(config.folder)}
 
 
 def _checkpoints(config: Config) -> dict[str, Any]:
@@ -96,15 +84,6 @@ def _checkpoints(config: Config) -> dict[str, Any]:
         "newest": None if newest is None else {**newest._asdict(), "files": len(newest.files)},
         "rejected": [rejected._asdict() for rejected in found.rejected],
     }
-
-
-def _is_running(config: Config) -> bool:
-    with contextlib.suppress(OSError):
-        lock = lock_file(os.path.join(config.folder, "agent.lock"))
-        if lock is None:
-            return True
-        os.close(lock)
-    return False
 
 
 def _run(config: Config) -> int:

@@ -27,6 +27,7 @@ from typing import Any, Callable, NamedTuple, Sequence
 from gpubroker.node import generations
 from gpubroker.node.config import Config, open_store, read_secrets
 from gpubroker.node.ending import NotEnded, end_node
+from gpubroker.node.files import lock_file, read_json
 from gpubroker.node.gpu_use import GpuUse, percents
 from gpubroker.node.job import (
     Exit,
@@ -35,10 +36,8 @@ from gpubroker.node.job import (
     Task,
     ask,
     is_locked,
-    lock_file,
     members,
     read_exit,
-    read_json,
     read_record,
     say,
     spare_from_oom,

@@ -15,7 +15,16 @@ NAME = "gpubroker-node.pyz"
 _PACKAGE = Path(__file__).resolve().parent.parent
 _LONG_AGO = (1980, 1, 1, 0, 0, 0)
 _INIT = "from pkgutil import extend_path\n\n__path__ = extend_path(__path__, __name__)\n"
-_MAIN = "import sys\n\nfrom gpubroker.node.__main__ import main\n\nsys.exit(main())\n"
+# A look is asked for every few seconds, and imports little.
+_MAIN = """import sys
+
+if sys.argv[1:2] == ["look"]:
+    from gpubroker.node.look import main
+else:
+    from gpubroker.node.__main__ import main
+
+sys.exit(main())
+"""
 
 
 @functools.cache

@@ -1,8 +1,15 @@
-"""What the job wrote: the files of one of its checkpoints, and whether they are still the same."""
+"""The job's files: those of one of its checkpoints, and whether they are still the same; and the agent's own,
+by which it talks with whoever looks.
+
+It imports next to nothing: see look.py.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
+from typing import Any
 
 
 def files_of(path: str) -> list[tuple[str, str]]:
@@ -34,3 +41,24 @@ def is_same(path: str, before: tuple[tuple[str, int, int, int], ...]) -> bool:
         return fingerprint(path) == before
     except FileNotFoundError:
         return False
+
+
+def lock_file(path: str) -> int | None:
+    """An open descriptor that holds the lock; None = somebody else does."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        return None
+    return fd
+
+
+def read_json(path: str) -> dict[str, Any] | None:
+    """None = not there, not readable, or no object."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            told = json.load(file)
+    except (OSError, ValueError):
+        return None
+    return told if isinstance(told, dict) else None

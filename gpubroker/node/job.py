@@ -8,7 +8,6 @@ job holds an open lock, so that a second one cannot begin beside it even where r
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import select
@@ -18,6 +17,7 @@ import sys
 import time
 from typing import Any, Mapping, NamedTuple, Sequence
 
+from gpubroker.node.files import lock_file, read_json
 from gpubroker.node.store import write_atomically, write_whole
 
 MARK = "GPUBROKER_RUN"
@@ -357,30 +357,6 @@ def catches(pid: int, number: int) -> bool:
             if line.startswith("SigCgt:"):
                 return bool(int(line.split()[1], 16) >> (number - 1) & 1)
     return False
-
-
-# Small files
-
-
-def lock_file(path: str) -> int | None:
-    """An open descriptor that holds the lock; None = somebody else does."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(fd)
-        return None
-    return fd
-
-
-def read_json(path: str) -> dict[str, Any] | None:
-    """None = not there, not readable, or no object."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            told = json.load(file)
-    except (OSError, ValueError):
-        return None
-    return told if isinstance(told, dict) else None
 
 
 def spare_from_oom(is_spared: bool) -> None:

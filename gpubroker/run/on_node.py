@@ -95,7 +95,7 @@ class OnNode:
         """Renew the lease, read the state and the log from that byte on."""
         command = (
             f'cd "{self._place}" 2>/dev/null && [ -e {payload.CONFIG} ] || {{ echo null; exit 0; }}\n'
-            f"python3 {NAME} renew {payload.CONFIG} >/dev/null; python3 {NAME} status {payload.CONFIG}; "
+            f"python3 -IS {NAME} look {payload.CONFIG}; "
             f"tail -c +{log_from + 1} job.log 2>/dev/null | head -c {_MOST_LOG_BYTES}"
         )
         ran = self._shell.run(command, deadline_s=_CALL_S)

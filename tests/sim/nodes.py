@@ -216,7 +216,7 @@ class Inside:
             return self._start()
         if " start config.json" in command:
             return self._start()
-        if " status config.json" in command:
+        if " look config.json" in command:
             return self._look()
         if " stop config.json" in command:
             return self._stop()
@@ -395,7 +395,7 @@ class NodeShell:
         self._vendor = inside.id.partition("-")[0]
 
     def run(self, command: str, *, stdin: bytes = b"", deadline_s: float) -> Ran:
-        is_rare = "status" not in command
+        is_rare = " look " not in command
         fault = self._before("run", is_rare=is_rare)
         if fault == "cut off":
             return Ran(status=None)
