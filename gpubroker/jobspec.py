@@ -31,6 +31,7 @@ from gpubroker.units import parse_deadline, parse_duration_s, parse_size_gb
 
 VOLUME = "volume:"  # the store that is a network volume, before its name
 VOLUME_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
+_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -170,6 +171,8 @@ class Checkpoint(_Part):
     def _volume_name(cls, value: str) -> str:
         if value.startswith(VOLUME) and not VOLUME_NAME.fullmatch(value.removeprefix(VOLUME)):
             raise ValueError(f"{value[:60]!r} names no volume: write volume:data")
+        if "://" in value and not value.startswith("s3://"):
+            raise ValueError(f"{value[:60]!r}: it is s3://bucket/prefix, volume:NAME, or a folder with local")
         return value
 
     @property
@@ -191,6 +194,14 @@ class Artifacts(_Part):
     paths: Names = ()
     size: SizeGb = Decimal(0)
 
+    @field_validator("paths")
+    @classmethod
+    def _inside(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for path in value:
+            if path.startswith(("/", "~")) or ".." in path.split("/"):
+                raise ValueError(f"{path[:60]!r} is not a path inside the job's folder")
+        return value
+
 
 class Waste(_Part):
     """What becomes of a job whose GPUs do nothing."""
@@ -203,7 +214,7 @@ class JobSpec(_Part):
     """One job. `nodes` other than 1 is refused: a job runs on one machine, with as many GPUs as it has."""
 
     version: Literal[1] = 1
-    name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$")] = "job"
+    name: str = "job"
     nodes: int = 1
     box: bool = False  # nothing is to be done: the node is the user's own until limits.max_hours
     command: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = None  # None = only to be planned
@@ -227,6 +238,13 @@ class JobSpec(_Part):
     exit_codes: dict[
         str, Literal["retry", "failed", "done"]
     ] = {}  # 0 is done, all others failed, unless said
+
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, value: str) -> str:
+        if not _NAME.fullmatch(value):
+            raise ValueError(f"{value[:60]!r}: small letters, digits and -, at most 40, such as bert-8")
+        return value
 
     @field_validator("nodes")
     @classmethod

@@ -61,6 +61,7 @@ def test_options_say_the_same_as_a_file_and_a_supervisor_that_is_there_is_told_o
     assert user.work / "back" == kept.load(user.jobs_dir / told["id"]).out
     code, _, said = user.do(*WORDS, "--", "true")
     assert (0, True) == (code, "A supervisor runs it" in said)
+    assert "no --store is given: when the node is lost, all its work is lost with it" in said
 
 
 @pytest.mark.parametrize(
@@ -77,6 +78,21 @@ def test_options_say_the_same_as_a_file_and_a_supervisor_that_is_there_is_told_o
             (*WORDS, "--store", "volume:data", "--", "true"), 2, "no volume is called data", id="no volume"
         ),
         pytest.param((*WORDS, "--folder", "nowhere", "--", "true"), 2, "is not a folder", id="no folder"),
+        pytest.param(
+            (*WORDS, "--store", "ftp://x", "--", "true"), 2, "it is s3://bucket/prefix", id="no such store"
+        ),
+        pytest.param(
+            (*WORDS, "--artifact", "a/../../b", "--", "true"),
+            2,
+            "'a/../../b' is not a path inside",
+            id="outside",
+        ),
+        pytest.param(
+            (*WORDS, "--artifact", "/etc", "--", "true"), 2, "'/etc' is not a path inside", id="absolute"
+        ),
+        pytest.param(
+            (*WORDS, "--name", "../x", "--", "true"), 2, "'../x': small letters, digits", id="no name"
+        ),
         pytest.param((*WORDS, "--provider", "vast", "--", "true"), 2, "vast: disabled", id="no vendor"),
         pytest.param((*WORDS, "--count", "8", "--", "true"), 3, "no such node there", id="no such node"),
         pytest.param((*WORDS, "--volume-gb", "9", "--", "true"), 2, "--volume-gb is not kept", id="not kept"),
@@ -88,6 +104,17 @@ def test_what_can_be_wrong_is_found_before_anything_is_kept(user, records, words
     assert (code, "", True) == (found, out, sentence in said), said
     assert [] == records.rows()
     assert [] == list(user.jobs_dir.glob("*"))
+
+
+def test_a_place_for_jobs_that_cannot_be_made_is_named(user, records, monkeypatch):
+    """And nothing waits there."""
+    monkeypatch.setenv("GPUBROKER_JOBS_DIR", "/proc/jobs")
+    code, _, said = user.do(*WORDS, "--", "true")
+    assert (1, "gpubroker: cannot write /proc/jobs: No such file or directory") == (
+        code,
+        said.splitlines()[-1],
+    )
+    assert [] == records.rows()
 
 
 def test_the_key_of_a_store_is_tried_and_kept_for_the_jobs_nodes(user, records, monkeypatch):

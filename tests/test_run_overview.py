@@ -19,9 +19,9 @@ def records(store, clock):
     return Records(store.database, clock)
 
 
-def job(records, **more):
+def job(records, *, unattended=True, **more):
     told = {"command": ["true"], "gpu": {"name": "4090"}, "work": {"hours": 1}, **more}
-    return records.add_job("job", job_from(told, NOW, "test").model_dump_json(), unattended=True)
+    return records.add_job("job", job_from(told, NOW, "test").model_dump_json(), unattended=unattended)
 
 
 def seen(store, over_since=None):
@@ -83,12 +83,13 @@ def test_only_what_is_under_way_or_over_since_then_is_seen(store, records, clock
 
 def test_what_a_job_waits_for_is_a_supervisor_or_what_the_last_event_says(store, records, clock):
     """A supervisor whose lease is over is none."""
-    job_id = job(records)
+    job_id, terminals = job(records), job(records, unattended=False)
     leases = Leases(store.database, clock, host="here", pid=1)
     assert ([], "a supervisor") == (alive(store.database), seen(store)[job_id].waits_for)
     leases.renew()
     leases.claim()
     records.tell("waiting", "no 4090 is to be had", job_id=job_id)
+    assert "its terminal" == seen(store)[terminals].waits_for
     assert ([leases.id], "no 4090 is to be had") == (alive(store.database), seen(store)[job_id].waits_for)
     leases.leave()
     assert ([], "a supervisor") == (alive(store.database), seen(store)[job_id].waits_for)

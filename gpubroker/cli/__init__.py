@@ -121,5 +121,5 @@ def _told(error: click.Abort | BrokerError | OSError) -> tuple[int, str]:
     if isinstance(error, BrokerError):
         return error.exit_code, str(error)
     if isinstance(error, OSError):
-        return 1, f"cannot write: {error.strerror or error}"
+        return 1, f"cannot write{f' {error.filename}' if error.filename else ''}: {error.strerror or error}"
     return 130, "interrupted"

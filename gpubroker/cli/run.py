@@ -23,7 +23,7 @@ from gpubroker.cli.render import print_bytes, print_json, say
 from gpubroker.cli.renting import RECENT_S, Market, check_store, job_of, store_of
 from gpubroker.cli.watching import tell, tick_until
 from gpubroker.doors import Clock, SystemClock
-from gpubroker.errors import ConfigError, NoFeasibleOffer
+from gpubroker.errors import ConfigError, NoFeasibleOffer, OverBudget
 from gpubroker.jobspec import JobSpec, kept_job
 from gpubroker.plan.rank import Pricing, Quote
 from gpubroker.plan.sentence import name_of
@@ -151,6 +151,10 @@ def _alone(
             supervisor.records.reopen(job_id)
         try:
             outcome = tick_until(supervisor, clock, folder)
+        except OverBudget as error:
+            if error.until is None:  # the job's own
+                supervisor.records.end_job(job_id, "over_budget", str(error))
+            raise
         except KeyboardInterrupt:
             tell(f"to go on: gpubroker run --resume {job_id}")
             raise click.Abort from None

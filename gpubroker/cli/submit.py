@@ -30,6 +30,7 @@ from gpubroker.prices.market import open_context
 from gpubroker.provider import Compute, ProviderContext
 from gpubroker.run import kept
 from gpubroker.run.computes import computes
+from gpubroker.run.launching import NO_STORE
 from gpubroker.run.leases import alive
 from gpubroker.run.looks import job_folder
 from gpubroker.run.payload import StoreKeys, script
@@ -135,6 +136,8 @@ def _checked(
     _refuse_impossible(ask, known, context)
     keys = store_of(spec, volume)
     check_store(keys)
+    if keys is None:
+        say(NO_STORE)
     return secrets, keys
 
 

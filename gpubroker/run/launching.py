@@ -38,7 +38,7 @@ from gpubroker.run.risk import risk_of
 _LEAST_S, _LEAST_OF_BOX_S = 200.0, 60.0
 # Offers that were chosen so long ago are looked for anew.
 _OLD_S = 3.0
-_NO_STORE = "no --store is given: when the node is lost, all its work is lost with it"
+NO_STORE = "no --store is given: when the node is lost, all its work is lost with it"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,9 +191,9 @@ class Launcher:
         """What this node may cost a person, and what it may lose."""
         if offer.usd_per_hour and (risk := risk_of(offer.provider, self.computes[offer.provider])):
             self.once(risk)
-        if self.job.store is None and not self.job.spec.box and _NO_STORE not in self._told:
-            self._told.add(_NO_STORE)
-            self.say(_NO_STORE)
+        if self.job.store is None and not self.job.spec.box and NO_STORE not in self._told:
+            self._told.add(NO_STORE)
+            self.say(NO_STORE)
 
     def _pass_over(self, candidate: Candidate, error: Exception) -> bool:
         """Keep the reason, which a person hears once. True = wait for this provider."""

@@ -54,7 +54,9 @@ class Standing:
             return ""
         if self.row.unattended and not self.is_claimed:
             return "a supervisor"
-        return self.event.text if self.event is not None and self.event.kind == "waiting" else ""
+        if self.event is not None and self.event.kind == "waiting":
+            return self.event.text
+        return "" if self.row.unattended else "its terminal"
 
     @property
     def gpu(self) -> str:

@@ -348,7 +348,7 @@ class Records:
         """The vendor gave it an id."""
         text = (
             f"{attempt.provider} {attempt.gpu_count}x {attempt.gpu} {attempt.market.replace('_', '-')}"
-            f" in {attempt.region or 'no region'} at ${attempt.usd_per_hour:.4f}/h: {node_id}"
+            f"{f' in {attempt.region}' if attempt.region else ''} at ${attempt.usd_per_hour:.4f}/h: {node_id}"
         )
         return self._change(attempt, node_id=node_id, event=("rented", text))
 
