@@ -16,6 +16,20 @@ _REAL_CONNECT = socket.socket.connect
 _VENDOR_VARIABLES = ("VAST_", "RUNPOD_", "LAMBDA_", "MODAL_", "AWS_", "GPUBROKER_")
 
 
+# Minutes each, the longest first: last of all they would leave the other workers idle.
+_LONGEST = (
+    "supervise", "run_to_the_end", "cli_run", "node_end", "cli_box", "run_faults", "run_kill", "cli_volume",
+    "cli_demo", "simulation_mutations", "run_preflight", "simulation", "ledger_testcloud", "node_container",
+    "cli_sweep",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """As they were collected, but for the longest files."""
+    place = {f"test_{name}.py": number for number, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
 @pytest.fixture(autouse=True)
 def _loopback_only(monkeypatch):
     def connect(self, address):

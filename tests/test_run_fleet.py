@@ -41,7 +41,7 @@ class Node:
     def run(self, command, *, stdin=b"", deadline_s):
         if self.error:
             raise self.error
-        self.looks += " renew " in command
+        self.looks += " look " in command
         if " stop " in command:
             self.stops += 1
             self.state = {"state": "stopped", "result": {"outcome": "stopped", "reason": "asked to"}}

@@ -81,7 +81,7 @@ def test_the_jobs_process_sees_the_plan(tmp_path, hazard, checkpoint, shown):
     (place / payload.WORK).mkdir()
     assert "started" == _agent(place, "start")["state"]
     try:
-        while _agent(place, "status")["result"] is None:
+        while _agent(place, "look")["result"] is None:
             time.sleep(0.05)
         assert (place / "job.log").read_text().startswith(shown)
     finally:

@@ -161,7 +161,7 @@ async def test_an_agent_on_a_node_sees_its_job_use_the_gpus_or_not(tmp_path):
         for percent in (None, 0, 30):
             node.show_load(percent)
             wanted = "[1-9]" if percent == 0 else "0[.]0,"
-            look = f"until {agent.format('status')} | grep -q 'gpu_idle_s\": {wanted}'; do sleep 0.1; done"
+            look = f"until {agent.format('look')} | grep -q 'gpu_idle_s\": {wanted}'; do sleep 0.1; done"
             found.append(await asyncio.wait_for(node.run(["sh", "-c", look], {}), 60))
     assert [(0, b"", b"")] * 3 == found
 

@@ -80,8 +80,9 @@ class Sdk:
     def _leave_others(self) -> None:
         """A connection with another token, such as one that was typed wrong, is not ours."""
         mine = tuple(self._env.get(name) for name in (*_TOKEN_VARIABLES, "MODAL_SERVER_URL"))
-        if [mine] != _connected and "modal" in sys.modules:
-            sys.modules["modal"].Client._set_env_client(None)
+        client = getattr(sys.modules.get("modal"), "Client", None)
+        if [mine] != _connected and client is not None:
+            client._set_env_client(None)
         _connected[:] = [mine]
 
     def _shown(self, error: Exception) -> str:
