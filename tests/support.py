@@ -16,6 +16,13 @@ PAYLOADS = Path(__file__).parent / "payloads"
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 # .ci/soak asks for ten times the examples of every property.
 EXAMPLES_FACTOR = int(os.environ.get("GPUBROKER_TEST_EXAMPLES", "1"))
+
+
+def first_of(*cases, most=1):
+    """Cases that take half a minute each and go the same ways: a few of them, and all in .ci/soak."""
+    return cases if EXAMPLES_FACTOR > 1 else cases[:most]
+
+
 NOW = datetime(2026, 11, 24, 12, 0, 0, tzinfo=UTC)
 
 

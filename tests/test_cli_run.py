@@ -14,6 +14,7 @@ pytest.importorskip("aiohttp", reason="needs the extra [testcloud]")
 
 from gpubroker.cli import main
 from gpubroker.testcloud.client import running
+from tests.support import first_of
 
 TRAIN = """
 import json, os, time
@@ -201,7 +202,7 @@ def test_a_job_that_fails_is_exit_6_and_leaves_nothing_that_bills(job, tmp_path)
     assert "hello" in (tmp_path / "back" / "job.log").read_text()
 
 
-@pytest.mark.parametrize("script", ["gpu2vast", "gpu2runpod"])
+@pytest.mark.parametrize("script", first_of("gpu2vast", "gpu2runpod"))
 def test_a_script_of_one_line_goes_on_after_an_interruption_and_brings_the_files_back(job, tmp_path, script):
     """RunPod has no spot: the loss of a host is its interruption."""
     script = str(Path(__file__).parents[1] / "scripts" / script)

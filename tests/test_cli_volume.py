@@ -18,6 +18,7 @@ from gpubroker.doors import SystemClock
 from gpubroker.prices.market import open_context
 from gpubroker.run.records import Records
 from gpubroker.testcloud.client import running
+from tests.support import first_of
 from tests.test_cli_run import TRAIN, ended, heard
 
 # Where each vendor's volume is made, and how it is asked for.
@@ -224,7 +225,9 @@ def test_a_store_that_is_no_volume_is_one_sentence_and_exit_2(cloud, capsys, wor
     assert sentence in said
 
 
-@pytest.mark.parametrize(("provider", "gpu"), [("runpod", "4090"), ("lambda", "a10"), ("modal", "l4")])
+@pytest.mark.parametrize(
+    ("provider", "gpu"), first_of(("runpod", "4090"), ("lambda", "a10"), ("modal", "l4"))
+)
 def test_a_preempted_job_goes_on_from_its_volume_and_no_key_is_on_its_nodes(tmp_path, provider, gpu):
     """The second node has the first one's checkpoints; while a node mounts it, the volume is not deleted."""
     folder = tmp_path / "job"

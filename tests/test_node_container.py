@@ -15,7 +15,7 @@ from gpubroker.node.container import arguments, environment
 from gpubroker.run.payload import Errand, agent_config
 from gpubroker.run.supervise import RENEW_WITHIN_S
 from gpubroker.testcloud.client import running
-from tests.support import NOW
+from tests.support import NOW, first_of
 from tests.test_node_agent import FAST, SAVES, node, pyz, until  # noqa: F401  fixtures
 
 SECRET = "hf_of-the-user"
@@ -211,7 +211,7 @@ def test_a_job_on_a_node_of_a_user_runs_as_that_user(docked, monkeypatch):
     assert f"{home}:{home}" in words
 
 
-@pytest.mark.parametrize("vendor", ["lambda", "aws"])
+@pytest.mark.parametrize("vendor", first_of("aws", "lambda"))
 def test_a_virtual_machine_runs_an_image_by_docker(tmp_path, vendor):
     """The whole way, over SSH, with the test cloud's nodes."""
     pytest.importorskip("aiohttp", reason="needs the extra [testcloud]")
