@@ -31,6 +31,8 @@ from tests.support import EXAMPLES_FACTOR
 
 # In the soak 100 jobs, 1,000 preemptions and 50 kills; in the gate a tenth of each.
 JOBS, TIMES, KILLS = 10 * EXAMPLES_FACTOR, 10, 5 * EXAMPLES_FACTOR
+# As many looks as that takes, and no more.
+STORM_TICK = ("--tick", "2s")
 # A step a save. It ends in no attempt before the last one, so that it is taken as often as is wanted.
 TRAIN = """
 import json, os, sys, time
@@ -239,7 +241,8 @@ def test_jobs_end_right_though_nodes_and_supervisors_are_taken_away_again_and_ag
             at.submit(least=TIMES, provider=providers, gpu=gpu, name=f"job{number}")
             for number, (gpu, providers) in zip(range(JOBS), cycle(choices), strict=False)
         ]
-        at.supervise(), at.supervise()
+        for _ in range(2):
+            at.supervise(*STORM_TICK)
         storm = Storm(cloud, at)
         storm.run(within_s=150 * JOBS)
         at.wait_for(lambda: set(states(at).values()) == {"done"}, within_s=600)
@@ -279,7 +282,7 @@ class Storm:
                 victim = choose.choice([p for p in self.at.supervisors if p.poll() is None])
                 victim.send_signal(signal.SIGKILL)
                 victim.wait()
-                self.at.supervise()
+                self.at.supervise(*STORM_TICK)
                 self.kills += 1
             time.sleep(0.3)
 
