@@ -126,7 +126,7 @@ def test_who_asks_for_one_line_gets_one(clean):  # noqa: F811
     for by, lines in (((), 1), (("region",), 2), (("region", "gpu_count"), 4), (("provider", "market"), 1)):
         points = asked(clean, by=by, stats=("n",))
         assert (lines, 4) == (len(points), sum(point.figures["n"] for point in points))
-    (us,) = asked(clean, where=Where(regions={"US"}), stats=("n",))
+    (us,) = asked(clean, where=Where(wants=lambda product: product.region == "US"), stats=("n",))
     assert 2 == us.figures["n"]
     assert [] == asked(clean, where=Where(gpus=set()))
 

@@ -50,31 +50,6 @@ ON CONFLICT (provider) DO UPDATE SET until_day = excluded.until_day
 """
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Where:
-    """Whose prices. None = any."""
-
-    gpus: Collection[str] | None = None
-    providers: Collection[str] | None = None
-    markets: Collection[str] | None = None
-    regions: Collection[str] | None = None
-
-    def sql(self, table: str = "p") -> tuple[str, tuple[str, ...]]:
-        """What to add to a WHERE over this table's columns, with its values."""
-        text, values = "", list[str]()
-        for column, wanted in (
-            ("gpu", self.gpus),
-            ("provider", self.providers),
-            ("market", self.markets),
-            ("region", self.regions),
-        ):
-            if wanted is not None:
-                names = sorted(wanted)
-                text += f" AND {table}.{column} IN ({', '.join('?' * len(names)) or 'NULL'})"
-                values += names
-        return text, tuple(values)
-
-
 class Product(NamedTuple):
     """What a product is, in the order of rows.PRODUCT, and its id."""
 
@@ -90,6 +65,30 @@ class Product(NamedTuple):
     zone: str
     cloud: str
     id: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Where:
+    """Whose prices. None = any."""
+
+    gpus: Collection[str] | None = None
+    providers: Collection[str] | None = None
+    markets: Collection[str] | None = None
+    wants: Callable[[Product], bool] | None = None  # what a column alone does not say
+
+    def sql(self, table: str = "p") -> tuple[str, tuple[str, ...]]:
+        """What to add to a WHERE over this table's columns, with its values."""
+        text, values = "", list[str]()
+        for column, wanted in (
+            ("gpu", self.gpus),
+            ("provider", self.providers),
+            ("market", self.markets),
+        ):
+            if wanted is not None:
+                names = sorted(wanted)
+                text += f" AND {table}.{column} IN ({', '.join('?' * len(names)) or 'NULL'})"
+                values += names
+        return text, tuple(values)
 
 
 class SpanRow(NamedTuple):
@@ -138,7 +137,7 @@ def products(run: Run, where: Where) -> dict[int, Product]:
     columns = ", ".join(f"p.{name}" for name in PRODUCT)
     sql = f"SELECT {columns}, p.id FROM products p WHERE 1 = 1{text}"  # noqa: S608  only names go in
     found = (Product(*row) for row in run(sql, values))
-    return {product.id: product for product in found}
+    return {one.id: one for one in found if where.wants is None or where.wants(one)}
 
 
 def spans_within(run: Run, where: Where, begin: int, end: int) -> Iterator[SpanRow]:
@@ -188,7 +187,9 @@ def _counted(
     """(product, price) -> observations in [begin, end) at one of the providers, by spans and polls."""
     seen, found = seen_by(run, provider, begin, end), Counter[tuple[int, int]]()
     for span in spans_within(run, replace(where, providers={provider}), begin, end):
-        product = known[span.product_id]
+        product = known.get(span.product_id)
+        if product is None:
+            continue
         kind = Kind(product.gpu, product.market, None if span.verified is None else bool(span.verified))
         n = seen.count(span.offer_id, kind, span.first_at, span.until_at)
         if n:

@@ -28,7 +28,8 @@ DIMENSIONS: tuple[Dimension, ...] = get_args(Dimension)
 # What needs the spans themselves, and not only how often they were seen.
 _BY_TIME: frozenset[Stat] = frozenset({"twap", "available"})
 _IMPORTED_SQL = """
-SELECT s.provider, s.market, s.region, s.gpu_count, o.observed_at, o.usd_per_hour, o.available
+SELECT s.provider, s.sku, s.gpu, s.form_factor, s.gpu_count, s.market, s.region, s.id,
+       o.observed_at, o.usd_per_hour, o.available
 FROM series s JOIN observations o ON o.series_id = s.id
 WHERE o.observed_at >= ? AND o.observed_at < ?
 """
@@ -115,10 +116,16 @@ def imported(run: Run, query: Query) -> list[Point]:
     text, values = query.where.sql("s")
     buckets: _Buckets = defaultdict(_Bucket)
     rows = run(_IMPORTED_SQL + text, (query.begin, query.end, *values))
-    for provider, market, region, gpu_count, at, usd_micros, available in rows:
-        bucket = buckets[query.bucket(at), query.group(provider, market, region, gpu_count)]
+    series: dict[int, Product | None] = {}
+    for *named, series_id, at, usd_micros, available in rows:
+        if series_id not in series:
+            one = _product(series_id, *named)
+            series[series_id] = one if query.where.wants is None or query.where.wants(one) else None
+        if (product := series[series_id]) is None:
+            continue
+        bucket = buckets[query.bucket(at), _group(query, product)]
         if usd_micros is not None:
-            bucket.counted.append((_for_one(usd_micros, gpu_count), 1))
+            bucket.counted.append((_for_one(usd_micros, product.gpu_count), 1))
         if available is not None:
             bucket.looks.add(at)
             if available:
@@ -130,7 +137,9 @@ def _from_spans(run: Run, query: Query, provider: str, known: dict[int, Product]
     seen = daily.seen_by(run, provider, query.begin, query.end)
     where = replace(query.where, providers={provider})
     for span in daily.spans_within(run, where, query.begin, query.end):
-        product = known[span.product_id]
+        product = known.get(span.product_id)
+        if product is None:
+            continue
         kind = Kind(product.gpu, product.market, None if span.verified is None else bool(span.verified))
         group, usd = _group(query, product), _for_one(span.usd_micros, product.gpu_count)
         last = query.end if span.until_at is None else min(span.until_at, query.end)
@@ -158,6 +167,13 @@ def _parts(query: Query, begin: int, end: int) -> Iterator[tuple[int, int]]:
 
 def _group(query: Query, product: Product) -> Group:
     return query.group(product.provider, product.market, product.region, product.gpu_count)
+
+
+def _product(
+    series_id: int, provider: str, sku: str, gpu: str, form: str, count: int, market: str, region: str
+) -> Product:
+    """As far as an imported series says what it is."""
+    return Product(provider, sku, gpu, form, count, 0, market, False, region, "", "", series_id)
 
 
 def _for_one(usd_micros: int, gpu_count: int) -> int:
