@@ -46,6 +46,7 @@ _COMMANDS = {
     "stop-all": ("gpubroker.cli.sweep", "stop_all", "End everything that bills, now."),
     "notify": ("gpubroker.cli.notify", "notify", "Whether messages about your jobs arrive."),
     "history": ("gpubroker.cli.history", "history", "What a GPU cost over time: figures and pictures."),
+    "now": ("gpubroker.cli.now", "now", "Is it cheap right now? Against its own past, by hour and weekday."),
     "import-history": ("gpubroker.cli.import_history", "import_history", "Import price history files."),
     "demo": ("gpubroker.cli.demo", "demo", "Watch it work, on a cloud on this machine: no account."),
     "testcloud": ("gpubroker.cli.testcloud", "testcloud", "A cloud on this machine for tests and tries."),

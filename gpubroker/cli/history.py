@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -27,12 +27,37 @@ from gpubroker.prices.daily import DAY_S, Product, Where
 from gpubroker.prices.history import DIMENSIONS, STATS, Dimension, Group, Point, Query, Stat
 from gpubroker.prices.store import Store
 
+F = TypeVar("F", bound=Callable[..., Any])
 _USUAL_STATS: tuple[Stat, ...] = ("min", "p50", "max")
 _USUAL_DAYS = 30
 # Finer points than days for a range that is shorter than this.
 _FEW_DAYS = 4
 _BARS = "▁▂▃▄▅▆▇█"
 _TREND_WIDTH = 30
+
+
+def where_options(command: F) -> F:
+    """Whose prices."""
+    for option in reversed(
+        (
+            click.option(
+                "--gpu",
+                "gpus",
+                type=GpuName(),
+                multiple=True,
+                required=True,
+                help="h100 (every form), h100-sxm, 4090 … Repeat for several.",
+            ),
+            click.option("--provider", "providers", type=Lower(), multiple=True, help="Only this one."),
+            click.option("--market", "markets", type=MarketName(), multiple=True, help="spot, on-demand …"),
+            click.option("--region", "regions", multiple=True, help="us, eu, us-east-1, DE …"),
+            click.option(
+                "--count", type=click.IntRange(1, 1024), help="Only nodes with so many GPUs.  [default: any]"
+            ),
+        )
+    ):
+        command = option(command)
+    return command
 
 
 @click.command(
@@ -44,15 +69,7 @@ Examples:
   gpubroker history --gpu a100-80gb --by region --format csv
   gpubroker history --gpu h100 --since 90d --plot h100.png""",
 )
-@click.option(
-    "--gpu", "gpus", type=GpuName(), multiple=True, required=True, help="h100 (every form), h100-sxm, 4090 …"
-)
-@click.option(
-    "--provider", "providers", type=Lower(), multiple=True, help="Only this one. Repeat for several."
-)
-@click.option("--market", "markets", type=MarketName(), multiple=True, help="spot, on-demand …")
-@click.option("--region", "regions", multiple=True, help="us, eu, us-east-1, DE. Repeat for several.")
-@click.option("--count", type=click.IntRange(1, 1024), help="Only nodes with so many GPUs.  [default: any]")
+@where_options
 @click.option("--since", default="30d", show_default=True, help="So long ago, or a day: 7d, 2026-10-01.")
 @click.option("--until", help="A day, which is not in it any more.  [default: now]")
 @click.option(
@@ -97,7 +114,7 @@ def history(
         plot_history.check(plot)
         stats, by = (*(stats or ("p50",))[:1], "available"), ("provider", "market")
     query = Query(
-        where=_where(gpus, providers, markets, regions, count),
+        where=where_of(gpus, providers, markets, regions, count),
         begin=begin - begin % min(bucket_s, DAY_S),
         end=end,
         bucket_s=bucket_s,
@@ -147,13 +164,15 @@ def _moment(text: str, now: datetime, option: str) -> datetime:
     return now - timedelta(seconds=ago_s)
 
 
-def _where(
+def where_of(
     gpus: Sequence[GpuRequest],
     providers: Sequence[str],
     markets: Sequence[str],
     regions: Sequence[str],
     count: int | None,
 ) -> Where:
+    """What the options ask for."""
+
     def wants(product: Product) -> bool:
         places = (product.region, product.zone)
         return (

@@ -104,7 +104,7 @@ def own(run: Run, query: Query) -> list[Point]:
         for one in daily.counts(run, query.where, query.begin, query.end):
             product = known[one.product_id]
             bucket = buckets[query.bucket(one.begin), _group(query, product)]
-            bucket.counted.append((_for_one(one.usd_micros, product.gpu_count), one.n))
+            bucket.counted.append((for_one(one.usd_micros, product.gpu_count), one.n))
     else:
         for provider in sorted({product.provider for product in known.values()}):
             _from_spans(run, query, provider, known, buckets)
@@ -125,7 +125,7 @@ def imported(run: Run, query: Query) -> list[Point]:
             continue
         bucket = buckets[query.bucket(at), _group(query, product)]
         if usd_micros is not None:
-            bucket.counted.append((_for_one(usd_micros, product.gpu_count), 1))
+            bucket.counted.append((for_one(usd_micros, product.gpu_count), 1))
         if available is not None:
             bucket.looks.add(at)
             if available:
@@ -141,7 +141,7 @@ def _from_spans(run: Run, query: Query, provider: str, known: dict[int, Product]
         if product is None:
             continue
         kind = Kind(product.gpu, product.market, None if span.verified is None else bool(span.verified))
-        group, usd = _group(query, product), _for_one(span.usd_micros, product.gpu_count)
+        group, usd = _group(query, product), for_one(span.usd_micros, product.gpu_count)
         last = query.end if span.until_at is None else min(span.until_at, query.end)
         for begin, end in _parts(query, max(span.first_at, query.begin), last):
             bucket = buckets[query.bucket(begin), group]
@@ -176,7 +176,8 @@ def _product(
     return Product(provider, sku, gpu, form, count, 0, market, False, region, "", "", series_id)
 
 
-def _for_one(usd_micros: int, gpu_count: int) -> int:
+def for_one(usd_micros: int, gpu_count: int) -> int:
+    """Of the price of a node: for one of its GPUs."""
     return usd_micros if gpu_count == 1 else round(Fraction(usd_micros, gpu_count))
 
 
