@@ -41,10 +41,10 @@ def days(*prices):
 @pytest.mark.parametrize(
     ("prices", "usd", "share", "median"),
     [
-        pytest.param((2, 4, 2, 4, 2, 4, 3), 3, 4 / 7, 3, id="in the middle"),
+        pytest.param((2, 4, 2, 4, 2, 4, 3), 3, 3.5 / 7, 3, id="in the middle"),
         pytest.param((2, 4, 2, 4, 2, 4, 3), 1, 0, 3, id="never so cheap"),
-        pytest.param((2, 4, 2, 4, 2, 4, 3), 4, 1, 3, id="never so dear"),
-        pytest.param((None, None, None, 4, None, 2, 2), 2, 2 / 3, 2, id="days without an offer do not count"),
+        pytest.param((2, 4, 2, 4, 2, 4, 3), 5, 1, 3, id="never so dear"),
+        pytest.param((None, None, None, 4, None, 2, 2), 2, 1 / 3, 2, id="days without an offer do not count"),
     ],
 )
 def test_now_stands_against_the_time_before(prices, usd, share, median):

@@ -29,7 +29,7 @@ _DAYS = (7, 30, 90)
 _CHEAP, _DEAR = 0.25, 0.75
 # Fewer days say nothing.
 _LEAST_DAYS = 3
-_RIGHT = ("now", "days", "median")
+_RIGHT = ("now", *(f"{days} d" for days in _DAYS), "median")
 _WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 
 
@@ -77,8 +77,8 @@ def now(
 ) -> None:
     """Is it cheap right now? The cheapest offer against the cheapest of 7, 30 and 90 days before.
 
-    The share is of the time in which the cheapest cost less than it does now, or as much; in brackets what it
-    might be if other days had come. By our own polls, in $ for one GPU and one hour.
+    The shares are of the time in which the cheapest cost less than it does now; `sure` is between what the
+    last of them would be for nine of ten such times. By our own polls, in $ for one GPU and one hour.
     """
     settings, clock = config.load(), SystemClock()
     end = int(clock.now().timestamp()) + 1
@@ -125,29 +125,41 @@ def _standing(made: Sequence[Step], usd_now: int | None, days: int, end: int) ->
 
 
 def _print(lines: Sequence[_Line]) -> None:
-    shares = [f"{days} days" for days in _DAYS]
-    made = table("provider", "market", "now", *shares, "days", "median", "it is", "cheapest at", right=_RIGHT)
+    shares = [f"{days} d" for days in _DAYS]
+    made = table(
+        "provider",
+        "market",
+        "now",
+        *shares,
+        "sure",
+        "median",
+        "it is",
+        "cheapest at",
+        right=_RIGHT,
+        whole=("sure",),
+    )
     for line in lines:
-        median = next((s.median_usd_micros for s in reversed(line.standings.values()) if s is not None), None)
+        known = [found for found in line.standings.values() if found is not None]
         made.add_row(
             line.provider,
             line.market.replace("_", "-"),
             "-" if line.usd_micros is None else dollars(from_micros(line.usd_micros)),
-            *(_share(line.standings[days]) for days in _DAYS),
-            str(max((s.seen_days for s in line.standings.values() if s is not None), default=0)),
-            "-" if median is None else dollars(from_micros(median)),
+            *(
+                "-" if (found := line.standings[days]) is None else f"{found.cheaper_share:.0%}"
+                for days in _DAYS
+            ),
+            _sure(known[-1]) if known else "-",
+            dollars(from_micros(known[-1].median_usd_micros)) if known else "-",
             line.verdict,
             _best(line.rhythm),
         )
     console().print(made)
-    say("Share of the time in which the cheapest cost no more than now (90 %: from-to); $ a GPU-hour, UTC.")
+    say("Share of the time in which the cheapest cost less than now; $ for one GPU-hour, hours in UTC.")
 
 
-def _share(found: Standing | None) -> str:
-    if found is None:
-        return "-"
+def _sure(found: Standing) -> str:
     low, high = (round(100 * share) for share in found.between)
-    return f"{found.cheaper_share:.0%} ({low}-{high})"
+    return f"{low}-{high}% in {found.seen_days} d"
 
 
 def _best(found: Rhythm) -> str:

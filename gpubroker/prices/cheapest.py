@@ -62,7 +62,7 @@ class Standing:
 
     days: int  # that were asked for
     seen_days: int  # of them, with an offer at any time
-    cheaper_share: float  # of the time with an offer: the cheapest cost less than now, or as much
+    cheaper_share: float  # of the time with an offer: it cost less, and half of that in which it cost as much
     between: tuple[float, float]  # that share for nine of ten other such weeks, as days go
     median_usd_micros: int
 
@@ -124,17 +124,18 @@ def _pieces(
             at = cut
 
 
-def _cheaper(pieces: Iterable[tuple[int, int]], usd_micros: int) -> tuple[int, int]:
-    """(seconds at no more than that price, seconds)."""
+def _cheaper(pieces: Iterable[tuple[int, int]], usd_micros: int) -> tuple[float, int]:
+    """(seconds below that price, and half of those at it; seconds)."""
     found = list(pieces)
-    return sum(s for usd, s in found if usd <= usd_micros), sum(s for _, s in found)
+    below = sum(s for usd, s in found if usd < usd_micros)
+    return below + sum(s for usd, s in found if usd == usd_micros) / 2, sum(s for _, s in found)
 
 
-def _share(parts: Sequence[tuple[int, int]]) -> float:
+def _share(parts: Sequence[tuple[float, int]]) -> float:
     return sum(cheaper for cheaper, _ in parts) / sum(seconds for _, seconds in parts)
 
 
-def _spread(parts: Sequence[tuple[int, int]]) -> tuple[float, float]:
+def _spread(parts: Sequence[tuple[float, int]]) -> tuple[float, float]:
     """By days drawn with replacement: prices of one day are not independent, days nearly are."""
     chance = random.Random(0)
     shares = sorted(_share(chance.choices(parts, k=len(parts))) for _ in range(_DRAWS))

@@ -183,6 +183,8 @@ def for_one(usd_micros: int, gpu_count: int) -> int:
 
 def _points(query: Query, buckets: _Buckets) -> Iterator[Point]:
     for (begin, group), bucket in sorted(buckets.items()):
+        if not bucket.looks and not any(n for _, n in bucket.counted):
+            continue  # nobody looked
         yield Point(group=group, begin=moment(begin), figures=dict(_figures(query.stats, bucket)))
 
 
