@@ -182,6 +182,16 @@ rolled = Table(
     Column("until_day", Integer, nullable=False),  # exclusive
 )
 
+# Named exports: up to when each provider's ended spans are in files, and what is being written.
+exports = Table(
+    "exports",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("number", Integer, nullable=False),  # of the last run whose files are whole
+    Column("done", Text, nullable=False),  # JSON: provider -> second
+    Column("pending", Text),  # JSON of exports.Pending; NULL = none is under way
+)
+
 # What is current: a row for each open span, with what a poll compares and a quote reads, so that neither
 # ever walks through the history.
 latest = Table(

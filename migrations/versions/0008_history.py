@@ -1,4 +1,4 @@
-"""Days of prices, and spans found by when they ended.
+"""Days of prices, spans found by when they ended, and how far exports have come.
 
 Written out in full, apart from gpubroker/prices/tables.py: a migration does not change when the code does.
 """
@@ -25,5 +25,12 @@ def upgrade():
         "rolled",
         sa.Column("provider", sa.Text, primary_key=True),
         sa.Column("until_day", sa.Integer, nullable=False),
+    )
+    op.create_table(
+        "exports",
+        sa.Column("name", sa.Text, primary_key=True),
+        sa.Column("number", sa.Integer, nullable=False),
+        sa.Column("done", sa.Text, nullable=False),
+        sa.Column("pending", sa.Text),
     )
     op.create_index("ix_spans_until", "spans", ["until_at"])
