@@ -114,10 +114,14 @@ class OfferQuery:
 
     def covers(self, offer: Offer) -> bool:
         """Whether this query would have listed the offer, had it been there."""
+        return self.covers_all(offer.gpu, offer.market, offer.verified)
+
+    def covers_all(self, gpu: str, market: str, verified: bool | None) -> bool:
+        """The same for all offers of a kind: a scope looks at nothing else."""
         return (
-            (self.gpus is None or offer.gpu in self.gpus)
-            and (self.markets is None or offer.market in self.markets)
-            and not (self.verified_only and offer.verified is False)
+            (self.gpus is None or gpu in self.gpus)
+            and (self.markets is None or market in self.markets)
+            and not (self.verified_only and verified is False)
         )
 
 

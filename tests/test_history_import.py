@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import func, select
 
-from gpubroker.cli.history import import_history
+from gpubroker.cli.import_history import import_history
 from gpubroker.doors import ThreadPool
 from gpubroker.errors import BrokerError, ConfigError
 from gpubroker.gpus import catalogue

@@ -1,87 +1,294 @@
-"""`gpubroker import-history`: public or own price histories into the store, row by row, idempotently."""
+"""`gpubroker history`: what a GPU cost over time, as a table, as points and as a picture."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
+from fractions import Fraction
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 
 from gpubroker import config
-from gpubroker.cli.options import format_option
-from gpubroker.cli.render import console, print_csv, print_json, say, table
+from gpubroker.cli import plot_history
+from gpubroker.cli.options import Duration, GpuName, Lower, MarketName, format_option
+from gpubroker.cli.plot_history import Line
+from gpubroker.cli.render import console, dollars, iso, print_csv, print_json, say, table
 from gpubroker.doors import SystemClock
 from gpubroker.errors import ConfigError
-from gpubroker.prices.history_import import import_file
+from gpubroker.gpus import GpuRequest
+from gpubroker.model import Market
+from gpubroker.money import from_micros
+from gpubroker.plan.rank import lies_in
+from gpubroker.prices import history as prices
+from gpubroker.prices.daily import DAY_S, Product, Where
+from gpubroker.prices.history import DIMENSIONS, STATS, Dimension, Group, Point, Query, Stat
 from gpubroker.prices.store import Store
+
+F = TypeVar("F", bound=Callable[..., Any])
+_USUAL_STATS: tuple[Stat, ...] = ("min", "p50", "max")
+_USUAL_DAYS = 30
+# Finer points than days for a range that is shorter than this.
+_FEW_DAYS = 4
+_BARS = "▁▂▃▄▅▆▇█"
+_TREND_WIDTH = 30
+
+
+def where_options(command: F) -> F:
+    """Whose prices."""
+    for option in reversed(
+        (
+            click.option(
+                "--gpu",
+                "gpus",
+                type=GpuName(),
+                multiple=True,
+                required=True,
+                help="h100 (every form), h100-sxm, 4090 … Repeat for several.",
+            ),
+            click.option("--provider", "providers", type=Lower(), multiple=True, help="Only this one."),
+            click.option("--market", "markets", type=MarketName(), multiple=True, help="spot, on-demand …"),
+            click.option("--region", "regions", multiple=True, help="us, eu, us-east-1, DE …"),
+            click.option(
+                "--count", type=click.IntRange(1, 1024), help="Only nodes with so many GPUs.  [default: any]"
+            ),
+        )
+    ):
+        command = option(command)
+    return command
 
 
 @click.command(
-    name="import-history",
     context_settings={"max_content_width": 100},
-    epilog="Example: gpubroker import-history gpurentalprices.csv.gz",
+    epilog="""\b
+Examples:
+  gpubroker history --gpu h100
+  gpubroker history --gpu h100-sxm --market spot --since 7d --resample 1h --stat p10 --stat p50
+  gpubroker history --gpu a100-80gb --by region --format csv
+  gpubroker history --gpu h100 --since 90d --plot h100.png""",
 )
-@click.argument(
-    "files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path)
+@where_options
+@click.option("--since", default="30d", show_default=True, help="So long ago, or a day: 7d, 2026-10-01.")
+@click.option("--until", help="A day, which is not in it any more.  [default: now]")
+@click.option(
+    "--resample", type=Duration(least_s=60), help="A point every 1h, 1d, 7d.  [default: by the range]"
 )
+@click.option("--stat", "stats", type=click.Choice(STATS), multiple=True, help="Repeat for several.")
+@click.option(
+    "--by", type=click.Choice(DIMENSIONS), multiple=True, help="A line each.  [default: provider and market]"
+)
+@click.option(
+    "--data",
+    type=click.Choice(("own", "imported")),
+    help="Our own polls, or `import-history`'s.  [default: own, else imported]",
+)
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw it: .png, .svg, .pdf or .html.")
 @format_option("table", "json", "csv")
-def import_history(*, files: tuple[Path, ...], output: str) -> None:
-    """Import CSV or CSV.GZ price histories. Importing a file again adds nothing.
+def history(
+    *,
+    gpus: tuple[GpuRequest, ...],
+    providers: tuple[str, ...],
+    markets: tuple[Market, ...],
+    regions: tuple[str, ...],
+    count: int | None,
+    since: str,
+    until: str | None,
+    resample: int | None,
+    stats: tuple[Stat, ...],
+    by: tuple[Dimension, ...],
+    data: str | None,
+    plot: Path | None,
+    output: str,
+) -> None:
+    """What a GPU cost over time, in $ for one GPU and one hour.
 
-    Columns: observed_at, provider, sku, gpu, form_factor, gpu_count, market, region, usd_per_hour (for all
-    the GPUs), source, stat, n_offers; or observed_at, provider, sku, region, available.
-
-    A malformed line is reported with its number; the rest still goes in, and the exit code is 2.
+    Each offer counts once a poll. `available` is the share of polls that found one at all; `twap` counts each
+    price for as long as it lasted. Days are UTC, and without --resample a range is of whole days.
     """
-    results, refused = [], []
-    with Store.open(config.load().db_url, SystemClock()) as store:
-        store.migrate()
-        for path in files:
-            try:
-                results.append((path, import_file(store, path)))
-            except ConfigError as error:
-                refused.append(str(error))
-    for path, result in results:
-        for number, reason in result.malformed:
-            say(f"{path}:{number}: {reason}")
-    if output == "json":
-        print_json(
-            {
-                "files": [
-                    {
-                        "file": str(path),
-                        "rows": result.rows,
-                        "added": result.added,
-                        "already_there": result.already_there,
-                        "malformed": [{"line": n, "reason": r} for n, r in result.malformed],
-                    }
-                    for path, result in results
-                ]
-            }
+    settings, clock = config.load(), SystemClock()
+    begin, end = _range(since, until, clock.now())
+    bucket_s = resample or (DAY_S if end - begin > _FEW_DAYS * DAY_S else 3600)
+    if plot is not None:
+        plot_history.check(plot)
+        stats, by = (*(stats or ("p50",))[:1], "available"), ("provider", "market")
+    query = Query(
+        where=where_of(gpus, providers, markets, regions, count),
+        begin=begin - begin % min(bucket_s, DAY_S),
+        end=end,
+        bucket_s=bucket_s,
+        by=by or ("provider", "market"),
+        stats=stats or _USUAL_STATS,
+    )
+    with Store.open(settings.db_url, clock) as store:
+        if store.revision() is None:
+            raise ConfigError("there is no price yet: gpubroker poll asks for some")
+        points, source = _points(store, query, data)
+        whole = _whole(store, query, source)
+    if not points:
+        raise ConfigError(
+            "nothing was seen of that: gpubroker poll asks for prices, gpubroker offers has what is"
         )
-    elif output == "csv":
-        print_csv(
-            ("file", "rows", "added", "already_there", "malformed"),
-            ((str(path), r.rows, r.added, r.already_there, len(r.malformed)) for path, r in results),
-        )
+    if source == "imported":
+        say("These are imported histories (gpubroker import-history), not our own polls.")
+    if plot is not None:
+        _draw(points, query, gpus, plot)
+        return
+    if output == "table":
+        _print(points, whole, query)
     else:
-        made = table(
-            "file",
-            "rows",
-            "added",
-            "already there",
-            "malformed",
-            right=("rows", "added", "already there", "malformed"),
+        _print_points(points, query, source, output)
+
+
+def _range(since: str, until: str | None, now: datetime) -> tuple[int, int]:
+    end = now if until is None else _moment(until, now, "--until")
+    begin = _moment(since, now, "--since")
+    if begin >= end:
+        raise ConfigError(f"--since {since}: that is not before --until")
+    return int(begin.timestamp()), int(min(end, now).timestamp()) + (until is None)
+
+
+def _moment(text: str, now: datetime, option: str) -> datetime:
+    """So long ago, or the beginning of a day."""
+    try:
+        return datetime.strptime(text.strip(), "%Y-%m-%d").replace(tzinfo=UTC)
+    except ValueError:
+        pass
+    try:
+        ago_s = Duration().convert(text, None, None)
+    except click.UsageError:
+        raise ConfigError(
+            f"{option}: {text[:40]!r} is neither so long ago (7d) nor a day (2026-10-01)"
+        ) from None
+    return now - timedelta(seconds=ago_s)
+
+
+def where_of(
+    gpus: Sequence[GpuRequest],
+    providers: Sequence[str],
+    markets: Sequence[str],
+    regions: Sequence[str],
+    count: int | None,
+) -> Where:
+    """What the options ask for."""
+
+    def wants(product: Product) -> bool:
+        places = (product.region, product.zone)
+        return (
+            any(gpu.matches(product.gpu, product.form_factor) for gpu in gpus)
+            and (not regions or any(lies_in(places, region) for region in regions))
+            and count in (None, product.gpu_count)
         )
-        for path, result in results:
-            made.add_row(
-                path.name,
-                str(result.rows),
-                str(result.added),
-                str(result.already_there),
-                str(len(result.malformed)),
-            )
-        console().print(made)
-    if refused:
-        raise ConfigError("; ".join(refused))
-    if any(result.malformed for _, result in results):
-        raise click.exceptions.Exit(2)
+
+    return Where(
+        gpus=frozenset().union(*(gpu.names for gpu in gpus)),
+        providers=providers or None,
+        markets=markets or None,
+        wants=wants,
+    )
+
+
+def _points(store: Store, query: Query, data: str | None) -> tuple[list[Point], str]:
+    with store.database.read() as connection:
+        run = partial(store.database.run, connection)
+        if data != "imported" and (found := prices.own(run, query)):
+            return found, "own"
+        return ([], "own") if data == "own" else (prices.imported(run, query), "imported")
+
+
+def _whole(store: Store, query: Query, source: str) -> dict[Group, Point]:
+    """The same figures over all of the range."""
+    whole = Query(
+        where=query.where, begin=query.begin, end=query.end, bucket_s=None, by=query.by, stats=query.stats
+    )
+    points, _ = _points(store, whole, source)
+    return {point.group: point for point in points}
+
+
+def _print(points: Sequence[Point], whole: dict[Group, Point], query: Query) -> None:
+    """A line a group: its figures over the range, and how the first of them that is a price went."""
+    trend: Stat = "p50" if "p50" in query.stats else query.stats[0]  # type: ignore[index]
+    names = [name for name in Group._fields if name in query.by]
+    made = table(*names, *query.stats, f"{trend} over time", "last", right=(*query.stats, "last"))
+    for group, point in sorted(whole.items()):
+        mine = [one for one in points if one.group == group and trend in one.figures]
+        made.add_row(
+            *(str(getattr(group, name) or "-").replace("_", "-") for name in names),
+            *(_shown(stat, point.figures.get(stat)) for stat in query.stats),
+            _bars([float(one.figures[trend]) for one in mine]),
+            _shown(trend, mine[-1].figures[trend]) if mine else "-",
+        )
+    console().print(made)
+    begin, end = (datetime.fromtimestamp(at, UTC) for at in (query.begin, query.end))
+    say(f"$ for one GPU-hour, from {begin:%Y-%m-%d %H:%M} to {end:%Y-%m-%d %H:%M} UTC.")
+
+
+def _draw(points: Sequence[Point], query: Query, gpus: Sequence[GpuRequest], path: Path) -> None:
+    stat = query.stats[0]  # type: ignore[index]
+    name = " / ".join(sorted(frozenset().union(*(gpu.names for gpu in gpus))))
+    lines = [
+        Line(
+            provider=group.provider,
+            market=group.market,
+            begins=[one.begin for one in mine],
+            usd=[None if (usd := one.figures.get(stat)) is None else int(usd) / 1e6 for one in mine],
+            available=[one.figures.get("available") for one in mine],
+        )
+        for group in sorted({one.group for one in points})
+        if (mine := [one for one in points if one.group == group])
+    ]
+    drawn = plot_history.fewest(lines)
+    plot_history.draw(drawn, f"{name}: {stat} price", query.bucket_s or DAY_S, path)
+    left_out = len(lines) - len(drawn)
+    more = f"; {left_out} dearer lines are left out: --provider and --market choose" if left_out else ""
+    say(f"{path} is drawn{more}.")
+
+
+def _bars(values: Sequence[float]) -> str:
+    """A spark line, of means where there are more values than room."""
+    if not values:
+        return ""
+    step = max(1, -(-len(values) // _TREND_WIDTH))
+    parts = [values[at : at + step] for at in range(0, len(values), step)]
+    means = [sum(part) / len(part) for part in parts]
+    least, most = min(means), max(means)
+    height = (most - least) or 1.0
+    return "".join(_BARS[round((mean - least) / height * (len(_BARS) - 1))] for mean in means)
+
+
+def _shown(stat: Stat, value: int | Fraction | None) -> str:
+    if value is None:
+        return "-"
+    if stat == "n":
+        return f"{int(value):,}"
+    return f"{float(value):.0%}" if stat == "available" else dollars(from_micros(int(value)))
+
+
+def _print_points(points: Sequence[Point], query: Query, source: str, output: str) -> None:
+    names = [name for name in Group._fields if name in query.by]
+    columns = ["begin", *names, *(_column(stat) for stat in query.stats)]
+    records = [_record(point, names, query) for point in points]
+    if output == "csv":
+        print_csv(columns, ([record[name] for name in columns] for record in records))
+    else:
+        print_json({"data": source, "resample_s": query.bucket_s, "points": records})
+
+
+def _column(stat: Stat) -> str:
+    """With its unit."""
+    return {"n": "observations", "available": "available_share"}.get(stat, f"{stat}_usd_per_gpu_hour")
+
+
+def _record(point: Point, names: Sequence[str], query: Query) -> dict[str, Any]:
+    record: dict[str, Any] = {"begin": iso(point.begin)}
+    record |= {name: getattr(point.group, name) for name in names}
+    return record | {_column(stat): _text(stat, point.figures.get(stat)) for stat in query.stats}
+
+
+def _text(stat: Stat, value: int | Fraction | None) -> Any:
+    if value is None:
+        return None
+    if stat == "n":
+        return int(value)
+    return f"{float(value):.6f}" if stat == "available" else f"{from_micros(int(value)):f}"

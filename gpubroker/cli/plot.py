@@ -8,17 +8,17 @@ from pathlib import Path
 from gpubroker.errors import ConfigError
 from gpubroker.policy.backtest import Standing
 
-_KINDS = (".png", ".svg", ".pdf")
+KINDS = (".png", ".svg", ".pdf")
 # Dark to light and told apart by their marks too: readable in grey and with every colour vision.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _FLAT = "on_demand"
 _MARKS = ("o", "s", "^", "D", "v", "P", "X")
 
 
-def check(path: Path) -> None:
-    """Before hours of runs: whether the picture can be drawn and kept. Raises ConfigError."""
-    if path.suffix.lower() not in _KINDS:
-        raise ConfigError(f"--plot {path}: the name must end in {', '.join(_KINDS)}")
+def check(path: Path, kinds: Sequence[str] = KINDS) -> None:
+    """Before hours of work: whether the picture can be drawn and kept. Raises ConfigError."""
+    if path.suffix.lower() not in kinds:
+        raise ConfigError(f"--plot {path}: the name must end in {', '.join(kinds)}")
     if not path.absolute().parent.is_dir():
         raise ConfigError(f"--plot {path}: there is no such folder")
     try:
@@ -40,7 +40,7 @@ def draw_costs(standing: Sequence[Standing], path: Path) -> None:
     for number, one in enumerate(shown):
         shares = [share for share, _ in one.columns]
         style = {
-            "color": _COLOURS[number % len(_COLOURS)],
+            "color": COLOURS[number % len(COLOURS)],
             "marker": _MARKS[number % len(_MARKS)],
             "label": one.policy.replace("_", " "),
         }

@@ -247,8 +247,12 @@ def in_region(offer: Offer, region: str) -> bool:
 
     eu (or europe) also covers the country codes of Europe, by which vast names its hosts.
     """
+    return lies_in((offer.region, offer.zone, *offer.details.get("data_centers", "").split(",")), region)
+
+
+def lies_in(named: Iterable[str], region: str) -> bool:
+    """The same for what a place is called."""
     wanted = "eu" if region.lower() == "europe" else region.lower()
-    named = (offer.region, offer.zone, *offer.details.get("data_centers", "").split(","))
     places = [place.strip().lower() for place in named]
     if wanted == "eu" and any(place in _EUROPE or place.startswith(("europe", "eur-")) for place in places):
         return True

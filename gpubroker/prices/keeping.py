@@ -13,6 +13,7 @@ from sqlalchemy import Connection, select, tuple_
 
 from gpubroker.model import Offer, OfferQuery
 from gpubroker.prices import tables
+from gpubroker.prices.daily import roll
 from gpubroker.prices.database import Database, chunks
 from gpubroker.prices.fastread import where_gpus
 from gpubroker.prices.polls import COVERAGE_SQL, Coverage, kept_of, scope_json
@@ -91,6 +92,10 @@ class Keeping:
         self._write_confirmations(changes)
         self._write_listings(changes, opened, known)
         self._run(_UPSERT_COVERAGE, (self._provider, scope_json(self._query), poll_id))
+
+    def roll(self, at: int) -> None:
+        """Count the days that are over."""
+        roll(self._run, self._many, self._provider, at)
 
     def _write_spans(self, changes: Changes, opened: Sequence[tuple[int, Listed]], at: int) -> None:
         begun = [*opened, *((old.offer_id, new) for old, new in changes.changed)]

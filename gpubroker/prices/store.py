@@ -150,6 +150,7 @@ class Store:
             changes = diff(current, listed, known, query, parsed.incomplete)
             at = self._next_second(connection, provider)
             keeping.apply(changes, known, at, poll_id)
+            keeping.roll(at)
             result = KeepResult(
                 observed_at=rows.moment(at),
                 kept=len(listed),

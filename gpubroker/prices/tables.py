@@ -154,6 +154,7 @@ spans = Table(
     Column("first_at", Moment, nullable=False),
     Column("until_at", Moment),  # exclusive; NULL = open
     Index("ix_spans_offer", "offer_id", "first_at"),
+    Index("ix_spans_until", "until_at"),
     Index(
         "ix_spans_open",
         "offer_id",
@@ -161,6 +162,34 @@ spans = Table(
         sqlite_where=text("until_at IS NULL"),
         postgresql_where=text("until_at IS NULL"),
     ),
+)
+
+# Spans and polls of the days that are over, counted (daily.py): day = seconds since 1970 // 86400.
+daily = Table(
+    "daily",
+    metadata,
+    Column("product_id", Id, ForeignKey("products.id"), primary_key=True, autoincrement=False),
+    Column("day", Integer, primary_key=True, autoincrement=False),
+    Column("usd_per_hour", Money, primary_key=True, autoincrement=False),
+    Column("n", Integer, nullable=False),  # observations: an offer at a poll is one
+    sqlite_with_rowid=False,
+)
+
+rolled = Table(
+    "rolled",
+    metadata,
+    Column("provider", Text, primary_key=True),
+    Column("until_day", Integer, nullable=False),  # exclusive
+)
+
+# Named exports: up to when each provider's ended spans are in files, and what is being written.
+exports = Table(
+    "exports",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("number", Integer, nullable=False),  # of the last run whose files are whole
+    Column("done", Text, nullable=False),  # JSON: provider -> second
+    Column("pending", Text),  # JSON of exports.Pending; NULL = none is under way
 )
 
 # What is current: a row for each open span, with what a poll compares and a quote reads, so that neither

@@ -1,0 +1,139 @@
+"""`gpubroker export`: the price history as files, whole or since the last time."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from gpubroker import config
+from gpubroker.cli.options import GpuName, Lower, MarketName, format_option
+from gpubroker.cli.render import print_json, say
+from gpubroker.doors import SystemClock
+from gpubroker.errors import ConfigError
+from gpubroker.gpus import GpuRequest
+from gpubroker.model import Market
+from gpubroker.prices import export as files
+from gpubroker.prices.daily import Where
+from gpubroker.prices.export import SUFFIXES, Kind, Names, Row, suffix_of
+from gpubroker.prices.exports import Exported, since_last
+from gpubroker.prices.store import Store
+
+_S3 = "s3://"
+_KINDS = tuple(suffix.removeprefix(".") for suffix in SUFFIXES)
+
+
+@click.command(
+    context_settings={"max_content_width": 100},
+    epilog="""\b
+Examples:
+  gpubroker export --to prices.parquet
+  gpubroker export --gpu h100 --as csv --to -
+  gpubroker export --cursor nightly --as parquet --to history/
+  gpubroker export --cursor nightly --as csv.gz --to s3://bucket/prices/
+
+The second last line is one for cron: each run adds what has ended since the last one, and nothing twice.""",
+)
+@click.option(
+    "--to", "place", required=True, help="A file, a folder/, s3://bucket/prefix/, or - for standard output."
+)
+@click.option("--as", "suffix", type=click.Choice(_KINDS), help="Where the name does not say it.")
+@click.option("--cursor", metavar="NAME", help="Only what has ended since the last export of this name.")
+@click.option("--gpu", "gpus", type=GpuName(), multiple=True, help="Only these. Not with --cursor.")
+@click.option("--provider", "providers", type=Lower(), multiple=True, help="Not with --cursor.")
+@click.option("--market", "markets", type=MarketName(), multiple=True, help="Not with --cursor.")
+@format_option("table", "json")
+def export(
+    *,
+    place: str,
+    suffix: str | None,
+    cursor: str | None,
+    gpus: tuple[GpuRequest, ...],
+    providers: tuple[str, ...],
+    markets: tuple[Market, ...],
+    output: str,
+) -> None:
+    """Write price spans: one offer at one set of terms, from when it was first seen until it was not.
+
+    Whole, open spans are in it, without an end. With --cursor a span comes once it has ended, in a file of
+    its day; a run that is killed is made good by the next one. A file is whole or not there. docs/export.md
+    has the columns.
+    """
+    settings, clock = config.load(), SystemClock()
+    is_folder = place.endswith("/") or place.startswith(_S3) or Path(place).is_dir()
+    if suffix is None and (is_folder or place == "-"):
+        raise click.UsageError(f"--as {'|'.join(_KINDS)} says which kind of files")
+    ending = f".{suffix}" if suffix is not None else suffix_of(place)
+    with Store.open(settings.db_url, clock) as store:
+        if store.revision() is None:
+            raise ConfigError("there is no price yet: gpubroker poll asks for some")
+        if cursor is not None:
+            if not is_folder or gpus or providers or markets:
+                raise click.UsageError("--cursor takes a folder/ or s3://bucket/prefix/, and all prices")
+            put = partial(_put, place, ending)
+            _tell(since_last(store.database, cursor, place, ending, put), place, output)
+            return
+        where = Where(
+            gpus=frozenset().union(*(gpu.names for gpu in gpus)) or None,
+            providers=providers or None,
+            markets=markets or None,
+        )
+        with store.database.read() as connection:
+            run = partial(store.database.run, connection)
+            written = _whole(run, where, place, ending, is_folder=is_folder)
+    _tell([Exported(number=0, files=written, was_cut_off=False)], place, output)
+
+
+def _whole(run: Any, where: Where, place: str, ending: str, *, is_folder: bool) -> dict[str, int]:
+    names, spans = files.names_of(run), files.all_spans(run, where)
+    kind, zipped = SUFFIXES[ending]
+    if place == "-":
+        return {"-": files.write_stream(sys.stdout.buffer, kind, zipped, spans, names)}
+    if not is_folder:
+        path = Path(place)
+        return {path.name: files.write_file(path, kind, zipped, spans, names)}
+    return {f"spans{ending}": _put(place, ending, f"spans{ending}", spans, names)}
+
+
+def _put(place: str, ending: str, name: str, batches: Iterable[Sequence[Row]], names: Names) -> int:
+    """One file below a folder or a prefix."""
+    kind, zipped = SUFFIXES[ending]
+    if not place.startswith(_S3):
+        return files.write_file(Path(place) / name, kind, zipped, batches, names)
+    return _put_s3(place, name, kind, zipped, batches, names)
+
+
+def _put_s3(
+    place: str, name: str, kind: Kind, zipped: bool, batches: Iterable[Sequence[Row]], names: Names
+) -> int:
+    """Written here first: an object is whole or not there, too."""
+    import boto3
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    bucket, _, prefix = place.removeprefix(_S3).partition("/")
+    with tempfile.TemporaryDirectory(prefix="gpubroker-export-") as folder:
+        path = Path(folder) / "file"
+        rows = files.write_file(path, kind, zipped, batches, names)
+        try:
+            boto3.client("s3").upload_file(str(path), bucket, f"{prefix.rstrip('/')}/{name}".lstrip("/"))
+        except (BotoCoreError, ClientError) as error:
+            raise ConfigError(f"{place}{name}: {error}") from error
+    return rows
+
+
+def _tell(runs: Sequence[Exported], place: str, output: str) -> None:
+    if output == "json" and place != "-":
+        print_json(
+            {"to": place, "runs": [{"files": run.files, "was_cut_off": run.was_cut_off} for run in runs]}
+        )
+        return
+    for run in runs:
+        again = " (the last run was cut off: written again)" if run.was_cut_off else ""
+        say(f"{run.rows:,} spans in {len(run.files)} file{'s' * (len(run.files) != 1)} to {place}{again}")
+    if not runs:
+        say("Nothing has ended since the last export.")

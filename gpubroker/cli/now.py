@@ -1,0 +1,195 @@
+"""`gpubroker now`: is it cheap right now?"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import click
+
+from gpubroker import config
+from gpubroker.cli.history import where_of, where_options
+from gpubroker.cli.options import format_option
+from gpubroker.cli.render import console, dollars, print_json, say, table
+from gpubroker.doors import SystemClock
+from gpubroker.errors import ConfigError
+from gpubroker.gpus import GpuRequest
+from gpubroker.model import Market
+from gpubroker.money import from_micros
+from gpubroker.prices import daily
+from gpubroker.prices.cheapest import DAY_S, Priced, Rhythm, Standing, Step, rhythm, standing, steps
+from gpubroker.prices.history import for_one
+from gpubroker.prices.store import Store
+
+_DAYS = (7, 30, 90)
+# Of the time: at most so much of it was cheaper, or all but so much.
+_CHEAP, _DEAR = 0.25, 0.75
+# Fewer days say nothing.
+_LEAST_DAYS = 3
+_RIGHT = ("now", *(f"{days} d" for days in _DAYS), "median")
+_WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Line:
+    provider: str
+    market: str
+    usd_micros: int | None  # None = there is none now
+    standings: dict[int, Standing | None]  # by days
+    rhythm: Rhythm
+
+    @property
+    def verdict(self) -> str:
+        """By the longest time that says something, and only where nine of ten such times would say it too."""
+        if self.usd_micros is None:
+            return "none is offered now"
+        known = [s for s in self.standings.values() if s is not None and s.seen_days >= _LEAST_DAYS]
+        if not known:
+            return "too few days"
+        low, high = known[-1].between
+        if high <= _CHEAP:
+            return "cheap"
+        if low >= _DEAR:
+            return "dear"
+        return "usual" if _CHEAP < low and high < _DEAR else "not sure"
+
+
+@click.command(
+    context_settings={"max_content_width": 100},
+    epilog="""\b
+Examples:
+  gpubroker now --gpu h100
+  gpubroker now --gpu 4090 --market spot --provider vast --format json""",
+)
+@where_options
+@format_option("table", "json")
+def now(
+    *,
+    gpus: tuple[GpuRequest, ...],
+    providers: tuple[str, ...],
+    markets: tuple[Market, ...],
+    regions: tuple[str, ...],
+    count: int | None,
+    output: str,
+) -> None:
+    """Is it cheap right now? The cheapest offer against the cheapest of 7, 30 and 90 days before.
+
+    The shares are of the time in which the cheapest cost less than it does now; `sure` is between what the
+    last of them would be for nine of ten such times. By our own polls, in $ for one GPU and one hour.
+    """
+    settings, clock = config.load(), SystemClock()
+    end = int(clock.now().timestamp()) + 1
+    with Store.open(settings.db_url, clock) as store:
+        if store.revision() is None:
+            raise ConfigError("there is no price yet: gpubroker poll asks for some")
+        lines = _lines(store, where_of(gpus, providers, markets, regions, count), end)
+    if not lines:
+        raise ConfigError("nothing was seen of that: gpubroker poll asks for prices, best from cron")
+    if output == "json":
+        print_json({"lines": [_record(line) for line in lines]})
+    else:
+        _print(lines)
+
+
+def _lines(store: Store, where: daily.Where, end: int) -> list[_Line]:
+    begin = end - max(_DAYS) * DAY_S
+    with store.database.read() as connection:
+        run = partial(store.database.run, connection)
+        known, spans = daily.products(run, where), defaultdict[tuple[str, str], list[Priced]](list)
+        for span in daily.spans_within(run, where, begin, end):
+            if (product := known.get(span.product_id)) is not None:
+                usd = for_one(span.usd_micros, product.gpu_count)
+                until = end if span.until_at is None else span.until_at
+                spans[product.provider, product.market].append(Priced(usd, span.first_at, until))
+    found = []
+    for (provider, market), mine in sorted(spans.items()):
+        made = steps(mine, begin, end)
+        usd_now = made[-1].usd_micros
+        found.append(
+            _Line(
+                provider=provider,
+                market=market,
+                usd_micros=usd_now,
+                standings={days: _standing(made, usd_now, days, end) for days in _DAYS},
+                rhythm=rhythm(made, begin, end),
+            )
+        )
+    return found
+
+
+def _standing(made: Sequence[Step], usd_now: int | None, days: int, end: int) -> Standing | None:
+    return None if usd_now is None else standing(made, usd_now, days, end)
+
+
+def _print(lines: Sequence[_Line]) -> None:
+    shares = [f"{days} d" for days in _DAYS]
+    made = table(
+        "provider",
+        "market",
+        "now",
+        *shares,
+        "sure",
+        "median",
+        "it is",
+        "cheapest at",
+        right=_RIGHT,
+        whole=("sure",),
+    )
+    for line in lines:
+        known = [found for found in line.standings.values() if found is not None]
+        made.add_row(
+            line.provider,
+            line.market.replace("_", "-"),
+            "-" if line.usd_micros is None else dollars(from_micros(line.usd_micros)),
+            *(
+                "-" if (found := line.standings[days]) is None else f"{found.cheaper_share:.0%}"
+                for days in _DAYS
+            ),
+            _sure(known[-1]) if known else "-",
+            dollars(from_micros(known[-1].median_usd_micros)) if known else "-",
+            line.verdict,
+            _best(line.rhythm),
+        )
+    console().print(made)
+    say("Share of the time in which the cheapest cost less than now; $ for one GPU-hour, hours in UTC.")
+
+
+def _sure(found: Standing) -> str:
+    low, high = (round(100 * share) for share in found.between)
+    return f"{low}-{high}% in {found.seen_days} d"
+
+
+def _best(found: Rhythm) -> str:
+    """The hour and the weekday that cost least, where they differ."""
+    hours = [f"{hour:02d}h" for hour in range(24)]
+    parts = []
+    for values, names in ((found.by_hour, hours), (found.by_weekday, _WEEKDAYS)):
+        known = [(value, name) for value, name in zip(values, names, strict=True) if value is not None]
+        if known and min(known)[0] < max(known)[0] * 0.99:
+            parts.append(f"{min(known)[1]} {min(known)[0] - 1:+.0%}")
+    return ", ".join(parts)
+
+
+def _record(line: _Line) -> dict[str, Any]:
+    return {
+        "provider": line.provider,
+        "market": line.market,
+        "usd_per_gpu_hour": None if line.usd_micros is None else f"{from_micros(line.usd_micros):f}",
+        "verdict": line.verdict,
+        "against": [
+            {
+                "days": days,
+                "seen_days": found.seen_days,
+                "cheaper_share": round(found.cheaper_share, 4),
+                "cheaper_share_90": [round(share, 4) for share in found.between],
+                "median_usd_per_gpu_hour": f"{from_micros(found.median_usd_micros):f}",
+            }
+            for days, found in line.standings.items()
+            if found is not None
+        ],
+        "by_hour_utc": line.rhythm.by_hour,
+        "by_weekday": dict(zip(_WEEKDAYS, line.rhythm.by_weekday, strict=True)),
+    }

@@ -1,0 +1,197 @@
+"""What each product cost on each day, and how often it was seen so: the short way to months of history.
+
+    spans + polls ──roll, once a day is over──> daily (product, day, price -> observations)
+    history of a GPU = daily for the days that are rolled + spans for those that are not
+
+A day is a UTC day, by its number since 1970. A provider's day is rolled by the first of its polls that is
+kept on a later one: then no poll of it can come any more. Nothing is lost by it: prices and counts are exact,
+and so is every percentile. Plain SQL and no SQLAlchemy, so that a question takes a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from gpubroker.prices.polls import scope_of
+from gpubroker.prices.rows import PRODUCT
+from gpubroker.prices.seen import Kind, PollAt, Seen
+
+DAY_S = 86400
+# A database from before it had days is caught up with by so many a poll.
+_MOST_DAYS = 7
+# Runs SQL with ? for its values; `many` takes a list of them.
+Run = Callable[[str, tuple[Any, ...]], Iterable[Sequence[Any]]]
+Many = Callable[[str, list[tuple[Any, ...]]], object]
+
+_POLLS_SQL = """
+SELECT observed_at, scope, unknown_offers FROM polls
+WHERE provider = ? AND observed_at >= ? AND observed_at < ? ORDER BY observed_at
+"""
+_SPAN = "s.offer_id, o.product_id, s.usd_per_hour, r.verified, s.first_at, s.until_at"
+# CROSS JOIN keeps SQLite to this order: what has ended by when it did, what is open by its product.
+_ENDED_SQL = f"""
+SELECT {_SPAN} FROM spans s CROSS JOIN offers o CROSS JOIN products p CROSS JOIN rates r
+WHERE o.id = s.offer_id AND p.id = o.product_id AND r.id = s.rates_id
+AND s.until_at > ? AND s.first_at < ?
+"""  # noqa: S608  only names of columns go in
+_OPEN_SQL = f"""
+SELECT {_SPAN} FROM products p CROSS JOIN latest o CROSS JOIN spans s CROSS JOIN rates r
+WHERE o.product_id = p.id AND s.offer_id = o.offer_id AND s.until_at IS NULL AND r.id = s.rates_id
+AND s.first_at < ?
+"""  # noqa: S608
+_ADD_SQL = "INSERT INTO daily (product_id, day, usd_per_hour, n) VALUES (?, ?, ?, ?)"
+_ROLLED_SQL = """
+INSERT INTO rolled (provider, until_day) VALUES (?, ?)
+ON CONFLICT (provider) DO UPDATE SET until_day = excluded.until_day
+"""
+
+
+class Product(NamedTuple):
+    """What a product is, in the order of rows.PRODUCT, and its id."""
+
+    provider: str
+    sku: str
+    gpu: str
+    form_factor: str
+    gpu_count: int
+    vram_gib: int
+    market: str
+    preemptible: bool
+    region: str
+    zone: str
+    cloud: str
+    id: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Where:
+    """Whose prices. None = any."""
+
+    gpus: Collection[str] | None = None
+    providers: Collection[str] | None = None
+    markets: Collection[str] | None = None
+    wants: Callable[[Product], bool] | None = None  # what a column alone does not say
+
+    def sql(self, table: str = "p") -> tuple[str, tuple[str, ...]]:
+        """What to add to a WHERE over this table's columns, with its values."""
+        text, values = "", list[str]()
+        for column, wanted in (
+            ("gpu", self.gpus),
+            ("provider", self.providers),
+            ("market", self.markets),
+        ):
+            if wanted is not None:
+                names = sorted(wanted)
+                text += f" AND {table}.{column} IN ({', '.join('?' * len(names)) or 'NULL'})"
+                values += names
+        return text, tuple(values)
+
+
+class SpanRow(NamedTuple):
+    """A span as it counts."""
+
+    offer_id: int
+    product_id: int
+    usd_micros: int
+    verified: bool | None
+    first_at: int
+    until_at: int | None  # exclusive; None = open
+
+
+class Counted(NamedTuple):
+    """So many observations of a product at a price."""
+
+    product_id: int
+    begin: int  # of the time in which they were made, in seconds since 1970
+    usd_micros: int
+    n: int
+
+
+def roll(run: Run, many: Many, provider: str, now_s: int) -> None:
+    """Write down the provider's days that are over, in the transaction of its poll of this second."""
+    found = next(iter(run("SELECT until_day FROM rolled WHERE provider = ?", (provider,))), None)
+    today = now_s // DAY_S
+    if found is not None:
+        first = int(found[0])
+    else:
+        sql = "SELECT min(observed_at) FROM polls WHERE provider = ?"
+        (oldest,) = next(iter(run(sql, (provider,))))
+        first = today if oldest is None else int(oldest) // DAY_S
+    until = min(today, first + _MOST_DAYS)
+    if found is not None and until == first:
+        return
+    known = products(run, Where(providers={provider}))
+    for day in range(first, until):
+        counted = _counted(run, known, Where(), provider, day * DAY_S, (day + 1) * DAY_S)
+        many(_ADD_SQL, [(product_id, day, usd, n) for (product_id, usd), n in sorted(counted.items())])
+    many(_ROLLED_SQL, [(provider, until)])
+
+
+def products(run: Run, where: Where) -> dict[int, Product]:
+    """By id."""
+    text, values = where.sql()
+    columns = ", ".join(f"p.{name}" for name in PRODUCT)
+    sql = f"SELECT {columns}, p.id FROM products p WHERE 1 = 1{text}"  # noqa: S608  only names go in
+    found = (Product(*row) for row in run(sql, values))
+    return {one.id: one for one in found if where.wants is None or where.wants(one)}
+
+
+def spans_within(run: Run, where: Where, begin: int, end: int) -> Iterator[SpanRow]:
+    """Those that were open in [begin, end), in seconds since 1970."""
+    text, values = where.sql()
+    yield from map(SpanRow._make, run(_ENDED_SQL + text, (begin, end, *values)))
+    yield from map(SpanRow._make, run(_OPEN_SQL + text, (end, *values)))
+
+
+def seen_by(run: Run, provider: str, begin: int, end: int) -> Seen:
+    """The provider's kept polls of [begin, end)."""
+    return Seen(
+        PollAt(at, scope_of(scope), frozenset(json.loads(unknown)))
+        for at, scope, unknown in run(_POLLS_SQL, (provider, begin, end))
+    )
+
+
+def counts(run: Run, where: Where, begin: int, end: int) -> Iterator[Counted]:
+    """Observations in [begin, end), of which `begin` is a midnight: by day, from both sources."""
+    known = products(run, where)
+    rolled = {name: int(day) for name, day in run("SELECT provider, until_day FROM rolled", ())}
+    for provider in sorted({product.provider for product in known.values()}):
+        mine = {key: one for key, one in known.items() if one.provider == provider}
+        until_day = max(begin // DAY_S, min(rolled.get(provider, 0), end // DAY_S))
+        yield from _from_days(run, mine, begin // DAY_S, until_day)
+        for day in range(until_day, -(-end // DAY_S)):
+            counted = _counted(run, mine, where, provider, day * DAY_S, min(end, (day + 1) * DAY_S))
+            for (product_id, usd_micros), n in counted.items():
+                yield Counted(product_id, day * DAY_S, usd_micros, n)
+
+
+def _from_days(run: Run, known: Collection[int], first: int, until: int) -> Iterator[Counted]:
+    if first >= until or not known:
+        return
+    marks = ", ".join("?" * len(known))
+    sql = (
+        f"SELECT product_id, day, usd_per_hour, n FROM daily WHERE product_id IN ({marks})"  # noqa: S608
+        " AND day >= ? AND day < ?"
+    )
+    for product_id, day, usd_micros, n in run(sql, (*known, first, until)):
+        yield Counted(product_id, day * DAY_S, usd_micros, n)
+
+
+def _counted(
+    run: Run, known: dict[int, Product], where: Where, provider: str, begin: int, end: int
+) -> Counter[tuple[int, int]]:
+    """(product, price) -> observations in [begin, end) at one of the providers, by spans and polls."""
+    seen, found = seen_by(run, provider, begin, end), Counter[tuple[int, int]]()
+    for span in spans_within(run, replace(where, providers={provider}), begin, end):
+        product = known.get(span.product_id)
+        if product is None:
+            continue
+        kind = Kind(product.gpu, product.market, None if span.verified is None else bool(span.verified))
+        n = seen.count(span.offer_id, kind, span.first_at, span.until_at)
+        if n:
+            found[span.product_id, span.usd_micros] += n
+    return found

@@ -1,0 +1,101 @@
+"""Spans as Parquet, a row group a batch: columns are built by numpy and Arrow, not a value at a time.
+
+Money is decimal128(18, 6), moments timestamps in UTC. Needs the extra `parquet`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from gpubroker.errors import ConfigError
+from gpubroker.prices.export import BOOLEANS, COLUMNS, FORMAT, MOMENTS, USD, Names, Row
+from gpubroker.prices.rows import PRODUCT, RATES
+
+_INTEGERS = frozenset({"gpu_count", "vram_gib", "billing_increment_s", "minimum_s", "disk_included_gb"})
+
+
+class ParquetWriter:
+    """See export.Writer. Raises ConfigError without pyarrow."""
+
+    def __init__(self, file: BinaryIO, names: Names) -> None:
+        try:
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+        except ImportError as error:
+            raise ConfigError("Parquet needs pyarrow: pip install 'gpubroker[parquet]'") from error
+        self._pa = pa
+        fields = [pa.field(name, _type(pa, name)) for name in COLUMNS]
+        about = {"gpubroker.format": str(FORMAT), "gpubroker.rows": "spans"}
+        self._schema = pa.schema(fields, metadata=about)
+        self._file = pq.ParquetWriter(file, self._schema, compression="zstd")
+        self._products = _Table(pa, PRODUCT, names.products)
+        self._rates = _Table(pa, RATES, names.rates)
+
+    def write(self, rows: Sequence[Row]) -> None:
+        """One row group."""
+        pa = self._pa
+        product_ids, machine_ids, rates_ids, usd, first_at, until_at = zip(*rows, strict=True)
+        until = np.array([-1 if at is None else at for at in until_at], dtype=np.int64)
+        columns = {
+            **self._products.take(np.array(product_ids, dtype=np.int64)),
+            "machine_id": pa.array(machine_ids, pa.string()).dictionary_encode(),
+            "usd_per_hour": _decimals(pa, np.array(usd, dtype=np.int64)),
+            **self._rates.take(np.array(rates_ids, dtype=np.int64)),
+            "first_at": pa.array(np.array(first_at, dtype=np.int64)).cast(_type(pa, "first_at")),
+            "until_at": pa.array(until, mask=until < 0).cast(_type(pa, "until_at")),
+        }
+        self._file.write_table(pa.table([columns[name] for name in COLUMNS], schema=self._schema))
+
+    def close(self) -> None:
+        """The footer."""
+        self._file.close()
+
+
+class _Table:
+    """Few rows with many columns, of which each span takes one by its id."""
+
+    def __init__(self, pa: Any, names: Sequence[str], rows: Mapping[int, Sequence[Any]]) -> None:
+        self._pa, ids = pa, sorted(rows)
+        self._ids = np.array(ids, dtype=np.int64)
+        self._columns = {
+            name: _column(pa, name, [rows[key][at] for key in ids]) for at, name in enumerate(names)
+        }
+
+    def take(self, ids: np.ndarray[Any, Any]) -> dict[str, Any]:
+        """A column each."""
+        places = self._pa.array(np.searchsorted(self._ids, ids))
+        return {name: column.take(places) for name, column in self._columns.items()}
+
+
+def _type(pa: Any, name: str) -> Any:
+    if name in USD:
+        return pa.decimal128(18, 6)
+    if name in MOMENTS:
+        return pa.timestamp("s", tz="UTC")
+    if name in BOOLEANS:
+        return pa.bool_()
+    return pa.int64() if name in _INTEGERS else pa.dictionary(pa.int32(), pa.string())
+
+
+def _column(pa: Any, name: str, values: Sequence[Any]) -> Any:
+    if name in USD:
+        micros = np.array([0 if value is None else int(value) for value in values], dtype=np.int64)
+        return _decimals(pa, micros, np.array([value is None for value in values], dtype=bool))
+    if name in BOOLEANS:
+        return pa.array([None if value is None else bool(value) for value in values], pa.bool_())
+    if name in _INTEGERS:
+        return pa.array([None if value is None else int(value) for value in values], pa.int64())
+    return pa.array([str(value) for value in values], pa.string()).dictionary_encode()
+
+
+def _decimals(pa: Any, micros: np.ndarray[Any, Any], missing: np.ndarray[Any, Any] | None = None) -> Any:
+    """Micro-dollars as decimals with six places: 128-bit integers, low half first."""
+    halves = np.empty((len(micros), 2), dtype="<i8")
+    halves[:, 0], halves[:, 1] = micros, micros >> 63
+    valid = None
+    if missing is not None and missing.any():
+        valid = pa.py_buffer(np.packbits(~missing, bitorder="little").tobytes())
+    return pa.Array.from_buffers(pa.decimal128(18, 6), len(micros), [valid, pa.py_buffer(halves.tobytes())])

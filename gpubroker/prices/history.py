@@ -1,0 +1,211 @@
+"""What a GPU cost over time, by our own polls or by imported histories. Reads; decides nothing.
+
+    daily.py (days) or spans (anything finer, and what goes by time) -> Bucket -> Point, one a time and group
+
+Prices are for one GPU and one hour: an offer's price by its number of GPUs, to the nearest micro-dollar. Each
+offer counts once a poll; an imported row counts once.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from fractions import Fraction
+from typing import Literal, NamedTuple, get_args
+
+from gpubroker.prices import daily
+from gpubroker.prices.daily import DAY_S, Product, Run, Where
+from gpubroker.prices.rows import moment
+from gpubroker.prices.seen import Kind
+from gpubroker.prices.stats import Prices
+
+Stat = Literal["min", "p10", "p50", "p90", "max", "mean", "twap", "available", "n"]
+STATS: tuple[Stat, ...] = get_args(Stat)
+Dimension = Literal["provider", "market", "region", "gpu_count"]
+DIMENSIONS: tuple[Dimension, ...] = get_args(Dimension)
+# What needs the spans themselves, and not only how often they were seen.
+_BY_TIME: frozenset[Stat] = frozenset({"twap", "available"})
+_IMPORTED_SQL = """
+SELECT s.provider, s.sku, s.gpu, s.form_factor, s.gpu_count, s.market, s.region, s.id,
+       o.observed_at, o.usd_per_hour, o.available
+FROM series s JOIN observations o ON o.series_id = s.id
+WHERE o.observed_at >= ? AND o.observed_at < ?
+"""
+
+
+class Group(NamedTuple):
+    """Whose line it is; "" and 0 = all of them."""
+
+    provider: str = ""
+    market: str = ""
+    region: str = ""
+    gpu_count: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Query:
+    """What is asked. `bucket_s` begins at midnight UTC; None = all of [begin, end) in one."""
+
+    where: Where
+    begin: int  # seconds since 1970; a midnight where only days are needed
+    end: int
+    bucket_s: int | None
+    by: Collection[Dimension] = ("provider", "market")
+    stats: Collection[Stat] = ("min", "p50", "max")
+
+    @property
+    def goes_by_days(self) -> bool:
+        """Whether the days that are rolled say all of it."""
+        is_whole = self.bucket_s is None or self.bucket_s % DAY_S == 0
+        return is_whole and self.begin % DAY_S == 0 and not _BY_TIME & set(self.stats)
+
+    def bucket(self, at: int) -> int:
+        """When the bucket of this second begins."""
+        return self.begin if self.bucket_s is None else at - (at % self.bucket_s)
+
+    def group(self, provider: str, market: str, region: str, gpu_count: int) -> Group:
+        """As far as it is asked for."""
+        return Group(
+            provider if "provider" in self.by else "",
+            market if "market" in self.by else "",
+            region if "region" in self.by else "",
+            gpu_count if "gpu_count" in self.by else 0,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """One group in one bucket. A figure that nothing was seen for is not there."""
+
+    group: Group
+    begin: datetime
+    figures: dict[Stat, int | Fraction]  # micro-dollars for one GPU-hour; available: a share; n: observations
+
+
+@dataclass(slots=True)
+class _Bucket:
+    counted: list[tuple[int, int]] = field(default_factory=list)
+    usd_s: int = 0  # micro-dollars times seconds
+    open_s: int = 0
+    looks: set[int] = field(default_factory=set)  # polls that looked there
+    hits: set[int] = field(default_factory=set)  # and found one
+
+
+_Buckets = defaultdict[tuple[int, Group], _Bucket]
+
+
+def own(run: Run, query: Query) -> list[Point]:
+    """By our own polls, in order of time and group."""
+    known = daily.products(run, query.where)
+    buckets: _Buckets = defaultdict(_Bucket)
+    if query.goes_by_days:
+        for one in daily.counts(run, query.where, query.begin, query.end):
+            product = known[one.product_id]
+            bucket = buckets[query.bucket(one.begin), _group(query, product)]
+            bucket.counted.append((for_one(one.usd_micros, product.gpu_count), one.n))
+    else:
+        for provider in sorted({product.provider for product in known.values()}):
+            _from_spans(run, query, provider, known, buckets)
+    return list(_points(query, buckets))
+
+
+def imported(run: Run, query: Query) -> list[Point]:
+    """By other people's histories (`gpubroker import-history`), in order of time and group."""
+    text, values = query.where.sql("s")
+    buckets: _Buckets = defaultdict(_Bucket)
+    rows = run(_IMPORTED_SQL + text, (query.begin, query.end, *values))
+    series: dict[int, Product | None] = {}
+    for *named, series_id, at, usd_micros, available in rows:
+        if series_id not in series:
+            one = _product(series_id, *named)
+            series[series_id] = one if query.where.wants is None or query.where.wants(one) else None
+        if (product := series[series_id]) is None:
+            continue
+        bucket = buckets[query.bucket(at), _group(query, product)]
+        if usd_micros is not None:
+            bucket.counted.append((for_one(usd_micros, product.gpu_count), 1))
+        if available is not None:
+            bucket.looks.add(at)
+            if available:
+                bucket.hits.add(at)
+    return list(_points(query, buckets))
+
+
+def _from_spans(run: Run, query: Query, provider: str, known: dict[int, Product], buckets: _Buckets) -> None:
+    seen = daily.seen_by(run, provider, query.begin, query.end)
+    where = replace(query.where, providers={provider})
+    for span in daily.spans_within(run, where, query.begin, query.end):
+        product = known.get(span.product_id)
+        if product is None:
+            continue
+        kind = Kind(product.gpu, product.market, None if span.verified is None else bool(span.verified))
+        group, usd = _group(query, product), for_one(span.usd_micros, product.gpu_count)
+        last = query.end if span.until_at is None else min(span.until_at, query.end)
+        for begin, end in _parts(query, max(span.first_at, query.begin), last):
+            bucket = buckets[query.bucket(begin), group]
+            bucket.counted.append((usd, seen.count(span.offer_id, kind, begin, end)))
+            bucket.usd_s += usd * (end - begin)
+            bucket.open_s += end - begin
+            bucket.hits.update(seen.at(span.offer_id, kind, begin, end))
+    if "available" in query.stats:
+        for product in known.values():
+            if product.provider == provider:
+                group = _group(query, product)
+                for at in seen.moments(Kind(product.gpu, product.market, None)):
+                    buckets[query.bucket(at), group].looks.add(at)
+
+
+def _parts(query: Query, begin: int, end: int) -> Iterator[tuple[int, int]]:
+    """A time, cut where buckets begin."""
+    while begin < end:
+        until = end if query.bucket_s is None else min(end, query.bucket(begin) + query.bucket_s)
+        yield begin, until
+        begin = until
+
+
+def _group(query: Query, product: Product) -> Group:
+    return query.group(product.provider, product.market, product.region, product.gpu_count)
+
+
+def _product(
+    series_id: int, provider: str, sku: str, gpu: str, form: str, count: int, market: str, region: str
+) -> Product:
+    """As far as an imported series says what it is."""
+    return Product(provider, sku, gpu, form, count, 0, market, False, region, "", "", series_id)
+
+
+def for_one(usd_micros: int, gpu_count: int) -> int:
+    """Of the price of a node: for one of its GPUs."""
+    return usd_micros if gpu_count == 1 else round(Fraction(usd_micros, gpu_count))
+
+
+def _points(query: Query, buckets: _Buckets) -> Iterator[Point]:
+    for (begin, group), bucket in sorted(buckets.items()):
+        if not bucket.looks and not any(n for _, n in bucket.counted):
+            continue  # nobody looked
+        yield Point(group=group, begin=moment(begin), figures=dict(_figures(query.stats, bucket)))
+
+
+def _figures(stats: Iterable[Stat], bucket: _Bucket) -> Iterator[tuple[Stat, int | Fraction]]:
+    prices = Prices(bucket.counted)
+    for stat in stats:
+        if stat == "n":
+            yield stat, prices.n
+        elif stat == "available":
+            if bucket.looks:
+                yield stat, Fraction(len(bucket.hits & bucket.looks), len(bucket.looks))
+        elif stat == "twap":
+            if bucket.open_s:
+                yield stat, round(Fraction(bucket.usd_s, bucket.open_s))
+        elif prices.n:
+            yield stat, _price(stat, prices)
+
+
+def _price(stat: Stat, prices: Prices) -> int:
+    if stat == "min":
+        return prices.least
+    if stat == "max":
+        return prices.most
+    return prices.mean if stat == "mean" else prices.quantile(Fraction(int(stat[1:]), 100))
