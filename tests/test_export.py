@@ -30,7 +30,7 @@ from tests.test_bill import offer
 from tests.test_history_daily import FAR
 from tests.test_store_history import play
 
-# Also in .ci/soak: each is a process that dies.
+# Each is a process that dies.
 KILLS = 50
 
 
@@ -280,7 +280,7 @@ def test_a_run_that_was_cut_off_is_made_good_where_it_wrote(ask, polled, tmp_pat
 
 
 def test_kills_at_any_moment_leave_exactly_the_right_rows(polled, tmp_path):
-    """Fifty of them, at random; prices go on changing meanwhile."""
+    """At random; prices go on changing meanwhile."""
     out, chance, killed = tmp_path / "out", random.Random(7), 0
     words = [sys.executable, "-m", "gpubroker", "export", "--cursor", "c", "--as", "csv", "--to", f"{out}/"]
     env = {**os.environ, "GPUBROKER_DB_URL": f"sqlite:///{tmp_path}/p.db"}

@@ -168,7 +168,7 @@ spans = Table(
 daily = Table(
     "daily",
     metadata,
-    Column("product_id", Id, ForeignKey("products.id"), primary_key=True, autoincrement=False),
+    Column("product_id", BigInteger, ForeignKey("products.id"), primary_key=True, autoincrement=False),
     Column("day", Integer, primary_key=True, autoincrement=False),
     Column("usd_per_hour", Money, primary_key=True, autoincrement=False),
     Column("n", Integer, nullable=False),  # observations: an offer at a poll is one
