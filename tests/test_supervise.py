@@ -254,7 +254,9 @@ def test_jobs_end_right_though_nodes_and_supervisors_are_taken_away_again_and_ag
         epochs = [made["epoch"] for made in record["checkpoints"]]
         assert sorted(epochs) == epochs
         assert len(record["attempts"]) > TIMES
-    assert (JOBS * TIMES, KILLS) == (storm.taken, storm.kills)
+    # The market took the others itself.
+    assert storm.taken > 0.9 * JOBS * TIMES
+    assert KILLS == storm.kills
 
 
 def states(at):
@@ -273,7 +275,9 @@ class Storm:
 
     def run(self, within_s):
         choose, gone, end_s = random.Random(6), Counter(), time.monotonic() + within_s
-        while self.taken < JOBS * TIMES or self.kills < KILLS:
+        while self.kills < KILLS or any(
+            state != "done" and gone[job] < TIMES for job, state in states(self.at).items()
+        ):
             assert time.monotonic() < end_s, (self, self.at.said()[-6000:])
             for job, node in self.begun():
                 if gone[job] < TIMES and choose.random() < 0.5 and self.take(node):
