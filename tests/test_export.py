@@ -261,6 +261,32 @@ def test_what_cannot_be_written_is_one_sentence(ask, polled, words, sentence):
     assert (2, b"", True) == (code, out, sentence in said), said
 
 
+def test_a_bucket_has_the_same_files(ask, polled, monkeypatch):
+    """Its objects are named as files are; one that is not there is one sentence."""
+    pytest.importorskip("aiohttp", reason="needs the extra [testcloud]")
+    import boto3
+
+    from gpubroker.testcloud.client import running
+
+    for number in range(4):
+        change(polled, number)
+    with running(speed=10) as cloud:
+        for name, value in cloud.env.items():
+            monkeypatch.setenv(name, value)
+        store = boto3.client("s3")
+        store.create_bucket(Bucket="prices")
+        words = ("--cursor", "nightly", "--as", "csv", "--to")
+        code, _, said = ask(*words, "s3://prices/gpu/")
+        assert (0, "9 spans in 2 files to s3://prices/gpu/\n") == (code, said)
+        keys = [found["Key"] for found in store.list_objects_v2(Bucket="prices")["Contents"]]
+        bodies = [store.get_object(Bucket="prices", Key=key)["Body"].read() for key in keys]
+        code, _, said = ask("--as", "csv", "--to", "s3://nowhere/")
+    assert [f"gpu/day=2026-11-2{day}/spans-000001.csv" for day in (4, 5)] == keys
+    found = [record for body in bodies for record in read_back("csv", body)]
+    assert in_order(one for one in spans(polled) if one["until_at"]) == in_order(found)
+    assert (2, True) == (code, "s3://nowhere/spans.csv: " in said), said
+
+
 def test_a_run_that_was_cut_off_is_made_good_where_it_wrote(ask, polled, tmp_path, monkeypatch):
     """Elsewhere it is refused: half of its rows are there."""
     change(polled, 1), change(polled, 2)

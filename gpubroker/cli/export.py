@@ -72,6 +72,7 @@ def export(
     with Store.open(settings.db_url, clock) as store:
         if store.revision() is None:
             raise ConfigError("there is no price yet: gpubroker poll asks for some")
+        store.migrate()
         if cursor is not None:
             if not is_folder or gpus or providers or markets:
                 raise click.UsageError("--cursor takes a folder/ or s3://bucket/prefix/, and all prices")
@@ -113,6 +114,7 @@ def _put_s3(
 ) -> int:
     """Written here first: an object is whole or not there, too."""
     import boto3
+    from boto3.exceptions import Boto3Error
     from botocore.exceptions import BotoCoreError, ClientError
 
     bucket, _, prefix = place.removeprefix(_S3).partition("/")
@@ -121,7 +123,7 @@ def _put_s3(
         rows = files.write_file(path, kind, zipped, batches, names)
         try:
             boto3.client("s3").upload_file(str(path), bucket, f"{prefix.rstrip('/')}/{name}".lstrip("/"))
-        except (BotoCoreError, ClientError) as error:
+        except (Boto3Error, BotoCoreError, ClientError) as error:
             raise ConfigError(f"{place}{name}: {error}") from error
     return rows
 

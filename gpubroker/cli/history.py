@@ -124,6 +124,7 @@ def history(
     with Store.open(settings.db_url, clock) as store:
         if store.revision() is None:
             raise ConfigError("there is no price yet: gpubroker poll asks for some")
+        store.migrate()
         points, source = _points(store, query, data)
         whole = _whole(store, query, source)
     if not points:

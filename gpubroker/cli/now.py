@@ -85,6 +85,7 @@ def now(
     with Store.open(settings.db_url, clock) as store:
         if store.revision() is None:
             raise ConfigError("there is no price yet: gpubroker poll asks for some")
+        store.migrate()
         lines = _lines(store, where_of(gpus, providers, markets, regions, count), end)
     if not lines:
         raise ConfigError("nothing was seen of that: gpubroker poll asks for prices, best from cron")
