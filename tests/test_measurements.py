@@ -14,6 +14,7 @@ from gpubroker.model import Parsed
 from gpubroker.plan import hazard
 from gpubroker.plan.throughput import Measurement, Yardstick, converter, parse_work
 from gpubroker.prices import database
+from gpubroker.prices.keeping import Keeping
 from gpubroker.prices.rows import REVISION
 from gpubroker.prices.store import Store
 from tests.database import rows_of
@@ -67,10 +68,11 @@ def test_a_database_of_the_first_revision_is_upgraded_with_all_that_it_holds(emp
         assert () == store.snapshot(None).exposures
 
 
-def test_prices_of_an_older_database_are_still_read(empty_url, clock):
+def test_prices_of_an_older_database_are_still_read(empty_url, clock, monkeypatch):
     """What was polled before the upgrade is on offer after it."""
-    with Store.open(empty_url, clock) as store:
+    with Store.open(empty_url, clock) as store, monkeypatch.context() as before:
         migrated_to(store, "0001")
+        before.setattr(Keeping, "roll", lambda *_: None)  # there were no days then
         store.keep(store.begin_poll("vast", _everything()), Parsed(offers=(offer(provider="vast"),)))
         store.migrate()
         assert [offer(provider="vast")] == [p.offer for p in store.current()]
