@@ -30,8 +30,7 @@ from gpubroker.model import MARKETS, Market
 from gpubroker.units import parse_deadline, parse_duration_s, parse_size_gb
 
 VOLUME = "volume:"  # the store that is a network volume, before its name
-VOLUME_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
-_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
+PLAIN_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")  # of a job, and of a volume
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -168,8 +167,8 @@ class Checkpoint(_Part):
 
     @field_validator("store")
     @classmethod
-    def _volume_name(cls, value: str) -> str:
-        if value.startswith(VOLUME) and not VOLUME_NAME.fullmatch(value.removeprefix(VOLUME)):
+    def _known_store(cls, value: str) -> str:
+        if value.startswith(VOLUME) and not PLAIN_NAME.fullmatch(value.removeprefix(VOLUME)):
             raise ValueError(f"{value[:60]!r} names no volume: write volume:data")
         if "://" in value and not value.startswith("s3://"):
             raise ValueError(f"{value[:60]!r}: it is s3://bucket/prefix, volume:NAME, or a folder with local")
@@ -242,7 +241,7 @@ class JobSpec(_Part):
     @field_validator("name")
     @classmethod
     def _plain_name(cls, value: str) -> str:
-        if not _NAME.fullmatch(value):
+        if not PLAIN_NAME.fullmatch(value):
             raise ValueError(f"{value[:60]!r}: small letters, digits and -, at most 40, such as bert-8")
         return value
 

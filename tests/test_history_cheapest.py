@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpubroker.prices.cheapest import DAY_S, HOUR_S, Priced, Step, rhythm, standing, steps
+from gpubroker.prices.cheapest import Priced, Step, rhythm, standing, steps
+from gpubroker.prices.rows import DAY_S, HOUR_S
 
 spans = st.lists(
     st.builds(

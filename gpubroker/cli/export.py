@@ -13,6 +13,7 @@ import click
 
 from gpubroker import config
 from gpubroker.cli.options import GpuName, Lower, MarketName, format_option
+from gpubroker.cli.past import polled
 from gpubroker.cli.render import print_json, say
 from gpubroker.doors import SystemClock
 from gpubroker.errors import ConfigError
@@ -22,7 +23,6 @@ from gpubroker.prices import export as files
 from gpubroker.prices.daily import Where
 from gpubroker.prices.export import SUFFIXES, Kind, Names, Row, suffix_of
 from gpubroker.prices.exports import Exported, since_last
-from gpubroker.prices.store import Store
 
 _S3 = "s3://"
 _KINDS = tuple(suffix.removeprefix(".") for suffix in SUFFIXES)
@@ -69,10 +69,7 @@ def export(
     if suffix is None and (is_folder or place == "-"):
         raise click.UsageError(f"--as {'|'.join(_KINDS)} says which kind of files")
     ending = f".{suffix}" if suffix is not None else suffix_of(place)
-    with Store.open(settings.db_url, clock) as store:
-        if store.revision() is None:
-            raise ConfigError("there is no price yet: gpubroker poll asks for some")
-        store.migrate()
+    with polled(settings, clock) as store:
         if cursor is not None:
             if not is_folder or gpus or providers or markets:
                 raise click.UsageError("--cursor takes a folder/ or s3://bucket/prefix/, and all prices")

@@ -2,62 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 from gpubroker import config
 from gpubroker.cli import plot_history
-from gpubroker.cli.options import Duration, GpuName, Lower, MarketName, format_option
+from gpubroker.cli.options import Duration, format_option
+from gpubroker.cli.past import polled, where_options
 from gpubroker.cli.plot_history import Line
 from gpubroker.cli.render import console, dollars, iso, print_csv, print_json, say, table
 from gpubroker.doors import SystemClock
 from gpubroker.errors import ConfigError
-from gpubroker.gpus import GpuRequest
-from gpubroker.model import Market
 from gpubroker.money import from_micros
-from gpubroker.plan.rank import lies_in
 from gpubroker.prices import history as prices
-from gpubroker.prices.daily import DAY_S, Product, Where
+from gpubroker.prices.daily import Where
 from gpubroker.prices.history import DIMENSIONS, STATS, Dimension, Group, Point, Query, Stat
+from gpubroker.prices.rows import DAY_S, HOUR_S
 from gpubroker.prices.store import Store
 
-F = TypeVar("F", bound=Callable[..., Any])
 _USUAL_STATS: tuple[Stat, ...] = ("min", "p50", "max")
-_USUAL_DAYS = 30
 # Finer points than days for a range that is shorter than this.
 _FEW_DAYS = 4
 _BARS = "▁▂▃▄▅▆▇█"
 _TREND_WIDTH = 30
-
-
-def where_options(command: F) -> F:
-    """Whose prices."""
-    for option in reversed(
-        (
-            click.option(
-                "--gpu",
-                "gpus",
-                type=GpuName(),
-                multiple=True,
-                required=True,
-                help="h100 (every form), h100-sxm, 4090 … Repeat for several.",
-            ),
-            click.option("--provider", "providers", type=Lower(), multiple=True, help="Only this one."),
-            click.option("--market", "markets", type=MarketName(), multiple=True, help="spot, on-demand …"),
-            click.option("--region", "regions", multiple=True, help="us, eu, us-east-1, DE …"),
-            click.option(
-                "--count", type=click.IntRange(1, 1024), help="Only nodes with so many GPUs.  [default: any]"
-            ),
-        )
-    ):
-        command = option(command)
-    return command
 
 
 @click.command(
@@ -88,11 +62,7 @@ Examples:
 @format_option("table", "json", "csv")
 def history(
     *,
-    gpus: tuple[GpuRequest, ...],
-    providers: tuple[str, ...],
-    markets: tuple[Market, ...],
-    regions: tuple[str, ...],
-    count: int | None,
+    where: Where,
     since: str,
     until: str | None,
     resample: int | None,
@@ -105,28 +75,25 @@ def history(
     """What a GPU cost over time, in $ for one GPU and one hour.
 
     Each offer counts once a poll. `available` is the share of polls that found one at all; `twap` counts each
-    price for as long as it lasted. Days are UTC, and without --resample a range is of whole days.
+    price for as long as it lasted. Days are UTC; the range begins with a whole day, or a whole --resample.
     """
     settings, clock = config.load(), SystemClock()
     begin, end = _range(since, until, clock.now())
-    bucket_s = resample or (DAY_S if end - begin > _FEW_DAYS * DAY_S else 3600)
+    bucket_s = resample or (DAY_S if end - begin > _FEW_DAYS * DAY_S else HOUR_S)
     if plot is not None:
         plot_history.check(plot)
         stats, by = (*(stats or ("p50",))[:1], "available"), ("provider", "market")
     query = Query(
-        where=where_of(gpus, providers, markets, regions, count),
+        where=where,
         begin=begin - begin % min(bucket_s, DAY_S),
         end=end,
         bucket_s=bucket_s,
         by=by or ("provider", "market"),
         stats=stats or _USUAL_STATS,
     )
-    with Store.open(settings.db_url, clock) as store:
-        if store.revision() is None:
-            raise ConfigError("there is no price yet: gpubroker poll asks for some")
-        store.migrate()
+    with polled(settings, clock) as store:
         points, source = _points(store, query, data)
-        whole = _whole(store, query, source)
+        whole = _whole(store, query, source) if output == "table" and plot is None else {}
     if not points:
         raise ConfigError(
             "nothing was seen of that: gpubroker poll asks for prices, gpubroker offers has what is"
@@ -134,7 +101,7 @@ def history(
     if source == "imported":
         say("These are imported histories (gpubroker import-history), not our own polls.")
     if plot is not None:
-        _draw(points, query, gpus, plot)
+        _draw(points, query, plot)
         return
     if output == "table":
         _print(points, whole, query)
@@ -165,31 +132,6 @@ def _moment(text: str, now: datetime, option: str) -> datetime:
     return now - timedelta(seconds=ago_s)
 
 
-def where_of(
-    gpus: Sequence[GpuRequest],
-    providers: Sequence[str],
-    markets: Sequence[str],
-    regions: Sequence[str],
-    count: int | None,
-) -> Where:
-    """What the options ask for."""
-
-    def wants(product: Product) -> bool:
-        places = (product.region, product.zone)
-        return (
-            any(gpu.matches(product.gpu, product.form_factor) for gpu in gpus)
-            and (not regions or any(lies_in(places, region) for region in regions))
-            and count in (None, product.gpu_count)
-        )
-
-    return Where(
-        gpus=frozenset().union(*(gpu.names for gpu in gpus)),
-        providers=providers or None,
-        markets=markets or None,
-        wants=wants,
-    )
-
-
 def _points(store: Store, query: Query, data: str | None) -> tuple[list[Point], str]:
     with store.database.read() as connection:
         run = partial(store.database.run, connection)
@@ -200,10 +142,7 @@ def _points(store: Store, query: Query, data: str | None) -> tuple[list[Point], 
 
 def _whole(store: Store, query: Query, source: str) -> dict[Group, Point]:
     """The same figures over all of the range."""
-    whole = Query(
-        where=query.where, begin=query.begin, end=query.end, bucket_s=None, by=query.by, stats=query.stats
-    )
-    points, _ = _points(store, whole, source)
+    points, _ = _points(store, replace(query, bucket_s=None), source)
     return {point.group: point for point in points}
 
 
@@ -225,9 +164,9 @@ def _print(points: Sequence[Point], whole: dict[Group, Point], query: Query) -> 
     say(f"$ for one GPU-hour, from {begin:%Y-%m-%d %H:%M} to {end:%Y-%m-%d %H:%M} UTC.")
 
 
-def _draw(points: Sequence[Point], query: Query, gpus: Sequence[GpuRequest], path: Path) -> None:
+def _draw(points: Sequence[Point], query: Query, path: Path) -> None:
     stat = query.stats[0]  # type: ignore[index]
-    name = " / ".join(sorted(frozenset().union(*(gpu.names for gpu in gpus))))
+    name = " / ".join(sorted(query.where.gpus or ()))
     lines = [
         Line(
             provider=group.provider,

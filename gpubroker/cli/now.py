@@ -11,17 +11,16 @@ from typing import Any
 import click
 
 from gpubroker import config
-from gpubroker.cli.history import where_of, where_options
 from gpubroker.cli.options import format_option
+from gpubroker.cli.past import polled, where_options
 from gpubroker.cli.render import console, dollars, print_json, say, table
 from gpubroker.doors import SystemClock
 from gpubroker.errors import ConfigError
-from gpubroker.gpus import GpuRequest
-from gpubroker.model import Market
 from gpubroker.money import from_micros
 from gpubroker.prices import daily
-from gpubroker.prices.cheapest import DAY_S, Priced, Rhythm, Standing, Step, rhythm, standing, steps
+from gpubroker.prices.cheapest import Priced, Rhythm, Standing, Step, rhythm, standing, steps
 from gpubroker.prices.history import for_one
+from gpubroker.prices.rows import DAY_S
 from gpubroker.prices.store import Store
 
 _DAYS = (7, 30, 90)
@@ -68,11 +67,7 @@ Examples:
 @format_option("table", "json")
 def now(
     *,
-    gpus: tuple[GpuRequest, ...],
-    providers: tuple[str, ...],
-    markets: tuple[Market, ...],
-    regions: tuple[str, ...],
-    count: int | None,
+    where: daily.Where,
     output: str,
 ) -> None:
     """Is it cheap right now? The cheapest offer against the cheapest of 7, 30 and 90 days before.
@@ -82,11 +77,8 @@ def now(
     """
     settings, clock = config.load(), SystemClock()
     end = int(clock.now().timestamp()) + 1
-    with Store.open(settings.db_url, clock) as store:
-        if store.revision() is None:
-            raise ConfigError("there is no price yet: gpubroker poll asks for some")
-        store.migrate()
-        lines = _lines(store, where_of(gpus, providers, markets, regions, count), end)
+    with polled(settings, clock) as store:
+        lines = _lines(store, where, end)
     if not lines:
         raise ConfigError("nothing was seen of that: gpubroker poll asks for prices, best from cron")
     if output == "json":
@@ -100,11 +92,10 @@ def _lines(store: Store, where: daily.Where, end: int) -> list[_Line]:
     with store.database.read() as connection:
         run = partial(store.database.run, connection)
         known, spans = daily.products(run, where), defaultdict[tuple[str, str], list[Priced]](list)
-        for span in daily.spans_within(run, where, begin, end):
-            if (product := known.get(span.product_id)) is not None:
-                usd = for_one(span.usd_micros, product.gpu_count)
-                until = end if span.until_at is None else span.until_at
-                spans[product.provider, product.market].append(Priced(usd, span.first_at, until))
+        for span, product in daily.spans_within(run, where, known, begin, end):
+            usd = for_one(span.usd_micros, product.gpu_count)
+            until = end if span.until_at is None else span.until_at
+            spans[product.provider, product.market].append(Priced(usd, span.first_at, until))
     found = []
     for (provider, market), mine in sorted(spans.items()):
         made = steps(mine, begin, end)
@@ -127,18 +118,8 @@ def _standing(made: Sequence[Step], usd_now: int | None, days: int, end: int) ->
 
 def _print(lines: Sequence[_Line]) -> None:
     shares = [f"{days} d" for days in _DAYS]
-    made = table(
-        "provider",
-        "market",
-        "now",
-        *shares,
-        "sure",
-        "median",
-        "it is",
-        "cheapest at",
-        right=_RIGHT,
-        whole=("sure",),
-    )
+    columns = ("provider", "market", "now", *shares, "sure", "median", "it is", "cheapest at")
+    made = table(*columns, right=_RIGHT, whole=("sure",))
     for line in lines:
         known = [found for found in line.standings.values() if found is not None]
         made.add_row(

@@ -19,7 +19,7 @@ from gpubroker.errors import ConfigError
 
 KINDS = (*plot.KINDS, ".html")
 _DASHES = {"spot": "-", "on_demand": "--", "serverless": ":", "reserved": "-."}
-MOST_LINES = len(plot.COLOURS)  # more of them nobody tells apart
+_MOST_LINES = len(plot.COLOURS)  # more of them nobody tells apart
 _MARKED = 40  # points; more of them say where they are by the line
 _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{title}</title>
@@ -47,8 +47,7 @@ def fewest(lines: Sequence[Line]) -> list[Line]:
         found = [usd for usd in line.usd if usd is not None]
         return sum(found) / len(found) if found else float("inf")
 
-    kept = sorted(lines, key=mean)[:MOST_LINES]
-    return [line for line in lines if any(line is one for one in kept)]
+    return sorted(sorted(lines, key=mean)[:_MOST_LINES], key=lines.index)
 
 
 def check(path: Path) -> None:

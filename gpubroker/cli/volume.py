@@ -17,7 +17,7 @@ from gpubroker.cli.render import console, dollars, print_csv, print_json, say, t
 from gpubroker.config import Settings
 from gpubroker.doors import SystemClock
 from gpubroker.errors import BrokerError, ConfigError, LaunchUncertain, Refused
-from gpubroker.jobspec import VOLUME, VOLUME_NAME
+from gpubroker.jobspec import PLAIN_NAME, VOLUME
 from gpubroker.plan.fees import FeeTable
 from gpubroker.prices.market import open_context
 from gpubroker.provider import TAG, VolumeRules, Volumes, VolumeView, names
@@ -41,7 +41,7 @@ class _Name(click.ParamType[str]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """See click."""
-        if not VOLUME_NAME.fullmatch(value):
+        if not PLAIN_NAME.fullmatch(value):
             self.fail(
                 f"{value[:60]!r} is not like data or llama-runs: a-z, 0-9 and -, at most 40", param, ctx
             )

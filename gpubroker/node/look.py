@@ -20,11 +20,6 @@ from gpubroker.node.files import lock_file, read_json
 def look(folder: str) -> dict[str, Any]:
     """Renew the lease; the last heartbeat, whether the agent is alive, and the result."""
     ask(folder, "lease")
-    return state(folder)
-
-
-def state(folder: str) -> dict[str, Any]:
-    """The same without renewing."""
     beat = read_json(os.path.join(folder, "heartbeat.json")) or {"state": "unknown"}
     result = read_json(os.path.join(folder, "result.json"))
     return {**beat, "agent": is_running(folder), "result": result}

@@ -15,7 +15,8 @@ from datetime import UTC, datetime
 from heapq import heappop, heappush
 from typing import NamedTuple
 
-DAY_S, HOUR_S = 86400, 3600
+from gpubroker.prices.rows import DAY_S, HOUR_S
+
 # Draws of days, to say how sure a share is.
 _DRAWS = 400
 _LOW, _HIGH = 0.05, 0.95

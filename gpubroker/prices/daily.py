@@ -12,19 +12,18 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from gpubroker.prices.fastread import Run, where_in
 from gpubroker.prices.polls import scope_of
-from gpubroker.prices.rows import PRODUCT
+from gpubroker.prices.rows import DAY_S, PRODUCT
 from gpubroker.prices.seen import Kind, PollAt, Seen
 
-DAY_S = 86400
 # A database from before it had days is caught up with by so many a poll.
 _MOST_DAYS = 7
-# Runs SQL with ? for its values; `many` takes a list of them.
-Run = Callable[[str, tuple[Any, ...]], Iterable[Sequence[Any]]]
+# The same SQL for each of many rows.
 Many = Callable[[str, list[tuple[Any, ...]]], object]
 
 _POLLS_SQL = """
@@ -78,17 +77,9 @@ class Where:
 
     def sql(self, table: str = "p") -> tuple[str, tuple[str, ...]]:
         """What to add to a WHERE over this table's columns, with its values."""
-        text, values = "", list[str]()
-        for column, wanted in (
-            ("gpu", self.gpus),
-            ("provider", self.providers),
-            ("market", self.markets),
-        ):
-            if wanted is not None:
-                names = sorted(wanted)
-                text += f" AND {table}.{column} IN ({', '.join('?' * len(names)) or 'NULL'})"
-                values += names
-        return text, tuple(values)
+        wanted = {"gpu": self.gpus, "provider": self.providers, "market": self.markets}
+        parts = [where_in(f"{table}.{column}", names) for column, names in wanted.items()]
+        return "".join(text for text, _ in parts), tuple(name for _, names in parts for name in names)
 
 
 class SpanRow(NamedTuple):
@@ -100,6 +91,10 @@ class SpanRow(NamedTuple):
     verified: bool | None
     first_at: int
     until_at: int | None  # exclusive; None = open
+
+    def kind(self, product: Product) -> Kind:
+        """What a scope looks at. SQLite says truth in numbers."""
+        return Kind(product.gpu, product.market, None if self.verified is None else bool(self.verified))
 
 
 class Counted(NamedTuple):
@@ -140,11 +135,16 @@ def products(run: Run, where: Where) -> dict[int, Product]:
     return {one.id: one for one in found if where.wants is None or where.wants(one)}
 
 
-def spans_within(run: Run, where: Where, begin: int, end: int) -> Iterator[SpanRow]:
-    """Those that were open in [begin, end), in seconds since 1970."""
+def spans_within(
+    run: Run, where: Where, known: Mapping[int, Product], begin: int, end: int
+) -> Iterator[tuple[SpanRow, Product]]:
+    """Those of known products that were open in [begin, end), in seconds since 1970."""
     text, values = where.sql()
-    yield from map(SpanRow._make, run(_ENDED_SQL + text, (begin, end, *values)))
-    yield from map(SpanRow._make, run(_OPEN_SQL + text, (end, *values)))
+    for sql, moments in ((_ENDED_SQL, (begin, end)), (_OPEN_SQL, (end,))):
+        for row in run(sql + text, (*moments, *values)):
+            span = SpanRow._make(row)
+            if (product := known.get(span.product_id)) is not None:
+                yield span, product
 
 
 def seen_by(run: Run, provider: str, begin: int, end: int) -> Seen:
@@ -182,16 +182,11 @@ def _from_days(run: Run, known: Collection[int], first: int, until: int) -> Iter
 
 
 def _counted(
-    run: Run, known: dict[int, Product], where: Where, provider: str, begin: int, end: int
+    run: Run, known: Mapping[int, Product], where: Where, provider: str, begin: int, end: int
 ) -> Counter[tuple[int, int]]:
     """(product, price) -> observations in [begin, end) at one of the providers, by spans and polls."""
     seen, found = seen_by(run, provider, begin, end), Counter[tuple[int, int]]()
-    for span in spans_within(run, replace(where, providers={provider}), begin, end):
-        product = known.get(span.product_id)
-        if product is None:
-            continue
-        kind = Kind(product.gpu, product.market, None if span.verified is None else bool(span.verified))
-        n = seen.count(span.offer_id, kind, span.first_at, span.until_at)
-        if n:
+    for span, product in spans_within(run, replace(where, providers={provider}), known, begin, end):
+        if n := seen.count(span.offer_id, span.kind(product), span.first_at, span.until_at):
             found[span.product_id, span.usd_micros] += n
     return found

@@ -22,8 +22,10 @@ from typing import Any, BinaryIO, Literal, NamedTuple, Protocol
 
 from gpubroker.errors import ConfigError
 from gpubroker.money import from_micros
-from gpubroker.prices.daily import DAY_S, Run, Where, products
-from gpubroker.prices.rows import PRODUCT, RATES, moment
+from gpubroker.node.store import sync_folder
+from gpubroker.prices.daily import Where, products
+from gpubroker.prices.fastread import Run
+from gpubroker.prices.rows import DAY_S, PRODUCT, RATES, moment
 
 FORMAT = 1
 Kind = Literal["csv", "jsonl", "parquet"]
@@ -159,7 +161,7 @@ def write_file(path: Path, kind: Kind, zipped: bool, batches: Iterable[Sequence[
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-        _sync(path.parent)
+        sync_folder(str(path.parent))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from error
     finally:
@@ -207,14 +209,6 @@ def _pieces(batch: Sequence[Row]) -> Iterator[tuple[int, Sequence[Row]]]:
 
 def _day(row: Row) -> int:
     return -1 if row.until_at is None else row.until_at // DAY_S
-
-
-def _sync(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 # Writers

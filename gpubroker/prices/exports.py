@@ -18,9 +18,9 @@ from sqlalchemy import insert, select, update
 
 from gpubroker.errors import ConfigError
 from gpubroker.prices import tables
-from gpubroker.prices.daily import DAY_S
 from gpubroker.prices.database import Database
 from gpubroker.prices.export import Names, Range, Row, by_day, ended_spans, ended_up_to, names_of
+from gpubroker.prices.rows import DAY_S
 
 # Writes one file by its name below the place; returns its rows.
 Put = Callable[[str, Iterable[Sequence[Row]], Names], int]

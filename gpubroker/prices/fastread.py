@@ -90,9 +90,9 @@ def _snapshot(uri: str, gpus: Collection[str] | None) -> Snapshot | None:
 
 def read(run: Run, gpus: Collection[str] | None) -> Snapshot:
     """The same for any connection, within its transaction."""
-    where, names = where_gpus("p.gpu", gpus)
+    where, names = where_in("p.gpu", gpus)
     rows = run(f"{_CURRENT_SQL}{where} ORDER BY l.offer_id", names)
-    where, names = where_gpus("gpu", gpus)
+    where, names = where_in("gpu", gpus)
     listings: dict[int, Volatile] = {}
     for (text,) in run(f"SELECT offers FROM listings WHERE 1 = 1{where}", names):  # noqa: S608
         listings |= listings_of(text)
@@ -111,11 +111,11 @@ def _exposure_of(row: Sequence[Any]) -> Exposure:
     return Exposure(**kind, preemptions=float(row[4]), hours=float(row[5]) / SECONDS_PER_HOUR)
 
 
-def where_gpus(column: str, gpus: Collection[str] | None) -> tuple[str, tuple[str, ...]]:
-    """What to add to a WHERE, with its values."""
-    if gpus is None:
+def where_in(column: str, wanted: Collection[str] | None) -> tuple[str, tuple[str, ...]]:
+    """What to add to a WHERE, with its values; None = any."""
+    if wanted is None:
         return "", ()
-    names = tuple(sorted(gpus))
+    names = tuple(sorted(wanted))
     return f" AND {column} IN ({', '.join('?' * len(names)) or 'NULL'})", names
 
 

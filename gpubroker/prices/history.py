@@ -16,8 +16,9 @@ from fractions import Fraction
 from typing import Literal, NamedTuple, get_args
 
 from gpubroker.prices import daily
-from gpubroker.prices.daily import DAY_S, Product, Run, Where
-from gpubroker.prices.rows import moment
+from gpubroker.prices.daily import Product, Where
+from gpubroker.prices.fastread import Run
+from gpubroker.prices.rows import DAY_S, moment
 from gpubroker.prices.seen import Kind
 from gpubroker.prices.stats import Prices
 
@@ -136,11 +137,8 @@ def imported(run: Run, query: Query) -> list[Point]:
 def _from_spans(run: Run, query: Query, provider: str, known: dict[int, Product], buckets: _Buckets) -> None:
     seen = daily.seen_by(run, provider, query.begin, query.end)
     where = replace(query.where, providers={provider})
-    for span in daily.spans_within(run, where, query.begin, query.end):
-        product = known.get(span.product_id)
-        if product is None:
-            continue
-        kind = Kind(product.gpu, product.market, None if span.verified is None else bool(span.verified))
+    for span, product in daily.spans_within(run, where, known, query.begin, query.end):
+        kind = span.kind(product)
         group, usd = _group(query, product), for_one(span.usd_micros, product.gpu_count)
         last = query.end if span.until_at is None else min(span.until_at, query.end)
         for begin, end in _parts(query, max(span.first_at, query.begin), last):

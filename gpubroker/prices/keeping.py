@@ -15,7 +15,7 @@ from gpubroker.model import Offer, OfferQuery
 from gpubroker.prices import tables
 from gpubroker.prices.daily import roll
 from gpubroker.prices.database import Database, chunks
-from gpubroker.prices.fastread import where_gpus
+from gpubroker.prices.fastread import where_in
 from gpubroker.prices.polls import COVERAGE_SQL, Coverage, kept_of, scope_json
 from gpubroker.prices.rows import (
     NOTHING,
@@ -65,7 +65,7 @@ class Keeping:
 
     def current(self) -> list[CurrentRow]:
         """What is open within the scope's GPUs."""
-        where, names = where_gpus("p.gpu", self._query.gpus)
+        where, names = where_in("p.gpu", self._query.gpus)
         found: list[CurrentRow] = self._run(_CURRENT_SQL + where, (self._provider, *names)).cursor.fetchall()
         return found
 
@@ -163,7 +163,7 @@ class Keeping:
         return {} if text is None else listings_of(text)
 
     def _read_products(self) -> dict[Product, int]:
-        where, names = where_gpus("gpu", self._query.gpus)
+        where, names = where_in("gpu", self._query.gpus)
         sql = f"SELECT {', '.join(PRODUCT)}, id FROM products WHERE provider = ?{where}"  # noqa: S608
         return {tuple(row[:-1]): row[-1] for row in self._run(sql, (self._provider, *names))}
 

@@ -1,0 +1,87 @@
+"""What the commands on the price history share: whose prices are asked for, and the store that has some."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
+
+import click
+
+from gpubroker.cli.options import GpuName, Lower, MarketName
+from gpubroker.config import Settings
+from gpubroker.doors import Clock
+from gpubroker.errors import ConfigError
+from gpubroker.gpus import GpuRequest
+from gpubroker.model import Market
+from gpubroker.plan.rank import lies_in
+from gpubroker.prices.daily import Product, Where
+from gpubroker.prices.store import Store
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@contextmanager
+def polled(settings: Settings, clock: Clock) -> Iterator[Store]:
+    """The store, up to date. Raises ConfigError where nothing was ever polled."""
+    with Store.open(settings.db_url, clock) as store:
+        if store.revision() is None:
+            raise ConfigError("there is no price yet: gpubroker poll asks for some")
+        store.migrate()
+        yield store
+
+
+def where_options(command: F) -> F:
+    """Whose prices: the command is given `where`."""
+
+    @click.option(
+        "--gpu",
+        "gpus",
+        type=GpuName(),
+        multiple=True,
+        required=True,
+        help="h100 (every form), h100-sxm, 4090 … Repeat for several.",
+    )
+    @click.option("--provider", "providers", type=Lower(), multiple=True, help="Only this one.")
+    @click.option("--market", "markets", type=MarketName(), multiple=True, help="spot, on-demand …")
+    @click.option("--region", "regions", multiple=True, help="us, eu, us-east-1, DE …")
+    @click.option(
+        "--count", type=click.IntRange(1, 1024), help="Only nodes with so many GPUs.  [default: any]"
+    )
+    @functools.wraps(command)
+    def asked(
+        *,
+        gpus: Sequence[GpuRequest],
+        providers: Sequence[str],
+        markets: Sequence[Market],
+        regions: Sequence[str],
+        count: int | None,
+        **more: Any,
+    ) -> Any:
+        return command(where=_where(gpus, providers, markets, regions, count), **more)
+
+    return cast(F, asked)
+
+
+def _where(
+    gpus: Sequence[GpuRequest],
+    providers: Sequence[str],
+    markets: Sequence[str],
+    regions: Sequence[str],
+    count: int | None,
+) -> Where:
+    def wants(product: Product) -> bool:
+        places = (product.region, product.zone)
+        return (
+            any(gpu.matches(product.gpu, product.form_factor) for gpu in gpus)
+            and (not regions or any(lies_in(places, region) for region in regions))
+            and count in (None, product.gpu_count)
+        )
+
+    return Where(
+        gpus=frozenset().union(*(gpu.names for gpu in gpus)),
+        providers=providers or None,
+        markets=markets or None,
+        wants=wants,
+    )
