@@ -100,7 +100,7 @@ def draw(lines: Sequence[Line], title: str, bucket_s: int, path: Path) -> None:
             axes.spines[side].set_visible(False)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", frameon=False)
-    _keep(figure, title, path)
+    keep(figure, title, path)
 
 
 def _with_gaps(
@@ -117,7 +117,8 @@ def _with_gaps(
     return when, what
 
 
-def _keep(figure: Any, title: str, path: Path) -> None:
+def keep(figure: Any, title: str, path: Path) -> None:
+    """As the name's ending says. Raises ConfigError."""
     try:
         if path.suffix.lower() != ".html":
             figure.savefig(path, dpi=150)

@@ -23,6 +23,9 @@ _OTHER_REGION_WEIGHT = 0.5
 _OTHER_CARD_WEIGHT = 0.2
 # And at most this much of it: thousands of hours elsewhere must not outweigh the first ones here.
 _ELSEWHERE_MOST_H = 50.0
+# Machines that leave the spot list are rented by others, outbid, or withheld: it tells of preemption, but not
+# surely, and there are so many of them that they count no more than a day of our own.
+_LISTED_MOST_H = 24.0
 # How long a host is away when it is: with the share of time up that a listing states, this gives how often.
 MEAN_OUTAGE_H = 6.0
 _LEAST_RELIABILITY = 0.5  # a listing below it tells of a new or broken host, not of a rate
@@ -78,6 +81,11 @@ class Gamma:
         """What is known once these were seen in so many hours."""
         return Gamma(shape=self.shape + preemptions, hours=self.hours + hours)
 
+    def cut(self, most_h: float) -> Gamma:
+        """The same rate from no more than so many hours."""
+        share = min(1.0, most_h / self.hours) if self.hours else 0.0
+        return Gamma(shape=share * self.shape, hours=share * self.hours)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prior:
@@ -92,7 +100,10 @@ class Prior:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exposure:
-    """Hours that nodes were held in a market, and how many of them were taken away."""
+    """Hours that nodes were held in a market, and how many of them were taken away.
+
+    `is_listed`: of machines on the spot list of all polls, and of those that left it (prices/daily.py).
+    """
 
     provider: str
     gpu: str
@@ -100,6 +111,7 @@ class Exposure:
     market: str
     preemptions: float
     hours: float
+    is_listed: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -112,6 +124,7 @@ class Hazard:
     own_preemptions: float  # of our nodes in this very market
     own_hours: float
     elsewhere_hours: float  # of other regions and cards, as much as they counted
+    listed_hours: float  # of machines on the spot list, as much as they counted
 
     @property
     def per_hour(self) -> float:
@@ -131,6 +144,8 @@ class Hazard:
             seen.append(f"{figure(self.own_hours)} h of our own")
         if self.elsewhere_hours:
             seen.append(f"{figure(self.elsewhere_hours)} h elsewhere")
+        if self.listed_hours:
+            seen.append(f"{figure(self.listed_hours)} h of the spot list")
         basis = f"{', '.join(seen)} and the prior" if seen else f"the prior alone ({self.prior.status})"
         return f"{figure(self.per_hour)}/h, 90% {low}-{high}, from {basis}"
 
@@ -148,8 +163,12 @@ class Hazards:
     ) -> None:
         self._priors = packaged_priors() if priors is None else parse_priors(priors)
         self._seen: dict[tuple[str, str], list[Exposure]] = {}
-        for exposure in exposures:
-            self._seen.setdefault((exposure.provider, exposure.market), []).append(exposure)
+        self._listed: dict[tuple[str, str, str], list[Exposure]] = {}
+        for one in exposures:
+            if one.is_listed:
+                self._listed.setdefault((one.provider, one.market, one.gpu), []).append(one)
+            else:
+                self._seen.setdefault((one.provider, one.market), []).append(one)
         self._known: dict[tuple[object, ...], Hazard] = {}
 
     def of(self, offer: Offer) -> Hazard:
@@ -158,7 +177,8 @@ class Hazards:
         band = offer.details.get("interruption_band", "") if offer.market == "spot" else ""
         host = None if offer.reliability is None else host_failures_per_hour(offer.reliability)
         # Where nothing was seen, card and region make no difference: 20,000 offers have few hazards.
-        where = (offer.gpu, offer.region) if market in self._seen else ()
+        is_seen = market in self._seen or (*market, offer.gpu) in self._listed
+        where = (offer.gpu, offer.region) if is_seen else ()
         key = (*market, band, host, offer.preemptible, where)
         if key not in self._known:
             self._known[key] = self._hazard(offer, self._prior(offer, band, host))
@@ -172,15 +192,22 @@ class Hazards:
             else:
                 weight = _OTHER_REGION_WEIGHT if seen.gpu == offer.gpu else _OTHER_CARD_WEIGHT
                 elsewhere = elsewhere.after(weight * seen.preemptions, weight * seen.hours)
-        cut = min(1.0, _ELSEWHERE_MOST_H / elsewhere.hours) if elsewhere.hours else 0.0
-        known = prior.gamma.after(cut * elsewhere.shape, cut * elsewhere.hours)
+        listed = Gamma(shape=0, hours=0)
+        for seen in self._listed.get((offer.provider, offer.market, offer.gpu), ()):
+            weight = 1.0 if seen.region == offer.region else _OTHER_REGION_WEIGHT
+            listed = listed.after(weight * seen.preemptions, weight * seen.hours)
+        elsewhere, listed = elsewhere.cut(_ELSEWHERE_MOST_H), listed.cut(_LISTED_MOST_H)
+        gamma = prior.gamma
+        for known in (elsewhere, listed, own):
+            gamma = gamma.after(known.shape, known.hours)
         return Hazard(
-            gamma=known.after(own.shape, own.hours),
+            gamma=gamma,
             ages=prior.ages,
             prior=prior,
             own_preemptions=own.shape,
             own_hours=own.hours,
-            elsewhere_hours=cut * elsewhere.hours,
+            elsewhere_hours=elsewhere.hours,
+            listed_hours=listed.hours,
         )
 
     def _prior(self, offer: Offer, band: str, host: float | None) -> Prior:

@@ -1,6 +1,7 @@
 """What each product cost on each day, and how often it was seen so: the short way to months of history.
 
     spans + polls ──roll, once a day is over──> daily (product, day, price -> observations)
+                                              > stays (spot machines of a place, day -> ends, seconds)
     history of a GPU = daily for the days that are rolled + spans for those that are not
 
 A day is a UTC day, by its number since 1970. A provider's day is rolled by the first of its polls that is
@@ -11,8 +12,8 @@ and so is every percentile. Plain SQL and no SQLAlchemy, so that a question take
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -20,7 +21,9 @@ from gpubroker.prices.fastread import Run, where_in
 from gpubroker.prices.polls import scope_of
 from gpubroker.prices.rows import DAY_S, PRODUCT
 from gpubroker.prices.seen import Kind, PollAt, Seen
+from gpubroker.prices.survival import Held, Watched, stays, watched
 
+SPOT = "spot"
 # A database from before it had days is caught up with by so many a poll.
 _MOST_DAYS = 7
 # The same SQL for each of many rows.
@@ -30,7 +33,7 @@ _POLLS_SQL = """
 SELECT observed_at, scope, unknown_offers FROM polls
 WHERE provider = ? AND observed_at >= ? AND observed_at < ? ORDER BY observed_at
 """
-_SPAN = "s.offer_id, o.product_id, s.usd_per_hour, r.verified, s.first_at, s.until_at"
+_SPAN = "s.offer_id, o.product_id, o.machine_id, s.usd_per_hour, r.verified, s.first_at, s.until_at"
 # CROSS JOIN keeps SQLite to this order: what has ended by when it did, what is open by its product.
 _ENDED_SQL = f"""
 SELECT {_SPAN} FROM spans s CROSS JOIN offers o CROSS JOIN products p CROSS JOIN rates r
@@ -43,6 +46,9 @@ WHERE o.product_id = p.id AND s.offer_id = o.offer_id AND s.until_at IS NULL AND
 AND s.first_at < ?
 """  # noqa: S608
 _ADD_SQL = "INSERT INTO daily (product_id, day, usd_per_hour, n) VALUES (?, ?, ?, ?)"
+_ADD_STAYS_SQL = """
+INSERT INTO stays (gpu, provider, market, region, day, ends, open_s) VALUES (?, ?, ?, ?, ?, ?, ?)
+"""
 _ROLLED_SQL = """
 INSERT INTO rolled (provider, until_day) VALUES (?, ?)
 ON CONFLICT (provider) DO UPDATE SET until_day = excluded.until_day
@@ -87,6 +93,7 @@ class SpanRow(NamedTuple):
 
     offer_id: int
     product_id: int
+    machine_id: str  # "" = what is listed is a kind of machine, and no one of them
     usd_micros: int
     verified: bool | None
     first_at: int
@@ -119,11 +126,32 @@ def roll(run: Run, many: Many, provider: str, now_s: int) -> None:
     until = min(today, first + _MOST_DAYS)
     if found is not None and until == first:
         return
-    known = products(run, Where(providers={provider}))
+    where = Where(providers={provider})
+    known = products(run, where)
     for day in range(first, until):
-        counted = _counted(run, known, Where(), provider, day * DAY_S, (day + 1) * DAY_S)
+        begin, end = day * DAY_S, (day + 1) * DAY_S
+        # What ended in the first second of the day ended on this day, too.
+        spans = list(spans_within(run, where, known, begin - 1, end))
+        counted = _counted(spans, seen_by(run, provider, begin, end))
         many(_ADD_SQL, [(product_id, day, usd, n) for (product_id, usd), n in sorted(counted.items())])
+        found = sorted(spot_machines(spans, begin, end).items())
+        many(_ADD_STAYS_SQL, [(gpu, provider, SPOT, region, day, *one) for (gpu, region), one in found])
     many(_ROLLED_SQL, [(provider, until)])
+
+
+def spot_machines(
+    spans: Iterable[tuple[SpanRow, Product]], begin: int, end: int
+) -> dict[tuple[str, str], Watched]:
+    """By GPU and region: how often single machines left the spot list in [begin, end), of how long on it.
+
+    That a kind of machine is no longer listed takes no node away from anybody: it does not count.
+    """
+    held = defaultdict[tuple[str, str], list[Held]](list)
+    for span, product in spans:
+        if product.market == SPOT and span.machine_id:
+            one = Held(span.offer_id, span.usd_micros, span.first_at, span.until_at)
+            held[product.gpu, product.region].append(one)
+    return {key: watched(stays(mine, begin, of_price=False), begin, end) for key, mine in held.items()}
 
 
 def products(run: Run, where: Where) -> dict[int, Product]:
@@ -163,10 +191,12 @@ def counts(run: Run, where: Where, begin: int, end: int) -> Iterator[Counted]:
         mine = {key: one for key, one in known.items() if one.provider == provider}
         until_day = max(begin // DAY_S, min(rolled.get(provider, 0), end // DAY_S))
         yield from _from_days(run, mine, begin // DAY_S, until_day)
+        here = replace(where, providers={provider})
         for day in range(until_day, -(-end // DAY_S)):
-            counted = _counted(run, mine, where, provider, day * DAY_S, min(end, (day + 1) * DAY_S))
-            for (product_id, usd_micros), n in counted.items():
-                yield Counted(product_id, day * DAY_S, usd_micros, n)
+            first, until = day * DAY_S, min(end, (day + 1) * DAY_S)
+            spans = spans_within(run, here, mine, first, until)
+            for (product_id, usd_micros), n in _counted(spans, seen_by(run, provider, first, until)).items():
+                yield Counted(product_id, first, usd_micros, n)
 
 
 def _from_days(run: Run, known: Collection[int], first: int, until: int) -> Iterator[Counted]:
@@ -181,12 +211,10 @@ def _from_days(run: Run, known: Collection[int], first: int, until: int) -> Iter
         yield Counted(product_id, day * DAY_S, usd_micros, n)
 
 
-def _counted(
-    run: Run, known: Mapping[int, Product], where: Where, provider: str, begin: int, end: int
-) -> Counter[tuple[int, int]]:
-    """(product, price) -> observations in [begin, end) at one of the providers, by spans and polls."""
-    seen, found = seen_by(run, provider, begin, end), Counter[tuple[int, int]]()
-    for span, product in spans_within(run, replace(where, providers={provider}), known, begin, end):
+def _counted(spans: Iterable[tuple[SpanRow, Product]], seen: Seen) -> Counter[tuple[int, int]]:
+    """(product, price) -> observations by the provider's polls that were seen."""
+    found = Counter[tuple[int, int]]()
+    for span, product in spans:
         if n := seen.count(span.offer_id, span.kind(product), span.first_at, span.until_at):
             found[span.product_id, span.usd_micros] += n
     return found

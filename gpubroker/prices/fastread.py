@@ -48,6 +48,13 @@ _EXPOSURE_SQL = """
 SELECT provider, gpu, region, market, SUM(preemptions), SUM(exposed_s)
 FROM exposure GROUP BY provider, gpu, region, market ORDER BY provider, gpu, region, market
 """
+# The last month of each provider that there is of it.
+_LISTED_SQL = """
+SELECT s.provider, s.gpu, s.region, s.market, SUM(s.ends), SUM(s.open_s)
+FROM stays s JOIN rolled r ON r.provider = s.provider AND s.day >= r.until_day - 30
+WHERE 1 = 1
+"""
+_LISTED_GROUPS = " GROUP BY s.provider, s.gpu, s.region, s.market ORDER BY 1, 2, 3, 4"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +64,7 @@ class Snapshot:
     live: list[Priced]  # current offers of the GPUs asked
     states: Mapping[str, ProviderState]
     coverage: Coverage
-    exposures: tuple[Exposure, ...]  # of our own nodes, whatever their GPU
+    exposures: tuple[Exposure, ...]  # of our own nodes, whatever their GPU, and of what was listed of these
 
 
 def snapshot(path: str | Path, gpus: Collection[str] | None) -> Snapshot | None:
@@ -97,18 +104,25 @@ def read(run: Run, gpus: Collection[str] | None) -> Snapshot:
     for (text,) in run(f"SELECT offers FROM listings WHERE 1 = 1{where}", names):  # noqa: S608
         listings |= listings_of(text)
     coverage = Coverage(map(kept_of, run(COVERAGE_SQL, ())))
+    where, names = where_in("s.gpu", gpus)
+    listed = run(f"{_LISTED_SQL}{where}{_LISTED_GROUPS}", names)
+    own = run(_EXPOSURE_SQL, ())
     return Snapshot(
         live=[_priced(row, listings, coverage) for row in rows],
         states={state.provider: state for state in map(state_of, run(_STATES_SQL, ()))},
         coverage=coverage,
-        exposures=tuple(_exposure_of(row) for row in run(_EXPOSURE_SQL, ())),
+        exposures=(
+            *(_exposure_of(row, is_listed=False) for row in own),
+            *(_exposure_of(row, is_listed=True) for row in listed),
+        ),
     )
 
 
-def _exposure_of(row: Sequence[Any]) -> Exposure:
+def _exposure_of(row: Sequence[Any], *, is_listed: bool) -> Exposure:
     # PostgreSQL adds whole numbers up as Decimal.
     kind = dict(zip(("provider", "gpu", "region", "market"), row[:4], strict=True))
-    return Exposure(**kind, preemptions=float(row[4]), hours=float(row[5]) / SECONDS_PER_HOUR)
+    hours = float(row[5]) / SECONDS_PER_HOUR
+    return Exposure(**kind, preemptions=float(row[4]), hours=hours, is_listed=is_listed)
 
 
 def where_in(column: str, wanted: Collection[str] | None) -> tuple[str, tuple[str, ...]]:

@@ -175,6 +175,20 @@ daily = Table(
     sqlite_with_rowid=False,
 )
 
+# How often single machines left the spot list on a day that is over, and how long they were on it together.
+stays = Table(
+    "stays",
+    metadata,
+    Column("gpu", Text, primary_key=True),
+    Column("provider", Text, primary_key=True),
+    Column("market", Text, primary_key=True),
+    Column("region", Text, primary_key=True),
+    Column("day", Integer, primary_key=True, autoincrement=False),
+    Column("ends", Integer, nullable=False),
+    Column("open_s", BigInteger, nullable=False),
+    sqlite_with_rowid=False,
+)
+
 rolled = Table(
     "rolled",
     metadata,
