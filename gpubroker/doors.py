@@ -9,6 +9,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -140,6 +141,11 @@ class ThreadPool:
             if on_done is not None:
                 on_done(outcome)
         return [outcomes.get(i) or Outcome(item, late=True) for i, item in enumerate(todo)]
+
+
+def one_at_a_time() -> AbstractContextManager[object]:
+    """Whichever thread has entered it is alone there until it leaves."""
+    return threading.Lock()
 
 
 class SerialPool:

@@ -17,7 +17,7 @@ import pytest
 
 pytest.importorskip("aiohttp", reason="needs the extra [testcloud]")
 
-from gpubroker.cli import box, main, watching
+from gpubroker.cli import main, watching
 from gpubroker.run.contact import keys_of
 from gpubroker.testcloud.client import running
 
@@ -45,7 +45,6 @@ def user(home, monkeypatch):
     for name, value in home.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(watching, "_STARTING_S", 0.3)
-    monkeypatch.setattr(box, "_LOOKS_AFTER_S", (0.3, 1.0))
 
 
 @pytest.fixture

@@ -1,11 +1,16 @@
 """The view behind a quote: fresh from the store, refreshed where it is not, and honest where it cannot be."""
 
 import json
+import os
 import sqlite3
+from collections import Counter
 
 import pytest
 
+from gpubroker import config
 from gpubroker.cli import main
+from gpubroker.doors import SystemClock, ThreadPool
+from gpubroker.prices.market import Shared, Wish, open_context, view
 from gpubroker.testing import Answer
 from tests.loopback import vendor
 from tests.support import PAYLOADS
@@ -194,3 +199,34 @@ def test_a_database_url_that_is_none_is_exit_2_and_not_repeated(quote, monkeypat
     error = quote(code=2)
     assert "SECRETPW" not in error
     assert "GPUBROKER_DB_URL" in error
+
+
+def test_many_that_look_at_once_ask_a_vendor_once_by_few_connections(empty_url, sells, monkeypatch):
+    """A supervisor's jobs: two wishes are two questions, however many jobs have them."""
+    monkeypatch.setenv("GPUBROKER_DB_URL", empty_url)
+    settings, clock = config.load(), SystemClock()
+    wishes = [
+        Wish(names=frozenset({name}), providers=frozenset({"lambda"}), verified_only=True)
+        for name in ("H100", "GH200") * 20
+    ]
+    with open_context(settings, os.environ, clock) as (store, context):
+        shared = Shared(store, context)
+
+        def look(wish):
+            return view(settings, wish, max_age_s=300, offline=False, clock=clock, shared=shared)
+
+        outcomes = ThreadPool().map(look, wishes, 60)
+        connections = 0 if store.database.is_sqlite else connected(store)
+    assert [] == [outcome.error for outcome in outcomes if outcome.value is None]
+    assert {"H100": 20, "GH200": 20} == Counter(
+        min({priced.offer.gpu for priced in outcome.value.live}) for outcome in outcomes
+    )
+    assert 2 == len(sells.asked)
+    assert connections <= 15
+
+
+def connected(store):
+    """How many there are to this database, idle ones with them."""
+    sql = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()"
+    with store.database.read() as connection:
+        return store.database.run(connection, sql).scalar()

@@ -171,6 +171,8 @@ def rows_for(
     offline: bool,
     clock: Clock,
     on_ask: Callable[[list[str]], None] = say_who_is_asked,
+    wait_s: float | None = None,
+    shared: market.Shared | None = None,
 ) -> Rows:
     """Stored and listed prices of the cards asked for, refreshed where they are too old.
 
@@ -184,6 +186,8 @@ def rows_for(
         offline=offline,
         clock=clock,
         on_ask=on_ask,
+        wait_s=wait_s,
+        shared=shared,
     )
     listed = [p for p in book.load(names) if p.offer.provider not in settings.disabled_providers]
     known = {p.offer.provider for p in listed} | {p.offer.provider for p in view.live} | set(view.providers)

@@ -20,7 +20,6 @@ from gpubroker.cli.render import console, dollars, iso, print_csv, print_json, s
 from gpubroker.cli.renting import RECENT_S, Market, job_of
 from gpubroker.cli.watching import tick_until
 from gpubroker.config import Settings
-from gpubroker.doors import Clock
 from gpubroker.errors import ConfigError, NoFeasibleOffer, Transient
 from gpubroker.jobspec import JobSpec, job_from
 from gpubroker.provider import Compute
@@ -38,7 +37,6 @@ _CSV = (
 # A spot node is lost with all that is on it, and may come back without the agent that would end it.
 _KEPT = ("on_demand", "serverless")
 _HERE = "local"
-_LOOKS_AFTER_S = (2.0, 5.0)
 
 
 @click.command(
@@ -139,8 +137,8 @@ def _rented(at: Desk, spec: JobSpec, settings: Settings, rentable: Mapping[str, 
     """Up and proven. Whatever goes wrong before that ends what was rented."""
     market = Market(ask_of(spec, settings), known_of(spec), settings, at.clock, rentable)
     records, clock = at.records, at.clock
-    if not _is_any(market, clock):
-        raise NoFeasibleOffer("nothing can be rented now: gpubroker quote with the same options says why")
+    if next(market.quotes(RECENT_S), None) is None:
+        raise NoFeasibleOffer(f"nothing can be rented now: {market.why_none()}")
     job_id = records.add_job(spec.name, spec.model_dump_json())
     keys = keys_of(job_folder(settings.jobs_dir, job_id))
     with tempfile.TemporaryDirectory() as nothing:
@@ -173,16 +171,6 @@ def _rented(at: Desk, spec: JobSpec, settings: Settings, rentable: Mapping[str, 
         records.end_job(job_id, "failed", "it ended before it was ready")
         raise NoFeasibleOffer(f"{spec.name} ended before it was ready: give it more hours, or more money")
     return mine[0]
-
-
-def _is_any(market: Market, clock: Clock) -> bool:
-    """A vendor's first list may take longer than the market waits for it."""
-    for wait_s in (*_LOOKS_AFTER_S, None):
-        if next(market.quotes(RECENT_S), None) is not None:
-            return True
-        if wait_s is not None:
-            clock.sleep(wait_s)
-    return False
 
 
 def _is_too_late(at: Desk, job_id: str) -> bool:

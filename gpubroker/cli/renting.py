@@ -25,6 +25,7 @@ from gpubroker.plan.course import Course
 from gpubroker.plan.rank import Ask, Pricing, Quote, rank
 from gpubroker.plan.sentence import name_of
 from gpubroker.plan.work import Work
+from gpubroker.prices.market import Shared
 from gpubroker.provider import Compute, names
 from gpubroker.run.contact import Keys
 from gpubroker.run.in_time import has_slack, saved_h
@@ -35,6 +36,8 @@ from gpubroker.run.risk import risk_of
 from gpubroker.run.volumes import Volume, at_volume, store_on
 
 RECENT_S = 300
+# Who rents waits for a slow vendor's list, for it may be the cheapest.
+WAIT_S = 20.0
 # A bid above the lowest that runs, where no history says better.
 _BID_MARGIN = Decimal("1.2")
 RENTED = ("spot", "on_demand", "serverless")
@@ -148,14 +151,16 @@ class Market:
         attempts: Callable[[], Sequence[Attempt]] = tuple,  # of the job so far
         tell: Callable[[str], None] = say,
         on_ask: Callable[[list[str]], None] = say_who_is_asked,
+        shared: Shared | None = None,
     ) -> None:
         self._ask, self._known, self._settings, self._clock = ask, known, settings, clock
         self._rentable, self._volume = rentable, volume
         self._deadline, self._attempts = deadline, attempts
         self._tell, self._told, self._on_ask = tell, set[str](), on_ask
+        self._shared = shared
         self._silent: dict[str, str] = {}  # vendors that did not answer when they were last asked, and why
         # Why offers cannot mount the volume, of those last looked at.
-        self.elsewhere: Counter[str] = Counter()
+        self._elsewhere: Counter[str] = Counter()
 
     def candidates(self, is_fresh: bool) -> Iterator[Candidate]:
         """Only what was seen at the vendor, now or lately: a list price cannot be rented."""
@@ -187,6 +192,15 @@ class Market:
         course = quote.bill.course
         return has_slack(course, saved_h(attempts, course.start_h, now), left_h)
 
+    def why_none(self) -> str:
+        """Of the offers last looked at."""
+        silent = "; ".join(f"{name}: {reason}" for name, reason in self._silent.items())
+        return silent or self.left_out() or "gpubroker quote with the same options says why"
+
+    def left_out(self) -> str:
+        """What cannot mount the volume; "" = nothing."""
+        return "; ".join(f"{count} offers left out: {why}" for why, count in self._elsewhere.items())
+
     def risks(self, providers: set[str]) -> set[str]:
         """What may go on billing there when nobody looks after it."""
         return {risk for name in providers if (risk := risk_of(name, self._rentable[name]))}
@@ -200,10 +214,12 @@ class Market:
             offline=False,
             clock=self._clock,
             on_ask=self._on_ask,
+            wait_s=WAIT_S,
+            shared=self._shared,
         )
         pricing = pricing_for(self._ask, self._settings, rows.view.exposures, self._known)
         self._silent = {problem.provider: problem.reason for problem in rows.view.problems}
-        self.elsewhere.clear()
+        self._elsewhere.clear()
         for quote in rank(rows.priced, self._ask, pricing).quotes:
             offer = quote.offer
             if (
@@ -214,7 +230,7 @@ class Market:
             ):
                 found = offer if self._volume is None else at_volume(offer, self._volume)
                 if isinstance(found, str):
-                    self.elsewhere[found] += 1
+                    self._elsewhere[found] += 1
                 else:
                     yield replace(quote, priced=replace(quote.priced, offer=found)), pricing
 

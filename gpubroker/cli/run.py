@@ -210,10 +210,8 @@ def _report(job_id: str, outcome: Outcome, records: Records, output: str, clock:
 def _show(spec: JobSpec, market: Market, output: str) -> None:
     """What would be run, and the offers in the order in which they would be tried."""
     found = list(market.in_order(RECENT_S))
-    elsewhere = "; ".join(f"{count} offers left out: {why}" for why, count in market.elsewhere.items())
     if not found:
-        why = elsewhere or "gpubroker quote with the same options says why"
-        raise NoFeasibleOffer(f"nothing can be rented now: {why}")
+        raise NoFeasibleOffer(f"nothing can be rented now: {market.why_none()}")
     risks = sorted(market.risks({quote.offer.provider for quote, _, _ in found}))
     if output == "json":
         offers = [_offer_record(quote, note, spec) for quote, _, note in found]
@@ -221,7 +219,7 @@ def _show(spec: JobSpec, market: Market, output: str) -> None:
     else:
         say(f"would run{f' in {spec.image}' if spec.image else ''}: {_command_of(spec)}")
         _print_offers(found[:_SHOWN], spec)
-    for text in filter(None, (elsewhere, *risks)):
+    for text in filter(None, (market.left_out(), *risks)):
         say(text)
 
 

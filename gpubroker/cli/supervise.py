@@ -26,7 +26,7 @@ from gpubroker.errors import ConfigError, SchemaTooNew, StoreError
 from gpubroker.jobspec import JobSpec
 from gpubroker.plan.fees import FeeTable
 from gpubroker.prices.database import Database
-from gpubroker.prices.market import open_context
+from gpubroker.prices.market import Shared, open_context
 from gpubroker.provider import Compute, ProviderContext
 from gpubroker.run import kept
 from gpubroker.run.computes import computes
@@ -80,7 +80,7 @@ def supervise(*, tick_s: float, metrics: str | None, until_done: bool) -> None:
         found, without = computes(context)
         if not found:
             raise ConfigError("no provider can rent: " + "; ".join(f"{n}: {r}" for n, r in without.items()))
-        made, ticks = _Made(settings, context, records, found, clock), Ticks()
+        made, ticks = _Made(settings, context, records, found, clock, Shared(store, context)), Ticks()
         fleet = Fleet(
             leases=leases,
             records=records,
@@ -176,8 +176,10 @@ class _Made:
         records: Records,
         computes: dict[str, Compute],
         clock: Clock,
+        shared: Shared,
     ) -> None:
         self._settings, self._context, self._records, self._clock = settings, context, records, clock
+        self._shared = shared
         self._computes, self._fees = computes, FeeTable.load(settings.fees)
         self.renting = Renting(records, computes, clock, context.limiter)
 
@@ -204,6 +206,7 @@ class _Made:
             attempts=lambda: self._records.attempts(job_id),
             tell=say,
             on_ask=lambda names: None,
+            shared=self._shared,
         )
         return Supervisor(
             job=Job(

@@ -57,6 +57,8 @@ _NEXT_STEPS = (
     ("database is locked", f"was being written by another process for {BUSY_S} s: try again"),
     ("no such table", "has no tables yet: run gpubroker db upgrade"),
     ("UndefinedTable", "has no tables yet: run gpubroker db upgrade"),
+    ("too many clients", "has no connection left: raise its max_connections, or run fewer supervisors"),
+    ("QueuePool limit", "is too busy: all connections of this process were in use for 30 s"),
     ("connection", "does not answer: check that PostgreSQL runs and that GPUBROKER_DB_URL is right"),
 )
 
@@ -218,7 +220,7 @@ class Database:
     def _explained(self) -> Iterator[None]:
         try:
             yield
-        except (exc.DBAPIError, sqlite3.Error) as error:
+        except (exc.DBAPIError, exc.TimeoutError, sqlite3.Error) as error:
             raise StoreError(f"{self.where} {_next_step(error)}") from error
 
 

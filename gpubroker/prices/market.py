@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from gpubroker.config import Settings
-from gpubroker.doors import Clock, ThreadPool
+from gpubroker.doors import Clock, ThreadPool, one_at_a_time
 from gpubroker.errors import SchemaTooNew, StoreError
 from gpubroker.model import Market, OfferQuery, Priced, Skipped
 from gpubroker.plan.hazard import Exposure
@@ -90,11 +90,14 @@ def view(
     offline: bool,
     clock: Clock,
     on_ask: Callable[[list[str]], None] = lambda names: None,
+    wait_s: float | None = None,
+    shared: Shared | None = None,
 ) -> View:
-    """Offers no older than `max_age_s` where they can be had within four seconds, older ones where not.
+    """Offers no older than `max_age_s` where they can be had within `wait_s`, older ones where not.
 
-    `on_ask` hears whom a person has to wait for. Raises SchemaTooNew; any other trouble with the store is
-    told as a problem, and what the vendors answer is then used without being kept.
+    `wait_s`: None = four seconds. `on_ask` hears whom a person has to wait for. `shared`: for many that look
+    at once. Raises SchemaTooNew; any other trouble with the store is told as a problem, and what the vendors
+    answer is then used without being kept.
     """
     found = _read(settings, wish.names)
     oldest = clock.now() - timedelta(seconds=max_age_s)
@@ -102,49 +105,59 @@ def view(
         return _view_of(found, wish, settings, clock.now())
     if offline and not _may_exist(settings):
         return _view_of(None, wish, settings, clock.now())
+    wait = REFRESH_S if wait_s is None else wait_s
+
+    def look(opened: tuple[Store, ProviderContext], found: fastread.Snapshot | None = None) -> View:
+        """Through the store, with whoever is due asked first."""
+        store, context = opened
+        results = [] if offline else _refresh(store, context, found, wish, oldest, on_ask, wait)
+        return _view_of(store.snapshot(wish.names), wish, context.settings, clock.now(), results)
+
     try:
-        return _dear_view(settings, found, wish, oldest, offline, clock, on_ask)
+        if shared is not None:
+            with shared.alone(wish) as opened:
+                return look(opened)
+        with open_context(settings, os.environ, clock) as opened:
+            return look(opened, found)
     except SchemaTooNew:
         raise
     except StoreError as error:
         seen = (
             _view_of(found, wish, settings, clock.now())
             if offline or found is not None
-            else _unkept_view(settings, wish, oldest, clock, on_ask)
+            else _unkept_view(settings, wish, clock, look)
         )
         return replace(seen, problems=(Problem(provider="store", reason=str(error)), *seen.problems))
 
 
 def _unkept_view(
-    settings: Settings,
-    wish: Wish,
-    oldest: datetime,
-    clock: Clock,
-    on_ask: Callable[[list[str]], None],
+    settings: Settings, wish: Wish, clock: Clock, look: Callable[[tuple[Store, ProviderContext]], View]
 ) -> View:
     """What the vendors say, by way of a store that is thrown away."""
     try:
         with TemporaryDirectory(prefix="gpubroker-") as folder:
             unkept = replace(settings, db_url=f"sqlite:///{folder}/prices.db")
-            return _dear_view(unkept, None, wish, oldest, False, clock, on_ask)
+            with open_context(unkept, os.environ, clock) as opened:
+                return look(opened)
     except (StoreError, OSError):
         return _view_of(None, wish, settings, clock.now())
 
 
-def _dear_view(
-    settings: Settings,
-    found: fastread.Snapshot | None,
-    wish: Wish,
-    oldest: datetime,
-    offline: bool,
-    clock: Clock,
-    on_ask: Callable[[list[str]], None],
-) -> View:
-    """Through the store, with whoever is due asked first."""
-    with open_context(settings, os.environ, clock) as (store, context):
-        results = [] if offline else _refresh(store, context, found, wish, oldest, on_ask)
-        found = store.snapshot(wish.names)
-    return _view_of(found, wish, settings, clock.now(), results)
+class Shared:
+    """One store for many that look at once: of those that wish the same, one asks the vendors for all.
+
+    Each with a store of its own would take a connection or more from PostgreSQL, which has a hundred.
+    """
+
+    def __init__(self, store: Store, context: ProviderContext) -> None:
+        self._opened = (store, context)
+        self._gates: dict[Wish, AbstractContextManager[object]] = {}
+
+    @contextmanager
+    def alone(self, wish: Wish) -> Iterator[tuple[Store, ProviderContext]]:
+        """What `open_context` gives, once nobody else is there who wishes the same."""
+        with self._gates.setdefault(wish, one_at_a_time()):
+            yield self._opened
 
 
 @contextmanager
@@ -227,6 +240,7 @@ def _refresh(
     wish: Wish,
     oldest: datetime,
     on_ask: Callable[[list[str]], None],
+    wait_s: float,
 ) -> list[PollResult]:
     """Ask whoever is due, all at once."""
     from gpubroker.prices.poll import FIRST_CONTACT_S, poll
@@ -239,7 +253,7 @@ def _refresh(
     new = [name for name in names() if name not in found.states]
     asked = [name for name in (*due, *new) if wish.wants(name) and name not in settings.disabled_providers]
     on_ask(asked)
-    return poll(store, context, asked, wish.query, REFRESH_S, first_contact_s=FIRST_CONTACT_S)
+    return poll(store, context, asked, wish.query, wait_s, first_contact_s=FIRST_CONTACT_S)
 
 
 def _view_of(
