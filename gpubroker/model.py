@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
 from typing import Literal
 
+from gpubroker.errors import ConfigError
+
 Market = Literal["spot", "on_demand", "serverless", "reserved"]
 FormFactor = Literal["SXM", "PCIe", "NVL", "unstated"]
 MARKETS: tuple[Market, ...] = ("spot", "on_demand", "serverless", "reserved")
+
+
+def market_of(text: str) -> Market:
+    """spot, on-demand ... Raises ConfigError."""
+    name = re.sub(r"[-\s]", "_", text.lower())
+    if name not in MARKETS:
+        raise ConfigError(f"{text!r} is not one of {', '.join(MARKETS)}")
+    return name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -93,6 +93,23 @@ def test_the_picture_is_kept_where_it_is_wanted(ask, tmp_path, suffix):
     assert suffix == "png" or b"for one GPU-hour" in kept
 
 
+def test_a_picture_is_drawn_in_the_terminal(ask):
+    """Dollars at its left, days below it; each line is named by a letter where it ends."""
+    code, out, said = ask("history", "--gpu", "h100", "--plot", "-")
+    assert (0, "") == (code, said)
+    title, *rows = out.splitlines()
+    assert "H100: p50 price, $ for one GPU-hour" == title.strip()
+    assert max(map(len, out.splitlines())) <= 100
+    assert ["a lambda on-demand", "b vast spot"] == [row.strip() for row in rows[-2:]]
+    assert rows[-3].strip().endswith(" UTC")
+    ends = {row.strip()[-1]: row for row in rows[:16] if row.strip()[-1] in "ab"}
+    by_height = [row[:6] for row in rows[:16] if "┤" in row]
+    assert sorted(by_height, reverse=True) == by_height
+    # The one costs $3, the other $0.50 at last: above and below the middle.
+    assert rows.index(ends["a"]) < 8 < rows.index(ends["b"])
+    assert {"⣀", "⠤", "⠒", "⠉"} & set(ends["a"])
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from gpubroker import config
-from gpubroker.cli import plot_history
+from gpubroker.cli import plot_history, plot_terminal
 from gpubroker.cli.options import Duration, format_option
 from gpubroker.cli.past import polled, where_options
 from gpubroker.cli.plot_history import Line
@@ -21,15 +21,14 @@ from gpubroker.cli.render import console, dollars, iso, print_csv, print_json, s
 from gpubroker.doors import SystemClock
 from gpubroker.errors import ConfigError
 from gpubroker.money import from_micros
-from gpubroker.prices import history as prices
+from gpubroker.prices import asked
+from gpubroker.prices.asked import Data, column
 from gpubroker.prices.daily import Where
 from gpubroker.prices.history import DIMENSIONS, STATS, Dimension, Group, Point, Query, Stat
-from gpubroker.prices.rows import DAY_S, HOUR_S
+from gpubroker.prices.rows import DAY_S
 from gpubroker.prices.store import Store
 
-_USUAL_STATS: tuple[Stat, ...] = ("min", "p50", "max")
-# Finer points than days for a range that is shorter than this.
-_FEW_DAYS = 4
+_HERE = Path("-")
 _BARS = "▁▂▃▄▅▆▇█"
 _TREND_WIDTH = 30
 
@@ -41,6 +40,7 @@ Examples:
   gpubroker history --gpu h100
   gpubroker history --gpu h100-sxm --market spot --since 7d --resample 1h --stat p10 --stat p50
   gpubroker history --gpu a100-80gb --by region --format csv
+  gpubroker history --gpu h100 --plot -
   gpubroker history --gpu h100 --since 90d --plot h100.png""",
 )
 @where_options
@@ -58,7 +58,7 @@ Examples:
     type=click.Choice(("own", "imported")),
     help="Our own polls, or `import-history`'s.  [default: own, else imported]",
 )
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw it: .png, .svg, .pdf or .html.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw it: - (here), x.png, .svg, .pdf, .html.")
 @format_option("table", "json", "csv")
 def history(
     *,
@@ -68,7 +68,7 @@ def history(
     resample: int | None,
     stats: tuple[Stat, ...],
     by: tuple[Dimension, ...],
-    data: str | None,
+    data: Data | None,
     plot: Path | None,
     output: str,
 ) -> None:
@@ -78,21 +78,21 @@ def history(
     price for as long as it lasted. Days are UTC; the range begins with a whole day, or a whole --resample.
     """
     settings, clock = config.load(), SystemClock()
-    begin, end = _range(since, until, clock.now())
-    bucket_s = resample or (DAY_S if end - begin > _FEW_DAYS * DAY_S else HOUR_S)
     if plot is not None:
-        plot_history.check(plot)
-        stats, by = (*(stats or ("p50",))[:1], "available"), ("provider", "market")
-    query = Query(
-        where=where,
-        begin=begin - begin % min(bucket_s, DAY_S),
-        end=end,
-        bucket_s=bucket_s,
-        by=by or ("provider", "market"),
-        stats=stats or _USUAL_STATS,
+        if plot != _HERE:
+            plot_history.check(plot)
+        stats, by = (*(stats or ("p50",))[:1], "available"), ()
+    query = asked.query(
+        where,
+        since=since,
+        until=until,
+        now=clock.now(),
+        resample_s=resample,
+        by=by or asked.USUAL_BY,
+        stats=stats or asked.USUAL_STATS,
     )
     with polled(settings, clock) as store:
-        points, source = _points(store, query, data)
+        points, source = _answer(store, query, data)
         whole = _whole(store, query, source) if output == "table" and plot is None else {}
     if not points:
         raise ConfigError(
@@ -109,40 +109,14 @@ def history(
         _print_points(points, query, source, output)
 
 
-def _range(since: str, until: str | None, now: datetime) -> tuple[int, int]:
-    end = now if until is None else _moment(until, now, "--until")
-    begin = _moment(since, now, "--since")
-    if begin >= end:
-        raise ConfigError(f"--since {since}: that is not before --until")
-    return int(begin.timestamp()), int(min(end, now).timestamp()) + (until is None)
-
-
-def _moment(text: str, now: datetime, option: str) -> datetime:
-    """So long ago, or the beginning of a day."""
-    try:
-        return datetime.strptime(text.strip(), "%Y-%m-%d").replace(tzinfo=UTC)
-    except ValueError:
-        pass
-    try:
-        ago_s = Duration().convert(text, None, None)
-    except click.UsageError:
-        raise ConfigError(
-            f"{option}: {text[:40]!r} is neither so long ago (7d) nor a day (2026-10-01)"
-        ) from None
-    return now - timedelta(seconds=ago_s)
-
-
-def _points(store: Store, query: Query, data: str | None) -> tuple[list[Point], str]:
+def _answer(store: Store, query: Query, data: Data | None) -> tuple[list[Point], Data]:
     with store.database.read() as connection:
-        run = partial(store.database.run, connection)
-        if data != "imported" and (found := prices.own(run, query)):
-            return found, "own"
-        return ([], "own") if data == "own" else (prices.imported(run, query), "imported")
+        return asked.answer(partial(store.database.run, connection), query, data)
 
 
-def _whole(store: Store, query: Query, source: str) -> dict[Group, Point]:
+def _whole(store: Store, query: Query, source: Data) -> dict[Group, Point]:
     """The same figures over all of the range."""
-    points, _ = _points(store, replace(query, bucket_s=None), source)
+    points, _ = _answer(store, replace(query, bucket_s=None), source)
     return {point.group: point for point in points}
 
 
@@ -178,11 +152,16 @@ def _draw(points: Sequence[Point], query: Query, path: Path) -> None:
         for group in sorted({one.group for one in points})
         if (mine := [one for one in points if one.group == group])
     ]
-    drawn = plot_history.fewest(lines)
-    plot_history.draw(drawn, f"{name}: {stat} price", query.bucket_s or DAY_S, path)
-    left_out = len(lines) - len(drawn)
-    more = f"; {left_out} dearer lines are left out: --provider and --market choose" if left_out else ""
-    say(f"{path} is drawn{more}.")
+    drawn, title, bucket_s = plot_history.fewest(lines), f"{name}: {stat} price", query.bucket_s or DAY_S
+    if path == _HERE:
+        width = console().width
+        title = f"{title}, $ for one GPU-hour"
+        console().print(plot_terminal.picture(drawn, title, bucket_s, width), soft_wrap=True)
+    else:
+        plot_history.draw(drawn, title, bucket_s, path)
+        say(f"{path} is drawn.")
+    if left_out := len(lines) - len(drawn):
+        say(f"{left_out} dearer lines are left out: --provider and --market choose.")
 
 
 def _bars(values: Sequence[float]) -> str:
@@ -207,7 +186,7 @@ def _shown(stat: Stat, value: int | Fraction | None) -> str:
 
 def _print_points(points: Sequence[Point], query: Query, source: str, output: str) -> None:
     names = [name for name in Group._fields if name in query.by]
-    columns = ["begin", *names, *(_column(stat) for stat in query.stats)]
+    columns = ["begin", *names, *(column(stat) for stat in query.stats)]
     records = [_record(point, names, query) for point in points]
     if output == "csv":
         print_csv(columns, ([record[name] for name in columns] for record in records))
@@ -215,15 +194,10 @@ def _print_points(points: Sequence[Point], query: Query, source: str, output: st
         print_json({"data": source, "resample_s": query.bucket_s, "points": records})
 
 
-def _column(stat: Stat) -> str:
-    """With its unit."""
-    return {"n": "observations", "available": "available_share"}.get(stat, f"{stat}_usd_per_gpu_hour")
-
-
 def _record(point: Point, names: Sequence[str], query: Query) -> dict[str, Any]:
     record: dict[str, Any] = {"begin": iso(point.begin)}
     record |= {name: getattr(point.group, name) for name in names}
-    return record | {_column(stat): _text(stat, point.figures.get(stat)) for stat in query.stats}
+    return record | {column(stat): _text(stat, point.figures.get(stat)) for stat in query.stats}
 
 
 def _text(stat: Stat, value: int | Fraction | None) -> Any:

@@ -11,7 +11,7 @@ import click
 
 from gpubroker.errors import ConfigError
 from gpubroker.gpus import GpuRequest, parse_request
-from gpubroker.model import MARKETS, Market
+from gpubroker.model import Market, market_of
 from gpubroker.units import parse_duration_s, parse_size_gb
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -106,10 +106,10 @@ class MarketName(click.ParamType[Market]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Market:
         """See click."""
-        market = re.sub(r"[-\s]", "_", str(value).lower())
-        if market not in MARKETS:
-            self.fail(f"{value!r} is not one of {', '.join(MARKETS)}", param, ctx)
-        return market
+        try:
+            return market_of(str(value))
+        except ConfigError as error:
+            self.fail(str(error), param, ctx)
 
 
 class Lower(click.ParamType[str]):

@@ -15,8 +15,7 @@ from gpubroker.doors import Clock
 from gpubroker.errors import ConfigError
 from gpubroker.gpus import GpuRequest
 from gpubroker.model import Market
-from gpubroker.plan.rank import lies_in
-from gpubroker.prices.daily import Product, Where
+from gpubroker.prices.asked import where as asked_for
 from gpubroker.prices.store import Store
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -59,29 +58,6 @@ def where_options(command: F) -> F:
         count: int | None,
         **more: Any,
     ) -> Any:
-        return command(where=_where(gpus, providers, markets, regions, count), **more)
+        return command(where=asked_for(gpus, providers, markets, regions, count), **more)
 
     return cast(F, asked)
-
-
-def _where(
-    gpus: Sequence[GpuRequest],
-    providers: Sequence[str],
-    markets: Sequence[str],
-    regions: Sequence[str],
-    count: int | None,
-) -> Where:
-    def wants(product: Product) -> bool:
-        places = (product.region, product.zone)
-        return (
-            any(gpu.matches(product.gpu, product.form_factor) for gpu in gpus)
-            and (not regions or any(lies_in(places, region) for region in regions))
-            and count in (None, product.gpu_count)
-        )
-
-    return Where(
-        gpus=frozenset().union(*(gpu.names for gpu in gpus)),
-        providers=providers or None,
-        markets=markets or None,
-        wants=wants,
-    )
