@@ -48,6 +48,7 @@ _COMMANDS = {
     "history": ("gpubroker.cli.history", "history", "What a GPU cost over time: figures and pictures."),
     "now": ("gpubroker.cli.now", "now", "Is it cheap right now? Against its own past, by hour and weekday."),
     "survival": ("gpubroker.cli.survival", "survival", "How long offers and their prices last."),
+    "alert": ("gpubroker.cli.alert", "alert", "Be told when a GPU comes below a price."),
     "export": ("gpubroker.cli.export", "export", "The price history as files: CSV, JSON Lines, Parquet."),
     "import-history": ("gpubroker.cli.import_history", "import_history", "Import price history files."),
     "demo": ("gpubroker.cli.demo", "demo", "Watch it work, on a cloud on this machine: no account."),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
@@ -15,9 +15,8 @@ from gpubroker.doors import Clock
 from gpubroker.errors import ConfigError
 from gpubroker.gpus import GpuRequest
 from gpubroker.model import Market
-from gpubroker.plan.rank import lies_in
-from gpubroker.prices.daily import Product, Where
 from gpubroker.prices.store import Store
+from gpubroker.prices.wanted import Wanted
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -34,6 +33,17 @@ def polled(settings: Settings, clock: Clock) -> Iterator[Store]:
 
 def where_options(command: F) -> F:
     """Whose prices: the command is given `where`."""
+
+    @wanted_options
+    @functools.wraps(command)
+    def asked(*, wanted: Wanted, **more: Any) -> Any:
+        return command(where=wanted.where, **more)
+
+    return cast(F, asked)
+
+
+def wanted_options(command: F) -> F:
+    """Whose prices, in the person's own words: the command is given `wanted`."""
 
     @click.option(
         "--gpu",
@@ -52,36 +62,14 @@ def where_options(command: F) -> F:
     @functools.wraps(command)
     def asked(
         *,
-        gpus: Sequence[GpuRequest],
-        providers: Sequence[str],
-        markets: Sequence[Market],
-        regions: Sequence[str],
+        gpus: tuple[GpuRequest, ...],
+        providers: tuple[str, ...],
+        markets: tuple[Market, ...],
+        regions: tuple[str, ...],
         count: int | None,
         **more: Any,
     ) -> Any:
-        return command(where=_where(gpus, providers, markets, regions, count), **more)
+        wanted = Wanted(gpus=gpus, providers=providers, markets=markets, regions=regions, count=count)
+        return command(wanted=wanted, **more)
 
     return cast(F, asked)
-
-
-def _where(
-    gpus: Sequence[GpuRequest],
-    providers: Sequence[str],
-    markets: Sequence[str],
-    regions: Sequence[str],
-    count: int | None,
-) -> Where:
-    def wants(product: Product) -> bool:
-        places = (product.region, product.zone)
-        return (
-            any(gpu.matches(product.gpu, product.form_factor) for gpu in gpus)
-            and (not regions or any(lies_in(places, region) for region in regions))
-            and count in (None, product.gpu_count)
-        )
-
-    return Where(
-        gpus=frozenset().union(*(gpu.names for gpu in gpus)),
-        providers=providers or None,
-        markets=markets or None,
-        wants=wants,
-    )

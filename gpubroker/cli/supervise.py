@@ -25,7 +25,6 @@ from gpubroker.doors import Clock, SystemClock, ThreadPool
 from gpubroker.errors import ConfigError, SchemaTooNew, StoreError
 from gpubroker.jobspec import JobSpec
 from gpubroker.plan.fees import FeeTable
-from gpubroker.prices.database import Database
 from gpubroker.prices.market import Shared, open_context
 from gpubroker.provider import Compute, ProviderContext
 from gpubroker.run import kept
@@ -37,7 +36,7 @@ from gpubroker.run.launching import Job
 from gpubroker.run.leases import Leases
 from gpubroker.run.looks import job_folder
 from gpubroker.run.metrics import Ticks, serve, snapshot
-from gpubroker.run.notify import Notifier, channels_of, check, kinds_of, secrets_of
+from gpubroker.run.notify import Notifier, channels_of, check, notifier_of
 from gpubroker.run.records import Records
 from gpubroker.run.renting import Renting
 from gpubroker.run.supervise import Supervisor
@@ -96,7 +95,8 @@ def supervise(*, tick_s: float, metrics: str | None, until_done: bool) -> None:
             tick_s=tick_s,
         )
         with contextlib.ExitStack() as stack:
-            notifier = _notifier(settings, store.database, clock)
+            check(channels_of(settings, os.environ))
+            notifier = notifier_of(settings, os.environ, store.database, clock)
             if metrics:
                 events = Events(store.database, clock)
                 found_now = functools.partial(snapshot, records, events)
@@ -113,17 +113,6 @@ def allow_connections() -> None:
         return
     with contextlib.suppress(OSError, ValueError):  # some systems have a limit of their own below it
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-
-
-def _notifier(settings: Settings, database: Database, clock: Clock) -> Notifier | None:
-    """None where nobody is to be told. Raises ConfigError for an address that is none."""
-    if not settings.notify.urls:
-        return None
-    channels = channels_of(settings, os.environ)
-    check(channels)
-    secrets = secrets_of(channels, settings, os.environ)
-    kinds = kinds_of(settings)
-    return Notifier(database, clock, ThreadPool(), channels=channels, kinds=kinds, secrets=secrets)
 
 
 def _until_told(
