@@ -50,6 +50,7 @@ _COMMANDS = {
     "survival": ("gpubroker.cli.survival", "survival", "How long offers and their prices last."),
     "alert": ("gpubroker.cli.alert", "alert", "Be told when a GPU comes below a price."),
     "export": ("gpubroker.cli.export", "export", "The price history as files: CSV, JSON Lines, Parquet."),
+    "schedule": ("gpubroker.cli.schedule", "schedule", "Polls and exports by cron or systemd timers."),
     "import-history": ("gpubroker.cli.import_history", "import_history", "Import price history files."),
     "demo": ("gpubroker.cli.demo", "demo", "Watch it work, on a cloud on this machine: no account."),
     "testcloud": ("gpubroker.cli.testcloud", "testcloud", "A cloud on this machine for tests and tries."),

@@ -19,6 +19,7 @@ from gpubroker.cli.asked import volume_of
 from gpubroker.cli.options import Duration
 from gpubroker.cli.plan import ask_of, known_of
 from gpubroker.cli.renting import Market, caps_of, day_caps
+from gpubroker.cli.upkeep import Upkeep, start, upkeep_options
 from gpubroker.cli.watching import tell
 from gpubroker.config import Settings
 from gpubroker.doors import Clock, SystemClock, ThreadPool
@@ -53,6 +54,7 @@ Examples:
   gpubroker supervise
   gpubroker supervise --metrics 127.0.0.1:9464
   gpubroker supervise --until-done
+  gpubroker supervise --poll-every 5m --export history/ --as parquet
   gpubroker service install --now""",
 )
 @click.option(
@@ -61,15 +63,17 @@ Examples:
 @click.option(
     "--metrics", metavar="HOST:PORT", help="Serve metrics for Prometheus there, such as 127.0.0.1:9464."
 )
+@upkeep_options()
 @click.option("--until-done", is_flag=True, help="Leave once every job is over.")
-def supervise(*, tick_s: float, metrics: str | None, until_done: bool) -> None:
+def supervise(*, tick_s: float, metrics: str | None, upkeep: Upkeep, until_done: bool) -> None:
     """Run what was submitted: rent, prove, watch, replace and bring back, for all jobs, as long as it lives.
 
     Ctrl-C and SIGTERM leave it, and the jobs go on where they run: start it again, here or on another machine
     with the same database and jobs_dir, and it finds them. Killed at any point it loses nothing. Several may
     run on one PostgreSQL: when one dies the others have its jobs within a minute. A node that no supervisor
     has looked at for the config's renew_within ends its job by itself. [notify] in the config says who is
-    told of what happens.
+    told of what happens. With --poll-every it keeps the price history, too, unless another one with the same
+    database does; with --export it writes it out.
     """
     settings, clock = config.load(), SystemClock()
     allow_connections()
@@ -101,6 +105,7 @@ def supervise(*, tick_s: float, metrics: str | None, until_done: bool) -> None:
                 events = Events(store.database, clock)
                 found_now = functools.partial(snapshot, records, events)
                 stack.enter_context(contextlib.closing(serve(metrics, lambda: found_now(clock.now(), ticks))))
+            start(upkeep, settings, clock, lambda text: _say(clock, text))
             tell(f"{leases.id} supervises by {', '.join(found)}; the database is {store.database.where}")
             _until_told(fleet, notifier, ticks, clock, tick_s, until_done=until_done)
 
