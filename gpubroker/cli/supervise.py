@@ -101,6 +101,8 @@ def supervise(*, tick_s: float, metrics: str | None, upkeep: Upkeep, until_done:
         with contextlib.ExitStack() as stack:
             check(channels_of(settings, os.environ))
             notifier = notifier_of(settings, os.environ, store.database, clock)
+            if notifier is not None:
+                notifier.meet()
             if metrics:
                 events = Events(store.database, clock)
                 found_now = functools.partial(snapshot, records, events)
