@@ -141,6 +141,8 @@ def test_a_price_from_the_future_is_not_believed(market, clock):
             True,
             id="by name",
         ),
+        pytest.param({}, at("1", market="reserved"), False, id="a month"),
+        pytest.param({"markets": ("reserved",)}, at("1", market="reserved"), True, id="a month, by name"),
         pytest.param({"count": 4}, at("1"), False, id="another count"),
         pytest.param({"count": 8}, at("1"), True, id="the count"),
         pytest.param({"markets": ("on_demand",)}, at("1"), False, id="another market"),

@@ -65,8 +65,8 @@ Examples:
 def add(*, wanted: Wanted, limit: Decimal, output: str) -> None:
     """Be told when the cheapest comes below so many $ for a GPU-hour.
 
-    Once each time: not again before it was at the limit or above. An offer that is out of stock does not
-    count, nor do your own GPUs without --provider local.
+    Once each time: not again before it was at the limit or above. What is out of stock does not count, nor
+    do reserved terms without --market reserved, and your own GPUs without --provider local.
     """
     if limit % MICRO:
         raise click.UsageError(f"--below: {limit} is finer than a millionth of a dollar")

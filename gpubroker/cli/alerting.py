@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 
+from gpubroker.cli.render import plain
 from gpubroker.config import Settings
 from gpubroker.doors import Clock
 from gpubroker.errors import BrokerError
@@ -41,7 +42,7 @@ def look(
         return
     try:
         for text in Alerts(store.database, clock).look(settings.max_age_s):
-            say(f"alert: {text}")
+            say(f"alert: {plain(text)}")
     except BrokerError as error:
         say(f"alerts: {error}")
 

@@ -13,6 +13,7 @@ from gpubroker.units import SECONDS, duration_text
 BEGIN = "# gpubroker: begin. These lines come and go by gpubroker schedule install and remove."
 END = "# gpubroker: end."
 _BEGINS, _ENDS = b"# gpubroker: begin.", b"# gpubroker: end."
+_NONE_YET = (b"no crontab", b"No such file")  # cron and cronie; busybox
 _LIMIT_S = 60
 # What an hour or a day holds a whole number of times, off the full hour, at which all the world asks.
 _TIMES: Mapping[int, str] = {
@@ -79,7 +80,7 @@ def ours(text: bytes) -> list[str]:
 def read() -> bytes:
     """b"" where there is none yet. Raises ConfigError."""
     ran = _run(["crontab", "-l"], b"")
-    if ran.returncode and b"no crontab" not in ran.stderr:
+    if ran.returncode and not any(words in ran.stderr for words in _NONE_YET):
         raise ConfigError(f"crontab -l: {_said(ran)}")
     return b"" if ran.returncode else ran.stdout
 

@@ -60,19 +60,25 @@ class Found:
 
 
 def find(alert: Alert, snapshot: Snapshot, now: datetime, max_age_s: int) -> Found:
-    """One's own GPUs are no offer, unless they are asked for by name; nor is one that is out of stock."""
-    wanted, known, unsure = alert.wanted, list[Offer](), list[Offer]()
+    """What is known to be offered, and what may be."""
+    known, unsure = list[Offer](), list[Offer]()
     oldest = now - timedelta(seconds=max(max_age_s, _LEAST_AGE_S))
     for priced in snapshot.live:
-        offer = priced.offer
-        if not wanted.covers(offer) or offer.stock == "none":
-            continue
-        if offer.provider == OWN and OWN not in wanted.providers:
-            continue
-        (known if _is_known(priced, snapshot, oldest, now) else unsure).append(offer)
+        if _counts(alert.wanted, priced.offer):
+            (known if _is_known(priced, snapshot, oldest, now) else unsure).append(priced.offer)
     return Found(
         cheapest=min(known, key=lambda offer: (offer.usd_per_gpu_hour, offer.gpu_count), default=None),
         may_be_below=any(map(alert.is_crossed_by, unsure)),
+    )
+
+
+def _counts(wanted: Wanted, offer: Offer) -> bool:
+    """Not what is out of stock; one's own GPUs and terms of months only where they are asked for by name."""
+    return (
+        wanted.covers(offer)
+        and offer.stock != "none"
+        and (offer.provider != OWN or OWN in wanted.providers)
+        and (offer.market != "reserved" or "reserved" in wanted.markets)
     )
 
 
