@@ -11,8 +11,11 @@ import pytest
 from sqlalchemy import create_engine, text
 
 from gpubroker.cli import main
+from gpubroker.errors import StoreError
+from gpubroker.run.alerts import Alerts
 from gpubroker.testing import Answer
 from tests.loopback import vendor
+from tests.support import PAYLOADS
 
 STEP_S = 1_000_000
 
@@ -97,6 +100,37 @@ def test_who_will_hear_is_said_when_an_alert_is_made(ask, monkeypatch, configure
         monkeypatch.setenv(f"GPUBROKER_{name}", value)
     code, _, said = ask(*ADD)
     assert (0, True, False) == (code, sentence in said, "t0ken" in said), said
+
+
+@pytest.mark.parametrize(
+    ("configured", "sentence"),
+    [
+        pytest.param(
+            {"NOTIFY_URLS": "$CHAT"}, "nobody is told: notify.urls: CHAT is not set", id="no variable"
+        ),
+        pytest.param(
+            {"NOTIFY_EVENTS": "sold", "NOTIFY_URLS": "json://x"}, "'sold' is none of", id="no event"
+        ),
+        pytest.param({}, "alerts: the database does not answer", id="the database"),
+    ],
+)
+def test_a_poll_is_none_the_worse_for_what_goes_wrong_afterwards(ask, monkeypatch, configured, sentence):
+    """It is said on standard error; what was polled is kept, printed, and looked at by the next one."""
+    ask(*ADD)
+    for name, value in configured.items():
+        monkeypatch.setenv(f"GPUBROKER_{name}", value)
+    if not configured:
+        monkeypatch.setattr(Alerts, "look", lambda *_: raise_(StoreError("the database does not answer")))
+    monkeypatch.setenv("LAMBDA_API_KEY", "secret-key")
+    answer = Answer(body=(PAYLOADS / "lambda/instance_types.json").read_text())
+    with vendor({("GET", "/api/v1/instance-types"): answer}) as server:
+        monkeypatch.setenv("GPUBROKER_LAMBDA_URL", server.url)
+        code, out, said = ask("poll", "--provider", "lambda", "--format", "json")
+    assert (0, 7, True) == (code, json.loads(out)["polls"][0]["kept"], sentence in said), said
+
+
+def raise_(error):
+    raise error
 
 
 class Here:
