@@ -31,6 +31,12 @@ def parse_duration_s(text: object, name: str = "duration") -> int:
     return int(seconds)
 
 
+def duration_text(seconds: int) -> str:
+    """What parse_duration_s reads as that, in the largest unit that says it all: 5m, 90m, 1d."""
+    unit = next(unit for unit in ("d", "h", "m", "s") if seconds % SECONDS[unit] == 0)
+    return f"{seconds // SECONDS[unit]}{unit}"
+
+
 def parse_size_gb(text: object, name: str = "size") -> Decimal:
     """Gigabytes of 10^9 bytes from "12GB", "1.5 TiB" or "800 MB". A number without a unit is refused."""
     shown = str(text)[:_SHOWN]

@@ -59,6 +59,7 @@ def imported(*args):
         pytest.param(["quote", "--help"], id="quote's help"),
         pytest.param(["quote", "--gpu", "h100", "--hours", "8", "--offline"], id="an offline quote"),
         pytest.param(["offers", "--gpus"], id="the list of GPUs"),
+        pytest.param(["schedule", "install", "--help"], id="schedule's help"),
     ],
 )
 def test_light_commands_import_nothing_heavy(args):

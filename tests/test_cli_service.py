@@ -47,6 +47,18 @@ def test_the_unit_starts_this_gpubroker_and_brings_it_back_whatever_ends_it(caps
     assert "loginctl enable-linger" in said
 
 
+def test_what_the_supervisor_does_by_the_clock_is_passed_on(unit, tmp_path, monkeypatch):
+    """A folder by its absolute path: the service is started elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    options = ("--poll-every", "5m", "--export", "out", "--as", "csv", "--export-every", "12h")
+    assert 0 == main(["service", "install", *options])
+    (line,) = (line for line in unit.read_text().splitlines() if line.startswith("ExecStart"))
+    assert line.endswith(
+        f'"supervise" "--poll-every" "5m" "--export" "{tmp_path}/out/" "--as" "csv" "--cursor" "scheduled"'
+        ' "--export-every" "12h"'
+    )
+
+
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="no systemd-analyze here")
 def test_systemd_finds_nothing_wrong_with_the_unit(unit):
     """Neither an unknown key nor a program that is not there."""

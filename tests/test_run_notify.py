@@ -211,6 +211,29 @@ def test_a_first_start_tells_nothing_of_the_past(records, notifier, line):
     assert [(MAIL.urls, "gpubroker: done")] == line.told
 
 
+def test_a_channel_that_was_met_hears_of_what_came_since(store, clock, records, line):
+    """A poll meets before it asks and sends afterwards; it is told which channel did not take its message."""
+    poll = Notifier(
+        store.database,
+        clock,
+        SerialPool(),
+        channels=(MAIL, CHAT),
+        kinds=frozenset(USUAL),
+        secrets=(),
+        send=line.send,
+    )
+    records.tell("failed", "long ago")
+    poll.meet()
+    records.tell("alert", "h100 at vast: $1.70")
+    poll.meet()
+    line.down.add(MAIL.urls)
+    assert [MAIL.name] == poll.tick()
+    assert ([(CHAT.urls, "gpubroker: alert")], []) == (line.told, poll.tick())
+    line.down.clear()
+    clock.advance(60)
+    assert ([], (MAIL.urls, "gpubroker: alert")) == (poll.tick(), line.told[-1])
+
+
 def test_what_nobody_asked_for_is_passed_over(store, clock, records, notifier, line):
     """And not looked at again."""
     one = notifier(MAIL, kinds=frozenset({"done"}))

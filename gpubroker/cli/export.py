@@ -21,6 +21,7 @@ from gpubroker.gpus import GpuRequest
 from gpubroker.model import Market
 from gpubroker.prices import export as files
 from gpubroker.prices.daily import Where
+from gpubroker.prices.database import Database
 from gpubroker.prices.export import SUFFIXES, Kind, Names, Row, suffix_of
 from gpubroker.prices.exports import Exported, since_last
 
@@ -37,7 +38,8 @@ Examples:
   gpubroker export --cursor nightly --as parquet --to history/
   gpubroker export --cursor nightly --as csv.gz --to s3://bucket/prices/
 
-The second last line is one for cron: each run adds what has ended since the last one, and nothing twice.""",
+The second last line is one for cron (gpubroker schedule install writes it there): each run adds what has
+ended since the last one, and nothing twice.""",
 )
 @click.option(
     "--to", "place", required=True, help="A file, a folder/, s3://bucket/prefix/, or - for standard output."
@@ -73,8 +75,7 @@ def export(
         if cursor is not None:
             if not is_folder or gpus or providers or markets:
                 raise click.UsageError("--cursor takes a folder/ or s3://bucket/prefix/, and all prices")
-            put = partial(_put, place, ending)
-            _tell(since_last(store.database, cursor, place, ending, put), place, output)
+            _tell(added(store.database, cursor, place, ending), place, output)
             return
         where = Where(
             gpus=frozenset().union(*(gpu.names for gpu in gpus)) or None,
@@ -85,6 +86,25 @@ def export(
             run = partial(store.database.run, connection)
             written = _whole(run, where, place, ending, is_folder=is_folder)
     _tell([Exported(number=0, files=written, was_cut_off=False)], place, output)
+
+
+def added(database: Database, cursor: str, place: str, ending: str) -> list[Exported]:
+    """What has ended since the last export of this name, below a folder/ or s3://bucket/prefix/.
+
+    Raises ConfigError: another process is at it, or the place takes nothing.
+    """
+    return since_last(database, cursor, place, ending, partial(_put, place, ending))
+
+
+def sentence(runs: Sequence[Exported], place: str) -> str:
+    """What was written, for people."""
+    if not runs:
+        return "Nothing has ended since the last export."
+    return "\n".join(
+        f"{run.rows:,} spans in {len(run.files)} file{'s' * (len(run.files) != 1)} to {place}"
+        + " (the last run was cut off: written again)" * run.was_cut_off
+        for run in runs
+    )
 
 
 def _whole(run: Any, where: Where, place: str, ending: str, *, is_folder: bool) -> dict[str, int]:
@@ -131,8 +151,4 @@ def _tell(runs: Sequence[Exported], place: str, output: str) -> None:
             {"to": place, "runs": [{"files": run.files, "was_cut_off": run.was_cut_off} for run in runs]}
         )
         return
-    for run in runs:
-        again = " (the last run was cut off: written again)" if run.was_cut_off else ""
-        say(f"{run.rows:,} spans in {len(run.files)} file{'s' * (len(run.files) != 1)} to {place}{again}")
-    if not runs:
-        say("Nothing has ended since the last export.")
+    say(sentence(runs, place))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
@@ -15,8 +15,8 @@ from gpubroker.doors import Clock
 from gpubroker.errors import ConfigError
 from gpubroker.gpus import GpuRequest
 from gpubroker.model import Market
-from gpubroker.prices.asked import where as asked_for
 from gpubroker.prices.store import Store
+from gpubroker.prices.wanted import Wanted
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -33,6 +33,17 @@ def polled(settings: Settings, clock: Clock) -> Iterator[Store]:
 
 def where_options(command: F) -> F:
     """Whose prices: the command is given `where`."""
+
+    @wanted_options
+    @functools.wraps(command)
+    def asked(*, wanted: Wanted, **more: Any) -> Any:
+        return command(where=wanted.where, **more)
+
+    return cast(F, asked)
+
+
+def wanted_options(command: F) -> F:
+    """Whose prices, in the person's own words: the command is given `wanted`."""
 
     @click.option(
         "--gpu",
@@ -51,13 +62,14 @@ def where_options(command: F) -> F:
     @functools.wraps(command)
     def asked(
         *,
-        gpus: Sequence[GpuRequest],
-        providers: Sequence[str],
-        markets: Sequence[Market],
-        regions: Sequence[str],
+        gpus: tuple[GpuRequest, ...],
+        providers: tuple[str, ...],
+        markets: tuple[Market, ...],
+        regions: tuple[str, ...],
         count: int | None,
         **more: Any,
     ) -> Any:
-        return command(where=asked_for(gpus, providers, markets, regions, count), **more)
+        wanted = Wanted(gpus=gpus, providers=providers, markets=markets, regions=regions, count=count)
+        return command(wanted=wanted, **more)
 
     return cast(F, asked)

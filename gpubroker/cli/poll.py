@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from gpubroker import config
+from gpubroker.cli import alerting
 from gpubroker.cli.options import Duration, GpuName, format_option
 from gpubroker.cli.render import console, print_csv, print_json, say, table
 from gpubroker.doors import SystemClock
@@ -49,7 +50,8 @@ def poll_command(
 ) -> None:
     """Ask every provider for its prices, side by side, and store them.
 
-    A provider that fails or hangs costs only itself; the exit code is 4 when one did.
+    A provider that fails or hangs costs only itself; the exit code is 4 when one did. Then alerts are looked
+    at (gpubroker alert), and what has happened is sent to where [notify] in the config says.
     """
     settings = config.load()
     known = installed()
@@ -63,11 +65,15 @@ def poll_command(
         gpus=frozenset().union(*(g.names for g in gpus)) if gpus else None, verified_only=not any_host
     )
     with open_context(settings, os.environ, SystemClock()) as (store, context):
+        notifier = alerting.messenger(settings, store, context.clock, say)
 
         def one_round() -> list[PollResult]:
             with _progress(wanted) as on_result:
                 results = poll(store, context, wanted, query, timeout, on_result=on_result)
             _print(results, output)
+            alerting.look(settings, store, context.clock, results, say)
+            if notifier is not None:
+                alerting.tell(notifier, say)
             return results
 
         if every is not None:

@@ -1,25 +1,19 @@
-"""`gpubroker service`: the supervisor as a systemd service of the user, which comes back whatever ends it.
-
-No key is copied: the service reads a file of NAME=value lines that the user writes.
-"""
+"""`gpubroker service`: the supervisor as a systemd service of the user, which comes back whatever ends it."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
+from gpubroker.cli import units
 from gpubroker.cli.render import say
+from gpubroker.cli.units import ENVIRONMENT, command, quoted, systemctl
+from gpubroker.cli.upkeep import Upkeep, upkeep_options
 from gpubroker.errors import ConfigError
 
 _NAME = "gpubroker.service"
-_ENVIRONMENT = ".config/gpubroker/env"
-_LIMIT_S = 60
-_VENDORS = ("VAST_", "RUNPOD_", "LAMBDA_", "MODAL_", "AWS_", "GPUBROKER_")
 
 
 @click.group()
@@ -32,29 +26,27 @@ def service() -> None:
     epilog="""\b
 Examples:
   gpubroker service install
-  gpubroker service install --now""",
+  gpubroker service install --now
+  gpubroker service install --now --poll-every 5m""",
 )
+@upkeep_options()
 @click.option("--now", "is_now", is_flag=True, help="Start it, too, rather than only say how.")
-def install(*, is_now: bool) -> None:
+def install(*, upkeep: Upkeep, is_now: bool) -> None:
     """Write the unit. Twice is once.
 
     Put what your shell exports, such as VAST_API_KEY=..., as NAME=value lines into ~/.config/gpubroker/env,
     which only you may read: no key is copied there for you.
     """
-    place, unit = unit_file(), unit_text(command())
-    before = place.read_text(encoding="utf-8") if place.exists() else None
-    if before != unit:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        part = place.with_name(f"{place.name}.{os.getpid()}")
-        part.write_text(unit, encoding="utf-8")
-        part.replace(place)
-    say(f"{place} {'is there already' if before == unit else 'is written'}")
-    _tell_environment()
-    steps = [["systemctl", "--user", "daemon-reload"], ["systemctl", "--user", "enable", "--now", _NAME]]
-    if before not in (None, unit):
-        steps.append(["systemctl", "--user", "restart", _NAME])
-    _do(steps, is_now=is_now)
-    say("So that it runs while you are logged out, and after a restart: loginctl enable-linger")
+    place = unit_file()
+    was_there = place.exists()
+    is_new = units.write(place, unit_text(command(), upkeep.words))
+    say(f"{place} {'is written' if is_new else 'is there already'}")
+    units.tell_environment(units.variables())
+    steps = [["daemon-reload"], ["enable", "--now", _NAME]]
+    if was_there and is_new:
+        steps.append(["restart", _NAME])
+    systemctl(steps, is_now=is_now)
+    say(units.LINGER)
 
 
 @service.command(context_settings={"max_content_width": 100}, epilog="Example: gpubroker service remove")
@@ -65,7 +57,7 @@ def remove() -> None:
         say(f"{place} is not there")
         return
     try:
-        _do([["systemctl", "--user", "disable", "--now", _NAME]], is_now=True)
+        systemctl([["disable", "--now", _NAME]])
     except ConfigError as error:  # without a session there is nothing of it that runs
         say(str(error))
     place.unlink()
@@ -82,17 +74,11 @@ def show() -> None:
 
 
 def unit_file() -> Path:
-    """Where systemd looks for units of this user."""
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "systemd" / "user" / _NAME
+    """Where the unit is, or would be."""
+    return units.unit_folder() / _NAME
 
 
-def command() -> list[str]:
-    """The gpubroker that runs now, by its absolute path."""
-    script = Path(sys.executable).with_name("gpubroker")
-    return [str(script)] if script.exists() else [sys.executable, "-m", "gpubroker"]
-
-
-def unit_text(words: list[str]) -> str:
+def unit_text(words: Sequence[str], options: Sequence[str] = ()) -> str:
     """Restarted for ever: a database or a vendor that is away now will be back."""
     return f"""\
 [Unit]
@@ -100,51 +86,11 @@ Description=gpubroker: runs jobs on rented GPUs while nobody watches
 StartLimitIntervalSec=0
 
 [Service]
-ExecStart={" ".join(_quoted(word) for word in (*words, "supervise"))}
-EnvironmentFile=-%h/{_ENVIRONMENT}
+ExecStart={quoted((*words, "supervise", *options))}
+EnvironmentFile=-%h/{ENVIRONMENT}
 Restart=always
 RestartSec=10
 
 [Install]
 WantedBy=default.target
 """
-
-
-def _quoted(word: str) -> str:
-    """As systemd reads a word: its own specifiers and variables are none of ours."""
-    for plain, escaped in (("\\", "\\\\"), ('"', '\\"'), ("%", "%%"), ("$", "$$")):
-        word = word.replace(plain, escaped)
-    return f'"{word}"'
-
-
-def _tell_environment() -> None:
-    """What is set here is not set there. Names only."""
-    place = Path.home() / _ENVIRONMENT
-    say(f"It knows only the variables in {place}, which is yours to write: NAME=value lines, chmod 600")
-    try:
-        lines = place.read_text(encoding="utf-8").splitlines()
-        is_open = bool(place.stat().st_mode & 0o077)
-    except FileNotFoundError:
-        lines, is_open = [], False
-    known = {line.partition("=")[0].strip() for line in lines}
-    missing = sorted(name for name in os.environ if name.startswith(_VENDORS) and name not in known)
-    if missing:
-        say(f"Set here and not there: {', '.join(missing)}")
-    if is_open:
-        say(f"Others may read {place}: chmod 600 {place}")
-
-
-def _do(steps: list[list[str]], *, is_now: bool) -> None:
-    """By systemctl where there is one. Raises ConfigError with what it said."""
-    if not is_now or shutil.which("systemctl") is None:
-        say("To do: " + " && ".join(" ".join(step) for step in steps))
-        return
-    for step in steps:
-        try:
-            ran = subprocess.run(  # noqa: S603
-                step, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=_LIMIT_S
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise ConfigError(f"{' '.join(step)}: {error}") from None
-        if ran.returncode:
-            raise ConfigError(f"{' '.join(step)}: {ran.stderr.strip()[:300] or ran.returncode}")

@@ -19,13 +19,13 @@ from gpubroker.cli.asked import volume_of
 from gpubroker.cli.options import Duration
 from gpubroker.cli.plan import ask_of, known_of
 from gpubroker.cli.renting import Market, caps_of, day_caps
+from gpubroker.cli.upkeep import Upkeep, start, upkeep_options
 from gpubroker.cli.watching import tell
 from gpubroker.config import Settings
 from gpubroker.doors import Clock, SystemClock, ThreadPool
 from gpubroker.errors import ConfigError, SchemaTooNew, StoreError
 from gpubroker.jobspec import JobSpec
 from gpubroker.plan.fees import FeeTable
-from gpubroker.prices.database import Database
 from gpubroker.prices.market import Shared, open_context
 from gpubroker.provider import Compute, ProviderContext
 from gpubroker.run import kept
@@ -37,7 +37,7 @@ from gpubroker.run.launching import Job
 from gpubroker.run.leases import Leases
 from gpubroker.run.looks import job_folder
 from gpubroker.run.metrics import Ticks, serve, snapshot
-from gpubroker.run.notify import Notifier, channels_of, check, kinds_of, secrets_of
+from gpubroker.run.notify import Notifier, channels_of, check, notifier_of
 from gpubroker.run.records import Records
 from gpubroker.run.renting import Renting
 from gpubroker.run.supervise import Supervisor
@@ -54,6 +54,7 @@ Examples:
   gpubroker supervise
   gpubroker supervise --metrics 127.0.0.1:9464
   gpubroker supervise --until-done
+  gpubroker supervise --poll-every 5m --export history/ --as parquet
   gpubroker service install --now""",
 )
 @click.option(
@@ -62,15 +63,17 @@ Examples:
 @click.option(
     "--metrics", metavar="HOST:PORT", help="Serve metrics for Prometheus there, such as 127.0.0.1:9464."
 )
+@upkeep_options()
 @click.option("--until-done", is_flag=True, help="Leave once every job is over.")
-def supervise(*, tick_s: float, metrics: str | None, until_done: bool) -> None:
+def supervise(*, tick_s: float, metrics: str | None, upkeep: Upkeep, until_done: bool) -> None:
     """Run what was submitted: rent, prove, watch, replace and bring back, for all jobs, as long as it lives.
 
     Ctrl-C and SIGTERM leave it, and the jobs go on where they run: start it again, here or on another machine
     with the same database and jobs_dir, and it finds them. Killed at any point it loses nothing. Several may
     run on one PostgreSQL: when one dies the others have its jobs within a minute. A node that no supervisor
     has looked at for the config's renew_within ends its job by itself. [notify] in the config says who is
-    told of what happens.
+    told of what happens. With --poll-every it keeps the price history, too, unless another one with the same
+    database does; with --export it writes it out.
     """
     settings, clock = config.load(), SystemClock()
     allow_connections()
@@ -96,11 +99,15 @@ def supervise(*, tick_s: float, metrics: str | None, until_done: bool) -> None:
             tick_s=tick_s,
         )
         with contextlib.ExitStack() as stack:
-            notifier = _notifier(settings, store.database, clock)
+            check(channels_of(settings, os.environ))
+            notifier = notifier_of(settings, os.environ, store.database, clock)
+            if notifier is not None:
+                notifier.meet()
             if metrics:
                 events = Events(store.database, clock)
                 found_now = functools.partial(snapshot, records, events)
                 stack.enter_context(contextlib.closing(serve(metrics, lambda: found_now(clock.now(), ticks))))
+            start(upkeep, settings, clock, lambda text: _say(clock, text))
             tell(f"{leases.id} supervises by {', '.join(found)}; the database is {store.database.where}")
             _until_told(fleet, notifier, ticks, clock, tick_s, until_done=until_done)
 
@@ -113,17 +120,6 @@ def allow_connections() -> None:
         return
     with contextlib.suppress(OSError, ValueError):  # some systems have a limit of their own below it
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-
-
-def _notifier(settings: Settings, database: Database, clock: Clock) -> Notifier | None:
-    """None where nobody is to be told. Raises ConfigError for an address that is none."""
-    if not settings.notify.urls:
-        return None
-    channels = channels_of(settings, os.environ)
-    check(channels)
-    secrets = secrets_of(channels, settings, os.environ)
-    kinds = kinds_of(settings)
-    return Notifier(database, clock, ThreadPool(), channels=channels, kinds=kinds, secrets=secrets)
 
 
 def _until_told(

@@ -10,10 +10,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Literal, TypeVar, cast
 
 from gpubroker.errors import ConfigError
-from gpubroker.gpus import GpuRequest
-from gpubroker.plan.rank import lies_in
 from gpubroker.prices import history
-from gpubroker.prices.daily import Product, Where
+from gpubroker.prices.daily import Where
 from gpubroker.prices.fastread import Run
 from gpubroker.prices.history import Dimension, Point, Query, Stat
 from gpubroker.prices.rows import DAY_S, HOUR_S
@@ -25,31 +23,6 @@ USUAL_BY: tuple[Dimension, ...] = ("provider", "market")
 # Finer points than days for a range that is shorter than this.
 _FEW_DAYS = 4
 _Name = TypeVar("_Name", bound=str)
-
-
-def where(
-    gpus: Sequence[GpuRequest],
-    providers: Sequence[str] = (),
-    markets: Sequence[str] = (),
-    regions: Sequence[str] = (),
-    count: int | None = None,
-) -> Where:
-    """Whose prices; an empty sequence and None = any."""
-
-    def wants(product: Product) -> bool:
-        places = (product.region, product.zone)
-        return (
-            any(gpu.matches(product.gpu, product.form_factor) for gpu in gpus)
-            and (not regions or any(lies_in(places, region) for region in regions))
-            and count in (None, product.gpu_count)
-        )
-
-    return Where(
-        gpus=frozenset().union(*(gpu.names for gpu in gpus)),
-        providers=providers or None,
-        markets=markets or None,
-        wants=wants,
-    )
 
 
 def query(

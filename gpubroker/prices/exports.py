@@ -20,7 +20,7 @@ from gpubroker.errors import ConfigError
 from gpubroker.prices import tables
 from gpubroker.prices.database import Database
 from gpubroker.prices.export import Names, Range, Row, by_day, ended_spans, ended_up_to, names_of
-from gpubroker.prices.rows import DAY_S
+from gpubroker.prices.rows import DAY_S, moment
 
 # Writes one file by its name below the place; returns its rows.
 Put = Callable[[str, Iterable[Sequence[Row]], Names], int]
@@ -48,6 +48,32 @@ class Exported:
     def rows(self) -> int:
         """In all of them."""
         return sum(self.files.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """How far the exports of a name have come."""
+
+    name: str
+    runs: int
+    up_to: datetime | None  # what has ended until then is in; None = nothing yet
+    is_cut_off: bool  # or under way
+
+
+def standings(database: Database) -> list[Standing]:
+    """Of every name."""
+    table = tables.exports
+    with database.read() as connection:
+        rows = connection.execute(select(table).order_by(table.c.name)).all()
+    return [
+        Standing(
+            name=row.name,
+            runs=row.number,
+            up_to=moment(max(done.values())) if (done := json.loads(row.done)) else None,
+            is_cut_off=row.pending is not None,
+        )
+        for row in rows
+    ]
 
 
 def since_last(database: Database, name: str, place: str, suffix: str, put: Put) -> list[Exported]:

@@ -17,6 +17,7 @@ from gpubroker.prices import asked
 from gpubroker.prices.asked import Data, column, one_of
 from gpubroker.prices.history import DIMENSIONS, STATS, Point, Query, Stat
 from gpubroker.prices.store import Store
+from gpubroker.prices.wanted import Wanted
 from gpubroker.units import parse_duration_s
 
 if TYPE_CHECKING:
@@ -52,15 +53,15 @@ def history(
     Raises gpubroker.errors.ConfigError for what is not understood, and where nothing was ever polled.
     """
     settings, clock = config.load(), SystemClock()
-    where = asked.where(
-        [parse_request(one) for one in _several(gpu)],
-        [one.lower() for one in _several(provider)],
-        [market_of(one) for one in _several(market)],
-        _several(region),
-        count,
+    wanted = Wanted(
+        gpus=tuple(parse_request(one) for one in _several(gpu)),
+        providers=tuple(one.lower() for one in _several(provider)),
+        markets=tuple(market_of(one) for one in _several(market)),
+        regions=tuple(_several(region)),
+        count=count,
     )
     query = asked.query(
-        where,
+        wanted.where,
         since=since,
         until=until,
         now=clock.now(),

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 REFRESH_S = 4.0
 _LONGEST_REST = timedelta(days=2, minutes=5)
 # A poll from further ahead than this was stamped by a clock that was wrong: its age is unknown.
-_CLOCK_TOLERANCE = timedelta(minutes=5)
+CLOCK_TOLERANCE = timedelta(minutes=5)
 # Reserved terms change by the month and are asked for by whole polls alone.
 _QUOTED_MARKETS: frozenset[Market] = frozenset({"spot", "on_demand", "serverless"})
 
@@ -216,7 +216,7 @@ def _due(
             due.append(name)
         elif not _is_resting(state, now):
             last = fresh.get(name)
-            if last is None or last < oldest or last > now + _CLOCK_TOLERANCE:
+            if last is None or last < oldest or last > now + CLOCK_TOLERANCE:
                 due.append(name)
     return due
 

@@ -38,6 +38,7 @@ Kind = Literal[
     "cancelled",
     "over_budget",
     "leaked",  # a node that nobody wanted was found, and ended
+    "alert",  # a price came below the limit of alerts.py
 ]
 # A node or a vendor may say anything, at any length.
 _MOST_TEXT = 1000

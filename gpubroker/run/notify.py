@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, get_args
 from urllib.parse import unquote
 
 from gpubroker.config import Settings
-from gpubroker.doors import Clock, Outcome, Pool
+from gpubroker.doors import Clock, Outcome, Pool, ThreadPool
 from gpubroker.errors import ConfigError
 from gpubroker.prices.database import Database
 from gpubroker.run.events import Cursor, Event, Events, Kind
@@ -43,6 +43,7 @@ USUAL: tuple[Kind, ...] = (
     "problem",
     "idle",
     "leaked",
+    "alert",
 )
 # For all channels of one round, side by side. apprise itself gives a server 4 s to connect and 4 s to answer.
 SEND_S = 10.0
@@ -193,7 +194,7 @@ class _Due:
 
 
 class Notifier:
-    """Of one supervisor, which calls `tick` at each of its own."""
+    """Of one supervisor, which calls `tick` at each of its own; or of a poll, which does so once."""
 
     def __init__(
         self,
@@ -210,19 +211,28 @@ class Notifier:
         self._events, self._records = Events(database, clock), Records(database, clock)
         self._channels, self._kinds, self._secrets, self._send = channels, kinds, secrets, send
 
-    def tick(self) -> None:
+    def meet(self) -> None:
+        """A channel that is new hears of what comes from now on. Raises StoreError."""
+        cursors = self._events.cursors()
+        for channel in self._channels:
+            if channel.reader not in cursors:
+                self._events.move(channel.reader, self._events.newest_id())
+
+    def tick(self) -> list[str]:
         """Send what is due; nothing while another supervisor does. Takes little more than SEND_S at most.
 
-        Raises StoreError.
+        Returns the names of the channels that did not take it. Raises StoreError.
         """
         if not self._anything_new():
-            return
+            return []
         with self._database.hold("notifications") as is_ours:
-            if is_ours:
-                due = self._due()
-                for outcome in self._pool.map(self._deliver, due, SEND_S, on_done=self._note):
-                    if outcome.late:
-                        self._note(outcome)
+            if not is_ours:
+                return []
+            outcomes = self._pool.map(self._deliver, self._due(), SEND_S, on_done=self._note)
+            for outcome in outcomes:
+                if outcome.late:
+                    self._note(outcome)
+            return [outcome.item.channel.name for outcome in outcomes if not outcome.value]
 
     def _anything_new(self) -> bool:
         """For a channel that does not pause."""
@@ -242,11 +252,10 @@ class Notifier:
 
     def _due(self) -> list[_Due]:
         """What there is to tell; events that nobody wants to hear of are passed over here."""
+        self.meet()
         found, cursors = [], self._events.cursors()
         for channel in self._channels:
-            if channel.reader not in cursors:
-                self._events.move(channel.reader, self._events.newest_id())
-            elif not self._pauses(channel, cursors):
+            if not self._pauses(channel, cursors):
                 events = self._events.after(cursors[channel.reader].position)
                 wanted = [event for event in events if event.kind in self._kinds]
                 if wanted:
@@ -270,6 +279,17 @@ class Notifier:
         if failures == 0 or failures >= GIVE_UP_AFTER:
             self._events.move(due.channel.reader, due.upto)
         self._events.move(due.channel.failures, failures)
+
+
+def notifier_of(
+    settings: Settings, env: Mapping[str, str], database: Database, clock: Clock
+) -> Notifier | None:
+    """By the config; None where nobody is to be told. Raises ConfigError for a variable that is not set."""
+    channels = channels_of(settings, env)
+    if not channels:
+        return None
+    kinds, secrets = kinds_of(settings), secrets_of(channels, settings, env)
+    return Notifier(database, clock, ThreadPool(), channels=channels, kinds=kinds, secrets=secrets)
 
 
 def pause_s(failures: int) -> int:

@@ -135,3 +135,16 @@ avoided = Table(
     Column("reason", Text, nullable=False),
     Column("until_at", Moment, nullable=False),
 )
+# What a person wants to hear of when a price comes below a limit.
+alerts = Table(
+    "alerts",
+    metadata,
+    Column("id", Id, primary_key=True),
+    Column("created_at", Moment, nullable=False),
+    Column("wanted", Text, nullable=False),  # wanted.Wanted.kept
+    Column("usd_per_gpu_hour", Money, nullable=False),  # the limit
+    Column("is_below", Boolean, nullable=False, server_default=false()),  # since it was told; false = armed
+    Column("told", Integer, nullable=False, server_default="0"),  # how often
+    Column("told_at", Moment),  # NULL = never
+    sqlite_autoincrement=True,  # an event names an alert: no number comes twice
+)
