@@ -64,3 +64,10 @@ def test_nothing_else_hides_in_the_package():
     """A name that is not there says so."""
     with pytest.raises(AttributeError, match="has no attribute 'histry'"):
         gpubroker.histry  # noqa: B018
+
+
+def test_without_pandas_the_sentence_says_how_to_get_it(monkeypatch):
+    """It is an extra."""
+    monkeypatch.setattr("gpubroker.prices.frame.find_spec", lambda name: None)
+    with pytest.raises(BrokerError, match=r"pip install 'gpubroker\[pandas\]'"):
+        gpubroker.history("h100")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from gpubroker import config
@@ -50,8 +51,11 @@ def history(
 
     `gpu`, `provider`, `market` and `region` as on the command line, one or several; `since` and `until` "30d"
     or "2026-10-01"; `resample` "1h". `data`: "own" or "imported"; None = our own polls where there are any.
-    Raises gpubroker.errors.ConfigError for what is not understood, and where nothing was ever polled.
+    Raises gpubroker.errors.ConfigError for what is not understood, where nothing was ever polled, and without
+    pandas.
     """
+    if find_spec("pandas") is None:
+        raise ConfigError("gpubroker.history needs pandas: pip install 'gpubroker[pandas]'")
     settings, clock = config.load(), SystemClock()
     wanted = Wanted(
         gpus=tuple(parse_request(one) for one in _several(gpu)),
