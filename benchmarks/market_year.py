@@ -1,11 +1,11 @@
 """A made-up year of polls, as the database that polling it would have left: every 5 minutes 20,000 offers.
 
-    Market: who is listed at which price, poll by poll      write(): the same statements as Store.keep, in bulk
+    Market: who is listed at which price, poll by poll    write(): the statements of Store.keep, in bulk
 
-Of 200 machines that are listed one leaves at each poll and another one comes; 3 of 1,000 change their price; every
-ask has a new id. The market is half as big again as its list: a machine that leaves is rented out and comes
-back at the price that it had, but for one of a hundred, which is new (tests/test_market_year.py holds the
-database against one that Store.keep wrote).
+Of 200 machines that are listed one leaves at each poll and another one comes; 3 of 1,000 change their price;
+every ask has a new id. The market is half as big again as its list: a machine that leaves is rented out and
+comes back at the price that it had, but for one of a hundred, which is new. tests/test_market_year.py holds
+the database against one that Store.keep wrote.
 """
 
 from __future__ import annotations
@@ -18,10 +18,8 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from datetime import timedelta
 from decimal import Decimal
 from functools import cache
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -183,7 +181,7 @@ def _offer(machine: int, usd_micros: int, product: int, rate: int, listing_id: s
 def year(share: float, offers: int = 20_000) -> Path:
     """A SQLite file with this share of a year, up to the last midnight.
 
-    It is made once a process and deleted at its end; in the folder $GPUBROKER_BENCHMARKS it is kept for others.
+    It is made once a process and deleted at its end; in the folder $GPUBROKER_BENCHMARKS it is kept.
     """
     return _made(Size(polls=int(Size().polls * share), offers=offers))
 
@@ -327,9 +325,14 @@ class _Writer:
         keys = (self._product_ids[product] << 32) + usd
         found, place = np.unique(keys[n > 0], return_inverse=True)
         totals = np.bincount(place, weights=n[n > 0]).astype(np.int64)
-        columns = (found >> 32, np.full_like(found, day), found & 0xFFFF_FFFF, totals)
-        rows = list(zip(*(column.tolist() for column in columns), strict=True))
-        self._connection.executemany("INSERT INTO daily VALUES (?, ?, ?, ?)", rows)
+        product_ids, begins = np.unique(found >> 32, return_index=True)
+        rows = [
+            (product_id, day, np.concatenate((usd & 0xFFFF_FFFF, counts)).tobytes())
+            for product_id, usd, counts in zip(
+                product_ids.tolist(), np.split(found, begins[1:]), np.split(totals, begins[1:]), strict=True
+            )
+        ]
+        self._connection.executemany("INSERT INTO daily VALUES (?, ?, ?)", rows)
         self._ended.clear()
 
     def _finish(self, scope: str, poll: int, opened: list[int]) -> None:
@@ -346,7 +349,7 @@ class _Writer:
             self._market.usd_micros[machines],
         )
         rows = zip(*(column.tolist() for column in columns), strict=True)
-        sql = "INSERT INTO latest (offer_id, product_id, machine_id, rates_id, usd_per_hour) VALUES (?, ?, ?, ?, ?)"
+        sql = "INSERT INTO latest VALUES (?, ?, ?, ?, ?, NULL)"
         self._connection.executemany(sql, [(a, b, str(c), d, e) for a, b, c, d, e in rows])
         sql = "INSERT INTO coverage VALUES (?, ?, (SELECT max(id) FROM polls))"
         self._connection.execute(sql, (PROVIDER, scope))

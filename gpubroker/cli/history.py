@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
 from gpubroker import config
-from gpubroker.cli import plot_history
 from gpubroker.cli.options import Duration, format_option
-from gpubroker.cli.past import polled, where_options
-from gpubroker.cli.plot_history import Line
+from gpubroker.cli.past import answer, where_options
 from gpubroker.cli.render import console, dollars, iso, print_csv, print_json, say, table
 from gpubroker.doors import SystemClock
 from gpubroker.errors import ConfigError
 from gpubroker.money import from_micros
 from gpubroker.prices import history as prices
 from gpubroker.prices.daily import Where
+from gpubroker.prices.fastread import Run
 from gpubroker.prices.history import DIMENSIONS, STATS, Dimension, Group, Point, Query, Stat
 from gpubroker.prices.rows import DAY_S, HOUR_S
-from gpubroker.prices.store import Store
 
 _USUAL_STATS: tuple[Stat, ...] = ("min", "p50", "max")
 # Finer points than days for a range that is shorter than this.
@@ -81,6 +79,8 @@ def history(
     begin, end = _range(since, until, clock.now())
     bucket_s = resample or (DAY_S if end - begin > _FEW_DAYS * DAY_S else HOUR_S)
     if plot is not None:
+        from gpubroker.cli import plot_history
+
         plot_history.check(plot)
         stats, by = (*(stats or ("p50",))[:1], "available"), ("provider", "market")
     query = Query(
@@ -91,9 +91,14 @@ def history(
         by=by or ("provider", "market"),
         stats=stats or _USUAL_STATS,
     )
-    with polled(settings, clock) as store:
-        points, source = _points(store, query, data)
-        whole = _whole(store, query, source) if output == "table" and plot is None else {}
+
+    def found(run: Run) -> tuple[list[Point], str, dict[Group, Point]]:
+        points, source = _points(run, query, data)
+        return points, source, _whole(run, query, source) if output == "table" and plot is None else {}
+
+    # As a quote: it builds many small objects and ends, and the collector would walk them again and again.
+    gc.disable()
+    points, source, whole = answer(settings, clock, found)
     if not points:
         raise ConfigError(
             "nothing was seen of that: gpubroker poll asks for prices, gpubroker offers has what is"
@@ -132,17 +137,15 @@ def _moment(text: str, now: datetime, option: str) -> datetime:
     return now - timedelta(seconds=ago_s)
 
 
-def _points(store: Store, query: Query, data: str | None) -> tuple[list[Point], str]:
-    with store.database.read() as connection:
-        run = partial(store.database.run, connection)
-        if data != "imported" and (found := prices.own(run, query)):
-            return found, "own"
-        return ([], "own") if data == "own" else (prices.imported(run, query), "imported")
+def _points(run: Run, query: Query, data: str | None) -> tuple[list[Point], str]:
+    if data != "imported" and (found := prices.own(run, query)):
+        return found, "own"
+    return ([], "own") if data == "own" else (prices.imported(run, query), "imported")
 
 
-def _whole(store: Store, query: Query, source: str) -> dict[Group, Point]:
+def _whole(run: Run, query: Query, source: str) -> dict[Group, Point]:
     """The same figures over all of the range."""
-    points, _ = _points(store, replace(query, bucket_s=None), source)
+    points, _ = _points(run, replace(query, bucket_s=None), source)
     return {point.group: point for point in points}
 
 
@@ -165,10 +168,12 @@ def _print(points: Sequence[Point], whole: dict[Group, Point], query: Query) -> 
 
 
 def _draw(points: Sequence[Point], query: Query, path: Path) -> None:
+    from gpubroker.cli import plot_history
+
     stat = query.stats[0]  # type: ignore[index]
     name = " / ".join(sorted(query.where.gpus or ()))
     lines = [
-        Line(
+        plot_history.Line(
             provider=group.provider,
             market=group.market,
             begins=[one.begin for one in mine],
