@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 
@@ -148,3 +150,20 @@ def test_now_is_cheap_when_it_never_was_so_before(ask):
     assert told["vast"]["by_hour_utc"][3] < 0.9
     assert told["vast"]["by_hour_utc"][15] > 1
     assert max(map(len, out.splitlines())) <= 100
+
+
+def test_history_and_now_read_a_sqlite_file_with_nothing_heavy(ask):
+    """SQLAlchemy and rich would take longer than they do."""
+    code = (
+        "import sys; from gpubroker.cli import main; print(main(sys.argv[1:]), *sys.modules, file=sys.stderr)"
+    )
+    for words in (("history", "--format", "csv"), ("now", "--format", "json")):
+        ran = subprocess.run(
+            [sys.executable, "-c", code, words[0], "--gpu", "h100", *words[1:]],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        status, *loaded = ran.stderr.split()
+        assert ("0", True) == (status, "2." in ran.stdout), ran.stderr
+        assert set() == {"sqlalchemy", "alembic", "rich", "requests", "numpy"} & set(loaded)

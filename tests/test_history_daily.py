@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from gpubroker.model import OfferQuery, Parsed
 from gpubroker.prices import daily
 from gpubroker.prices.daily import DAY_S, Where
+from gpubroker.prices.store import Store
 from tests.database import sweep
 from tests.support import EXAMPLES_FACTOR, NOW
 from tests.test_bill import offer
+from tests.test_measurements import migrated_to
 from tests.test_store_history import play, polls
 
 # Hours between polls, so that a sequence goes over several days.
@@ -32,7 +34,8 @@ def counted(store, where=ALL, begin=None, end=None):
         known = daily.products(run, where)
         found = Counter()
         for one in daily.counts(run, where, begin, end or begin + 40 * DAY_S):
-            found[known[one.product_id][:-1], one.begin // DAY_S, one.usd_micros] += one.n
+            for usd_micros, n in one.prices:
+                found[known[one.product_id][:-1], one.begin // DAY_S, usd_micros] += n
         return found
 
 
@@ -99,3 +102,27 @@ def test_a_database_from_before_is_caught_up_with_by_a_week_a_poll(clean):
         rolled.append(clean.counts()["daily"])
         assert before == counted(clean)
     assert [7, 14, 19, 19] == rolled
+
+
+def test_days_of_an_older_database_stay_what_they_were(empty_url, clock):
+    """Of a row a price, one is made for each product's day."""
+    with Store.open(empty_url, clock) as store:
+        migrated_to(store, "0008")
+        product = dict.fromkeys(daily.PRODUCT, "x") | {"gpu_count": 1, "vram_gib": 80, "preemptible": False}
+        with store.database.write() as connection:
+            marks = ", ".join("?" * len(product))
+            sql = f"INSERT INTO products ({', '.join(product)}) VALUES ({marks})"
+            store.database.run(connection, sql, tuple(product.values()))
+            sql = "INSERT INTO daily (product_id, day, usd_per_hour, n) VALUES (1, ?, ?, ?)"
+            store.database.run(connection, sql, [(7, 2_000_000, 3), (7, 10**12, 1), (9, 1, 2**31 - 1)])
+            store.database.run(connection, "INSERT INTO rolled (provider, until_day) VALUES ('x', 10)")
+        store.migrate()
+        found = counted(store, begin=7 * DAY_S, end=10 * DAY_S)
+    expected = {(7, 2_000_000): 3, (7, 10**12): 1, (9, 1): 2**31 - 1}
+    assert expected == {key[1:]: n for key, n in found.items()}
+
+
+@given(prices=st.dictionaries(st.integers(0, 2**62), st.integers(1, 2**62), min_size=1))
+def test_packed_prices_come_back(prices):
+    """In order, each with its count."""
+    assert list(prices.items()) == list(daily.unpacked(daily.packed(prices.items())))

@@ -179,3 +179,9 @@ def test_daily_medians_of_the_public_history_are_those_of_pandas(store):
             stats=("p50",),
         )
         assert expected == {one.begin: one.figures["p50"] for one in points if "p50" in one.figures}
+
+
+@given(usd_micros=st.integers(0, 10**13), gpu_count=st.integers(1, 1024))
+def test_the_price_for_one_gpu_is_rounded_once_and_half_to_even(usd_micros, gpu_count):
+    """As all money is."""
+    assert round(Fraction(usd_micros, gpu_count)) == history.for_one(usd_micros, gpu_count)

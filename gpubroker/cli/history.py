@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
 from gpubroker import config
-from gpubroker.cli import plot_history, plot_terminal
 from gpubroker.cli.options import Duration, format_option
-from gpubroker.cli.past import polled, where_options
-from gpubroker.cli.plot_history import Line
+from gpubroker.cli.past import answer, where_options
 from gpubroker.cli.render import console, dollars, iso, print_csv, print_json, say, table
 from gpubroker.doors import SystemClock
 from gpubroker.errors import ConfigError
@@ -24,9 +22,9 @@ from gpubroker.money import from_micros
 from gpubroker.prices import asked
 from gpubroker.prices.asked import Data, column
 from gpubroker.prices.daily import Where
+from gpubroker.prices.fastread import Run
 from gpubroker.prices.history import DIMENSIONS, STATS, Dimension, Group, Point, Query, Stat
 from gpubroker.prices.rows import DAY_S
-from gpubroker.prices.store import Store
 
 _HERE = Path("-")
 _BARS = "▁▂▃▄▅▆▇█"
@@ -80,6 +78,8 @@ def history(
     settings, clock = config.load(), SystemClock()
     if plot is not None:
         if plot != _HERE:
+            from gpubroker.cli import plot_history
+
             plot_history.check(plot)
         stats, by = (*(stats or ("p50",))[:1], "available"), ()
     query = asked.query(
@@ -91,9 +91,14 @@ def history(
         by=by or asked.USUAL_BY,
         stats=stats or asked.USUAL_STATS,
     )
-    with polled(settings, clock) as store:
-        points, source = _answer(store, query, data)
-        whole = _whole(store, query, source) if output == "table" and plot is None else {}
+
+    def found(run: Run) -> tuple[list[Point], Data, dict[Group, Point]]:
+        points, source = asked.answer(run, query, data)
+        return points, source, _whole(run, query, source) if output == "table" and plot is None else {}
+
+    # As a quote: it builds many small objects and ends, and the collector would walk them again and again.
+    gc.disable()
+    points, source, whole = answer(settings, clock, found)
     if not points:
         raise ConfigError(
             "nothing was seen of that: gpubroker poll asks for prices, gpubroker offers has what is"
@@ -109,14 +114,9 @@ def history(
         _print_points(points, query, source, output)
 
 
-def _answer(store: Store, query: Query, data: Data | None) -> tuple[list[Point], Data]:
-    with store.database.read() as connection:
-        return asked.answer(partial(store.database.run, connection), query, data)
-
-
-def _whole(store: Store, query: Query, source: Data) -> dict[Group, Point]:
+def _whole(run: Run, query: Query, source: Data) -> dict[Group, Point]:
     """The same figures over all of the range."""
-    points, _ = _answer(store, replace(query, bucket_s=None), source)
+    points, _ = asked.answer(run, replace(query, bucket_s=None), source)
     return {point.group: point for point in points}
 
 
@@ -139,10 +139,12 @@ def _print(points: Sequence[Point], whole: dict[Group, Point], query: Query) -> 
 
 
 def _draw(points: Sequence[Point], query: Query, path: Path) -> None:
+    from gpubroker.cli import plot_history
+
     stat = query.stats[0]  # type: ignore[index]
     name = " / ".join(sorted(query.where.gpus or ()))
     lines = [
-        Line(
+        plot_history.Line(
             provider=group.provider,
             market=group.market,
             begins=[one.begin for one in mine],
@@ -154,6 +156,8 @@ def _draw(points: Sequence[Point], query: Query, path: Path) -> None:
     ]
     drawn, title, bucket_s = plot_history.fewest(lines), f"{name}: {stat} price", query.bucket_s or DAY_S
     if path == _HERE:
+        from gpubroker.cli import plot_terminal
+
         width = console().width
         title = f"{title}, $ for one GPU-hour"
         console().print(plot_terminal.picture(drawn, title, bucket_s, width), soft_wrap=True)

@@ -5,23 +5,22 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import click
 
 from gpubroker import config
 from gpubroker.cli.options import format_option
-from gpubroker.cli.past import polled, where_options
+from gpubroker.cli.past import answer, where_options
 from gpubroker.cli.render import console, dollars, print_json, say, table
 from gpubroker.doors import SystemClock
 from gpubroker.errors import ConfigError
 from gpubroker.money import from_micros
 from gpubroker.prices import daily
 from gpubroker.prices.cheapest import Priced, Rhythm, Standing, Step, rhythm, standing, steps
+from gpubroker.prices.fastread import Run
 from gpubroker.prices.history import for_one
 from gpubroker.prices.rows import DAY_S
-from gpubroker.prices.store import Store
 
 _DAYS = (7, 30, 90)
 # Of the time: at most so much of it was cheaper, or all but so much.
@@ -77,8 +76,7 @@ def now(
     """
     settings, clock = config.load(), SystemClock()
     end = int(clock.now().timestamp()) + 1
-    with polled(settings, clock) as store:
-        lines = _lines(store, where, end)
+    lines = answer(settings, clock, lambda run: _lines(run, where, end))
     if not lines:
         raise ConfigError("nothing was seen of that: gpubroker poll asks for prices, best from cron")
     if output == "json":
@@ -87,15 +85,13 @@ def now(
         _print(lines)
 
 
-def _lines(store: Store, where: daily.Where, end: int) -> list[_Line]:
+def _lines(run: Run, where: daily.Where, end: int) -> list[_Line]:
     begin = end - max(_DAYS) * DAY_S
-    with store.database.read() as connection:
-        run = partial(store.database.run, connection)
-        known, spans = daily.products(run, where), defaultdict[tuple[str, str], list[Priced]](list)
-        for span, product in daily.spans_within(run, where, known, begin, end):
-            usd = for_one(span.usd_micros, product.gpu_count)
-            until = end if span.until_at is None else span.until_at
-            spans[product.provider, product.market].append(Priced(usd, span.first_at, until))
+    known, spans = daily.products(run, where), defaultdict[tuple[str, str], list[Priced]](list)
+    for span, product in daily.spans_within(run, where, known, begin, end):
+        usd = for_one(span.usd_micros, product.gpu_count)
+        until = end if span.until_at is None else span.until_at
+        spans[product.provider, product.market].append(Priced(usd, span.first_at, until))
     found = []
     for (provider, market), mine in sorted(spans.items()):
         made = steps(mine, begin, end)

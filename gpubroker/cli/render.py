@@ -9,14 +9,17 @@ import sys
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from decimal import Decimal
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console, JustifyMethod
-from rich.table import Table
-from rich.text import Text
 
 from gpubroker.money import round_usd
+
+if TYPE_CHECKING:
+    # rich is imported where something is drawn: JSON and CSV do without.
+    from rich.console import Console, JustifyMethod
+    from rich.table import Table
+    from rich.text import Text
 
 WIDTH = 100
 _NARROWEST = 4
@@ -24,6 +27,8 @@ _NARROWEST = 4
 
 def console(*, stderr: bool = False) -> Console:
     """A console that is exactly 100 columns wide where nobody looks, and as wide as the terminal else."""
+    from rich.console import Console
+
     # No markup: a vendor's "[red]" is text.
     out = Console(stderr=stderr, highlight=False, markup=False)
     if not out.is_terminal:
@@ -37,6 +42,8 @@ def table(*columns: str, right: Sequence[str] = (), whole: Sequence[str] = ()) -
     Columns in `right` hold numbers and never wrap; those in `whole` do only where the terminal is narrower
     than 100 columns.
     """
+    from rich.table import Table
+
     made = Table(box=None, pad_edge=False, header_style="bold")
     is_narrow = console().width < WIDTH
     for name in columns:
@@ -63,6 +70,8 @@ def fitted(
 
     Half a figure is a wrong one.
     """
+    from rich.table import Table
+
     wide = [max((row[at].cell_len for row in rows), default=0) for at in range(len(columns))]
     wide = [max(one, len(name)) for one, name in zip(wide, columns, strict=True)]
     may = [at for at, name in enumerate(columns) if name in flexible]

@@ -12,6 +12,7 @@ from decimal import Decimal
 
 from gpubroker.gpus import GpuRequest
 from gpubroker.model import Market, Offer, Priced
+from gpubroker.places import lies_in
 from gpubroker.plan.bill import Bill, bill_for, checkpoint_fee_usd
 from gpubroker.plan.course import NO_RISK, Course, Risk, course_of, interruptions
 from gpubroker.plan.fees import FeeTable
@@ -20,14 +21,6 @@ from gpubroker.plan.work import Work
 
 OWN = "local"
 _FEW = 8
-# ISO 3166 codes of countries in Europe.
-_EUROPE = frozenset(
-    (
-        "ad", "al", "at", "ba", "be", "bg", "by", "ch", "cy", "cz", "de", "dk", "ee", "es", "fi", "fo", "fr",
-        "gb", "gg", "gi", "gr", "hr", "hu", "ie", "im", "is", "it", "je", "li", "lt", "lu", "lv", "mc", "md",
-        "me", "mk", "mt", "nl", "no", "pl", "pt", "ro", "rs", "se", "si", "sk", "sm", "ua", "uk", "va", "xk",
-    )
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -243,20 +236,8 @@ def _misfits(offer: Offer, ask: Ask) -> Iterator[str]:
 
 
 def in_region(offer: Offer, region: str) -> bool:
-    """Whether the offer lies in a region or in a part of it: us covers us-east-1, US and US-KS-2.
-
-    eu (or europe) also covers the country codes of Europe, by which vast names its hosts.
-    """
+    """Whether the offer lies in a region or in a part of it."""
     return lies_in((offer.region, offer.zone, *offer.details.get("data_centers", "").split(",")), region)
-
-
-def lies_in(named: Iterable[str], region: str) -> bool:
-    """The same for what a place is called."""
-    wanted = "eu" if region.lower() == "europe" else region.lower()
-    places = [place.strip().lower() for place in named]
-    if wanted == "eu" and any(place in _EUROPE or place.startswith(("europe", "eur-")) for place in places):
-        return True
-    return any(place == wanted or place.startswith(f"{wanted}-") for place in places)
 
 
 def merge(

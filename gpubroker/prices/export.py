@@ -100,7 +100,7 @@ def names_of(run: Run) -> Names:
 def all_spans(run: Run, where: Where) -> Iterator[list[Row]]:
     """Open ones too, in the order in which they ended, those that are open last."""
     text, values = where.sql()
-    ended = f"{_SPANS_SQL}{text} AND s.until_at IS NOT NULL ORDER BY s.until_at, s.id"
+    ended = f"{_SPANS_SQL}{text} AND s.until_at IS NOT NULL ORDER BY s.until_at, s.offer_id"
     yield from _batches(run(ended, values))
     yield from _batches(run(f"{_SPANS_SQL}{text} AND s.until_at IS NULL ORDER BY s.id", values))
 
@@ -114,7 +114,7 @@ def ended_spans(run: Run, which: Range) -> Iterator[list[Row]]:
     if not parts:
         return
     least = min(which.after.get(provider, 0) for provider in which.up_to)
-    sql = f"{_SPANS_SQL} AND s.until_at > ? AND ({' OR '.join(parts)}) ORDER BY s.until_at, s.id"
+    sql = f"{_SPANS_SQL} AND s.until_at > ? AND ({' OR '.join(parts)}) ORDER BY s.until_at, s.offer_id"
     yield from _batches(run(sql, (least, *values)))
 
 

@@ -1,6 +1,7 @@
-"""The quote's way to the store: reads the SQLite file with sqlite3 alone, because importing SQLAlchemy takes
+"""The short way to the store, for quotes and the history: reads the SQLite file with sqlite3 alone, because
 
-longer than the whole quote may. Store.snapshot runs the same `read` over its own connection.
+importing SQLAlchemy takes longer than such a command may. Store.snapshot runs the same `read` over its own
+connection.
 """
 
 from __future__ import annotations
@@ -10,11 +11,10 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from gpubroker.model import Priced
 from gpubroker.money import SECONDS_PER_HOUR
-from gpubroker.plan.hazard import Exposure
 from gpubroker.prices.polls import COVERAGE_SQL, Coverage, ProviderState, kept_of, state_of
 from gpubroker.prices.rows import (
     NOTHING,
@@ -27,6 +27,10 @@ from gpubroker.prices.rows import (
     offer_of,
 )
 
+if TYPE_CHECKING:
+    from gpubroker.plan.hazard import Exposure
+
+T = TypeVar("T")
 # Runs SQL with ? for its values.
 Run = Callable[[str, tuple[Any, ...]], Iterable[Sequence[Any]]]
 
@@ -67,8 +71,19 @@ class Snapshot:
     exposures: tuple[Exposure, ...]  # of our own nodes, whatever their GPU, and of what was listed of these
 
 
+def sqlite_path(db_url: str) -> str | None:
+    """The file of this database; None = it is on a server."""
+    path = db_url.removeprefix("sqlite:///")
+    return None if path == db_url else path
+
+
 def snapshot(path: str | Path, gpus: Collection[str] | None) -> Snapshot | None:
-    """Current offers of these GPUs (None = every one) from a SQLite file.
+    """Current offers of these GPUs (None = every one) from a SQLite file; else as `ask`."""
+    return ask(path, lambda run: read(run, gpus))
+
+
+def ask(path: str | Path, question: Callable[[Run], T]) -> T | None:
+    """What a question finds in a SQLite file, at one moment.
 
     None when there is no such file, when its schema is not this code's, and when anything at all goes wrong:
     Store knows what to do then, and says why.
@@ -78,19 +93,19 @@ def snapshot(path: str | Path, gpus: Collection[str] | None) -> Snapshot | None:
     wal = Path(f"{path}-wal")
     modes = ("mode=ro",) if wal.exists() and wal.stat().st_size else ("mode=ro", "mode=ro&immutable=1")
     for mode in modes:
-        found = _snapshot(f"{Path(path).absolute().as_uri()}?{mode}", gpus)
+        found = _ask(f"{Path(path).absolute().as_uri()}?{mode}", question)
         if found is not None:
             return found
     return None
 
 
-def _snapshot(uri: str, gpus: Collection[str] | None) -> Snapshot | None:
+def _ask(uri: str, question: Callable[[Run], T]) -> T | None:
     try:
         with closing(sqlite3.connect(uri, uri=True, timeout=1, isolation_level=None)) as connection:
             connection.execute("BEGIN")
             if connection.execute("SELECT version_num FROM alembic_version").fetchone() != (REVISION,):
                 return None
-            return read(connection.execute, gpus)
+            return question(connection.execute)
     except (sqlite3.Error, ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
         return None
 
@@ -119,6 +134,8 @@ def read(run: Run, gpus: Collection[str] | None) -> Snapshot:
 
 
 def _exposure_of(row: Sequence[Any], *, is_listed: bool) -> Exposure:
+    from gpubroker.plan.hazard import Exposure
+
     # PostgreSQL adds whole numbers up as Decimal.
     kind = dict(zip(("provider", "gpu", "region", "market"), row[:4], strict=True))
     hours = float(row[5]) / SECONDS_PER_HOUR

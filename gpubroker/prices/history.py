@@ -102,10 +102,11 @@ def own(run: Run, query: Query) -> list[Point]:
     known = daily.products(run, query.where)
     buckets: _Buckets = defaultdict(_Bucket)
     if query.goes_by_days:
+        groups = {product_id: _group(query, product) for product_id, product in known.items()}
         for one in daily.counts(run, query.where, query.begin, query.end):
-            product = known[one.product_id]
-            bucket = buckets[query.bucket(one.begin), _group(query, product)]
-            bucket.counted.append((for_one(one.usd_micros, product.gpu_count), one.n))
+            bucket = buckets[query.bucket(one.begin), groups[one.product_id]]
+            count = known[one.product_id].gpu_count
+            bucket.counted += [(for_one(usd, count), n) for usd, n in one.prices] if count > 1 else one.prices
     else:
         for provider in sorted({product.provider for product in known.values()}):
             _from_spans(run, query, provider, known, buckets)
@@ -175,8 +176,9 @@ def _product(
 
 
 def for_one(usd_micros: int, gpu_count: int) -> int:
-    """Of the price of a node: for one of its GPUs."""
-    return usd_micros if gpu_count == 1 else round(Fraction(usd_micros, gpu_count))
+    """Of the price of a node: for one of its GPUs, a half to the even micro-dollar."""
+    whole, rest = divmod(usd_micros, gpu_count)
+    return whole + (2 * rest > gpu_count or (2 * rest == gpu_count and whole % 2))
 
 
 def _points(query: Query, buckets: _Buckets) -> Iterator[Point]:

@@ -180,19 +180,14 @@ def open_context(
 
 def _read(settings: Settings, names: Collection[str] | None) -> fastread.Snapshot | None:
     """The store as it is, the cheap way; None when there is none yet, or only the dear way can tell."""
-    path = _sqlite_path(settings)
+    path = fastread.sqlite_path(settings.db_url)
     return None if path is None else fastread.snapshot(path, names)
 
 
 def _may_exist(settings: Settings) -> bool:
     """Whether a store may be there that the cheap way could not read."""
-    path = _sqlite_path(settings)
+    path = fastread.sqlite_path(settings.db_url)
     return path is None or Path(path).exists()
-
-
-def _sqlite_path(settings: Settings) -> str | None:
-    path = settings.db_url.removeprefix("sqlite:///")
-    return None if path == settings.db_url else path
 
 
 def _due(

@@ -20,7 +20,7 @@ class Prices:
             if n > 0:
                 totals[usd_micros] = totals.get(usd_micros, 0) + n
         self._prices: Sequence[int] = sorted(totals)
-        self._up_to: Sequence[int] = list(accumulate(totals[price] for price in self._prices))
+        self._up_to: Sequence[int] = list(accumulate(map(totals.__getitem__, self._prices)))
 
     @property
     def n(self) -> int:

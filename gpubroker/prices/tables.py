@@ -17,6 +17,7 @@ from sqlalchemy import (
     ForeignKey,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     Table,
     Text,
@@ -154,7 +155,7 @@ spans = Table(
     Column("first_at", Moment, nullable=False),
     Column("until_at", Moment),  # exclusive; NULL = open
     Index("ix_spans_offer", "offer_id", "first_at"),
-    Index("ix_spans_until", "until_at"),
+    Index("ix_spans_until", "until_at", "offer_id"),
     Index(
         "ix_spans_open",
         "offer_id",
@@ -164,14 +165,14 @@ spans = Table(
     ),
 )
 
-# Spans and polls of the days that are over, counted (daily.py): day = seconds since 1970 // 86400.
+# Spans and polls of the days that are over, counted (daily.py): day = seconds since 1970 // 86400. `prices`
+# is daily.packed: each price in micro-dollars with its observations (an offer at a poll is one).
 daily = Table(
     "daily",
     metadata,
     Column("product_id", BigInteger, ForeignKey("products.id"), primary_key=True, autoincrement=False),
     Column("day", Integer, primary_key=True, autoincrement=False),
-    Column("usd_per_hour", Money, primary_key=True, autoincrement=False),
-    Column("n", Integer, nullable=False),  # observations: an offer at a poll is one
+    Column("prices", LargeBinary, nullable=False),
     sqlite_with_rowid=False,
 )
 

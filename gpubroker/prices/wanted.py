@@ -9,7 +9,7 @@ from typing import Any
 
 from gpubroker.gpus import GpuRequest, parse_request
 from gpubroker.model import Market, Offer
-from gpubroker.plan.rank import lies_in
+from gpubroker.places import lies_in
 from gpubroker.prices.daily import Product, Where
 
 
