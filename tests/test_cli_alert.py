@@ -68,6 +68,11 @@ def test_an_alert_is_made_listed_and_taken_away(ask):
         pytest.param(("--gpu", "h100", "--below", "cheap"), "'cheap' is not a number", id="no number"),
         pytest.param(("--gpu", "h100", "--below", "0.00000012"), "finer than a millionth", id="too fine"),
         pytest.param(("--gpu", "h900", "--below", "1"), "no GPU is called 'h900'", id="no such GPU"),
+        pytest.param(
+            ("--gpu", "h100", "--below", "1", "--provider", "vats"),
+            "no provider is called 'vats'",
+            id="nobody",
+        ),
     ],
 )
 def test_what_cannot_be_an_alert_is_refused(ask, words, sentence):
@@ -193,6 +198,8 @@ def test_each_fall_below_the_limit_is_one_message(ask, monkeypatch, tmp_path):
         dear = at.cheapest()
         at.run("alert", "rm", "1")
         limit = f"{dear * Decimal('0.8'):.6f}"
+        assert "below it already" in at.run(*ADD[:2], "--gpu", "4090", "--market", "spot", "--below", "99")
+        at.run("alert", "rm", "2")
         at.run(*ADD[:2], "--gpu", "4090", "--market", "spot", "--below", limit)
 
         def poll():

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from gpubroker import config
-from gpubroker.cli.options import Amount, format_option
+from gpubroker.cli.options import Amount, format_option, refuse_unknown
 from gpubroker.cli.past import wanted_options
 from gpubroker.cli.render import age, console, iso, print_csv, print_json, say, table
 from gpubroker.config import Settings
@@ -70,6 +70,7 @@ def add(*, wanted: Wanted, limit: Decimal, output: str) -> None:
     """
     if limit % MICRO:
         raise click.UsageError(f"--below: {limit} is finer than a millionth of a dollar")
+    refuse_unknown(wanted.providers)
     with _opened() as (settings, store, clock):
         alerts = Alerts(store.database, clock)
         made, is_new = alerts.add(wanted, round_usd(limit))
@@ -81,7 +82,11 @@ def add(*, wanted: Wanted, limit: Decimal, output: str) -> None:
         if found.cheapest is None:
             say("None is known now: gpubroker poll asks for prices, gpubroker schedule install for good.")
         else:
-            say(f"The cheapest now: {usd(found.cheapest.usd_per_gpu_hour)} at {_where(found.cheapest)}.")
+            is_crossed = made.is_crossed_by(found.cheapest) and not made.is_below
+            soon = ", below it already: the next poll tells you" if is_crossed else ""
+            say(
+                f"The cheapest now: {usd(found.cheapest.usd_per_gpu_hour)} at {_where(found.cheapest)}{soon}."
+            )
         _say_who_hears(settings)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from decimal import Decimal, InvalidOperation
 from typing import Any, TypeVar
 
@@ -120,6 +120,16 @@ class Lower(click.ParamType[str]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """See click."""
         return str(value).strip().lower()
+
+
+def refuse_unknown(providers: Iterable[str]) -> None:
+    """Raises ConfigError for one that is not installed."""
+    from gpubroker.provider import names
+
+    known = names()
+    for name in providers:
+        if name not in known:
+            raise ConfigError(f"no provider is called {name[:60]!r}; installed: {', '.join(known)}")
 
 
 def format_option(*formats: str) -> Callable[[F], F]:

@@ -10,7 +10,7 @@ import click
 
 from gpubroker import config
 from gpubroker.cli import alerting
-from gpubroker.cli.options import Duration, GpuName, format_option
+from gpubroker.cli.options import Duration, GpuName, format_option, refuse_unknown
 from gpubroker.cli.render import console, print_csv, print_json, say, table
 from gpubroker.doors import SystemClock
 from gpubroker.errors import BrokerError, ConfigError
@@ -54,13 +54,10 @@ def poll_command(
     at (gpubroker alert), and what has happened is sent to where [notify] in the config says.
     """
     settings = config.load()
-    known = installed()
-    for name in providers:
-        if name not in known:
-            raise ConfigError(f"no provider is called {name!r}; installed: {', '.join(known)}")
+    refuse_unknown(providers)
     if every is not None and every < 30:
         raise ConfigError("--every: less than 30s would only meet the vendors' rate limits")
-    wanted = list(providers) or [name for name in known if name not in settings.disabled_providers]
+    wanted = list(providers) or [name for name in installed() if name not in settings.disabled_providers]
     query = OfferQuery(
         gpus=frozenset().union(*(g.names for g in gpus)) if gpus else None, verified_only=not any_host
     )
