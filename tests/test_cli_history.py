@@ -119,6 +119,7 @@ def test_a_picture_is_drawn_in_the_terminal(ask):
         pytest.param(
             ("--since", "2020-01-02", "--until", "2020-01-01"), "not before --until", id="backwards"
         ),
+        pytest.param(("--plot", "-", "--stat", "n"), "draws a price over time, and n is none", id="no price"),
         pytest.param(("--plot", "x.gif"), "the name must end in .png", id="no such picture"),
         pytest.param(("--plot", "nowhere/x.png"), "there is no such folder", id="no folder"),
         pytest.param(("--provider", "nobody"), "nothing was seen of that", id="nothing"),

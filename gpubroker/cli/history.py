@@ -77,6 +77,8 @@ def history(
     """
     settings, clock = config.load(), SystemClock()
     if plot is not None:
+        if stats and stats[0] in ("available", "n"):
+            raise click.UsageError(f"--plot draws a price over time, and {stats[0]} is none")
         if plot != _HERE:
             from gpubroker.cli import plot_history
 
