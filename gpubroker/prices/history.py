@@ -24,7 +24,7 @@ from gpubroker.prices.stats import Prices
 
 Stat = Literal["min", "p10", "p50", "p90", "max", "mean", "twap", "available", "n"]
 STATS: tuple[Stat, ...] = get_args(Stat)
-Dimension = Literal["provider", "market", "region", "gpu_count"]
+Dimension = Literal["provider", "market", "region", "gpu_count", "gpu", "form_factor"]
 DIMENSIONS: tuple[Dimension, ...] = get_args(Dimension)
 # What needs the spans themselves, and not only how often they were seen.
 _BY_TIME: frozenset[Stat] = frozenset({"twap", "available"})
@@ -43,6 +43,8 @@ class Group(NamedTuple):
     market: str = ""
     region: str = ""
     gpu_count: int = 0
+    gpu: str = ""
+    form_factor: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,14 +68,9 @@ class Query:
         """When the bucket of this second begins."""
         return self.begin if self.bucket_s is None else at - (at % self.bucket_s)
 
-    def group(self, provider: str, market: str, region: str, gpu_count: int) -> Group:
+    def group(self, product: Product) -> Group:
         """As far as it is asked for."""
-        return Group(
-            provider if "provider" in self.by else "",
-            market if "market" in self.by else "",
-            region if "region" in self.by else "",
-            gpu_count if "gpu_count" in self.by else 0,
-        )
+        return Group(**{name: getattr(product, name) for name in self.by})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +99,7 @@ def own(run: Run, query: Query) -> list[Point]:
     known = daily.products(run, query.where)
     buckets: _Buckets = defaultdict(_Bucket)
     if query.goes_by_days:
-        groups = {product_id: _group(query, product) for product_id, product in known.items()}
+        groups = {product_id: query.group(product) for product_id, product in known.items()}
         for one in daily.counts(run, query.where, query.begin, query.end):
             bucket = buckets[query.bucket(one.begin), groups[one.product_id]]
             count = known[one.product_id].gpu_count
@@ -125,7 +122,7 @@ def imported(run: Run, query: Query) -> list[Point]:
             series[series_id] = one if query.where.wants is None or query.where.wants(one) else None
         if (product := series[series_id]) is None:
             continue
-        bucket = buckets[query.bucket(at), _group(query, product)]
+        bucket = buckets[query.bucket(at), query.group(product)]
         if usd_micros is not None:
             bucket.counted.append((for_one(usd_micros, product.gpu_count), 1))
         if available is not None:
@@ -140,7 +137,7 @@ def _from_spans(run: Run, query: Query, provider: str, known: dict[int, Product]
     where = replace(query.where, providers={provider})
     for span, product in daily.spans_within(run, where, known, query.begin, query.end):
         kind = span.kind(product)
-        group, usd = _group(query, product), for_one(span.usd_micros, product.gpu_count)
+        group, usd = query.group(product), for_one(span.usd_micros, product.gpu_count)
         last = query.end if span.until_at is None else min(span.until_at, query.end)
         for begin, end in _parts(query, max(span.first_at, query.begin), last):
             bucket = buckets[query.bucket(begin), group]
@@ -151,7 +148,7 @@ def _from_spans(run: Run, query: Query, provider: str, known: dict[int, Product]
     if "available" in query.stats:
         for product in known.values():
             if product.provider == provider:
-                group = _group(query, product)
+                group = query.group(product)
                 for at in seen.moments(Kind(product.gpu, product.market, None)):
                     buckets[query.bucket(at), group].looks.add(at)
 
@@ -162,10 +159,6 @@ def _parts(query: Query, begin: int, end: int) -> Iterator[tuple[int, int]]:
         until = end if query.bucket_s is None else min(end, query.bucket(begin) + query.bucket_s)
         yield begin, until
         begin = until
-
-
-def _group(query: Query, product: Product) -> Group:
-    return query.group(product.provider, product.market, product.region, product.gpu_count)
 
 
 def _product(
