@@ -5,6 +5,7 @@ import logging
 import subprocess
 import sys
 from datetime import UTC, datetime
+from importlib import import_module
 
 import pytest
 
@@ -445,6 +446,7 @@ def test_apprise_brings_the_message_as_it_is():
 )
 def test_a_server_that_does_not_take_it_is_a_failure_without_a_word(answer, caplog, capfd):
     """apprise's own words would quote the address."""
+    import_module("apprise")  # which has words of its own when it is first imported
     caplog.set_level(logging.DEBUG, "apprise")
     with vendor({("POST", "/s3cretT0ken"): answer}) as server:
         url = f"{server.url.replace('http', 'json')}/s3cretT0ken?rto=0.2"
