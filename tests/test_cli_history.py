@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
@@ -25,14 +26,13 @@ def price(hour):
     return usd / 2 if hour >= HOURS - 24 else usd
 
 
-@pytest.fixture
-def ask(tmp_path, monkeypatch, capsys):
-    """`ask(*words)` -> exit code, what was printed, what was said; after twenty days of polls."""
-    url = f"sqlite:///{tmp_path}/p.db"
-    monkeypatch.setenv("GPUBROKER_DB_URL", url)
+@pytest.fixture(scope="module")
+def twenty_days(tmp_path_factory):
+    """The database of somebody who polled for twenty days."""
+    path = tmp_path_factory.mktemp("polled") / "p.db"
     midnight = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
     clock = FakeClock(midnight - timedelta(hours=HOURS))
-    with Store.open(url, clock) as store:
+    with Store.open(f"sqlite:///{path}", clock) as store:
         store.migrate()
         for hour in range(0, HOURS, EVERY_H):
             dear = offer(provider="lambda", market="on_demand", usd_per_hour=Decimal(24), gpu_count=8)
@@ -41,6 +41,14 @@ def ask(tmp_path, monkeypatch, capsys):
                 poll = store.begin_poll(one.provider, OfferQuery())
                 store.keep(poll, Parsed(offers=(one,) if hour % 48 or one is dear else ()))
             clock.advance(EVERY_H * 3600)
+    return path
+
+
+@pytest.fixture
+def ask(twenty_days, tmp_path, monkeypatch, capsys):
+    """`ask(*words)` -> exit code, what was printed, what was said; after twenty days of polls."""
+    shutil.copy(twenty_days, tmp_path / "p.db")
+    monkeypatch.setenv("GPUBROKER_DB_URL", f"sqlite:///{tmp_path}/p.db")
 
     def _ask(*words):
         capsys.readouterr()

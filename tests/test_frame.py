@@ -8,7 +8,7 @@ import pytest
 
 import gpubroker
 from gpubroker.errors import BrokerError
-from tests.test_cli_history import ask  # noqa: F401
+from tests.test_cli_history import ask, twenty_days  # noqa: F401
 
 pd = pytest.importorskip("pandas")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import SHARED
-from tests.test_cli_history import ask  # noqa: F401
+from tests.test_cli_history import ask, twenty_days  # noqa: F401
 
 NOTEBOOK = Path(__file__).parents[1] / "examples" / "market.ipynb"
 HISTORY = SHARED / "prices" / "history_public"
