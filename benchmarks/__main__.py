@@ -13,6 +13,10 @@ from benchmarks.backtest_greedy import backtest_greedy
 from benchmarks.checkpoint_pause import checkpoint_pause
 from benchmarks.checkpoint_publish import checkpoint_publish
 from benchmarks.harness import Result
+from benchmarks.history_bytes import history_bytes
+from benchmarks.history_export import history_export
+from benchmarks.history_memory import history_memory
+from benchmarks.history_p50 import history_p50
 from benchmarks.launch_overhead import launch_overhead
 from benchmarks.plan_coverage import plan_coverage
 from benchmarks.plan_rank import plan_rank
@@ -28,6 +32,10 @@ BENCHMARKS: dict[str, Callable[[bool], Result]] = {
     "backtest-greedy": backtest_greedy,
     "checkpoint-pause": checkpoint_pause,
     "checkpoint-publish": checkpoint_publish,
+    "history-bytes": history_bytes,
+    "history-export": history_export,
+    "history-memory": history_memory,
+    "history-p50": history_p50,
     "launch-overhead": launch_overhead,
     "plan-coverage": plan_coverage,
     "plan-rank": plan_rank,
@@ -42,7 +50,7 @@ BENCHMARKS: dict[str, Callable[[bool], Result]] = {
 
 @click.command()
 @click.argument("name", type=click.Choice(["all", *BENCHMARKS]), required=False)
-@click.option("--quick", is_flag=True, help="5 pairs instead of 15.")
+@click.option("--quick", is_flag=True, help="5 pairs instead of 15; history-*: a month, not a year.")
 @click.option("--list", "list_names", is_flag=True, help="Name the benchmarks.")
 @click.option("--format", "output", type=click.Choice(["table", "json"]), default="table")
 def run(name: str | None, *, quick: bool, list_names: bool, output: str) -> None:

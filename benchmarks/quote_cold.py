@@ -19,21 +19,21 @@ from gpubroker.provider import names
 OFFERS = 20_000
 H100 = 2_000
 LIMIT = 1.6
-_BASELINE = "import click, sqlalchemy, rich.table, rich.console"
+BASELINE = "import click, sqlalchemy, rich.table, rich.console"
 
 
 def quote_cold(quick: bool) -> Result:
     """Cold process, 20,000 current offers of which 2,000 are H100, fresh; 1.2 is the aim, 1.6 the limit."""
     with tempfile.TemporaryDirectory() as folder:
-        env = _clean_env(Path(folder))
+        env = clean_env(Path(folder))
         _fill(load(env))
         quote = [sys.executable, "-m", "gpubroker", "quote", "--gpu", "h100", "--hours", "8"]
-        baseline = [sys.executable, "-c", _BASELINE]
+        baseline = [sys.executable, "-c", BASELINE]
         timed = pairs(lambda: wall_s(quote, env), lambda: wall_s(baseline, env), 5 if quick else 15)
     return result("quote-cold", timed, LIMIT, offers=OFFERS, h100=H100)
 
 
-def _clean_env(folder: Path) -> dict[str, str]:
+def clean_env(folder: Path) -> dict[str, str]:
     """No accounts and no settings but the database; vendors at a port where nobody listens."""
     kept = {k: v for k, v in os.environ.items() if k in ("PATH", "LANG", "VIRTUAL_ENV", "PYTHONPATH")}
     homes = dict.fromkeys(("HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME"), str(folder))

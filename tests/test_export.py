@@ -7,9 +7,11 @@ import json
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from datetime import UTC, datetime
 from decimal import Decimal
 from functools import partial
@@ -19,9 +21,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from benchmarks.market_year import Size, write
 from gpubroker.cli import main
+from gpubroker.errors import StoreError
 from gpubroker.model import OfferQuery, Parsed
-from gpubroker.prices import export
+from gpubroker.prices import export, export_source
 from gpubroker.prices.daily import Where
 from gpubroker.prices.export import COLUMNS, Range, Row
 from gpubroker.prices.store import Store
@@ -168,6 +172,86 @@ def test_a_range_is_each_providers_own(store):
         rest = [row for b in export.ended_spans(run, Range(after=middle, up_to=up_to)) for row in b]
     assert every == [*first, *rest]
     assert 2 == len(first)
+
+
+@pytest.fixture(scope="module")
+def market(tmp_path_factory):
+    """A made-up market of a day, with open spans and more offers than a block of them has."""
+    path = tmp_path_factory.mktemp("market") / "p.db"
+    write(path, Size(polls=300, offers=400, new=0.5), int(NOW.timestamp()) // export.DAY_S * export.DAY_S)
+    return path
+
+
+@pytest.mark.parametrize(
+    "where", [Where(), Where(gpus={"H100", "CARD1"}, markets={"spot"}), Where(providers={"nobody"})]
+)
+def test_columns_are_the_rows_in_their_order(market, monkeypatch, where):
+    """Read by another process, whatever batches and blocks of offers are."""
+    pytest.importorskip("adbc_driver_sqlite", reason="needs the extra [parquet]")
+    monkeypatch.setattr(export_source, "BATCH", 100)
+    with Store.open(f"sqlite:///{market}", FakeClock()) as store, store.database.read() as connection:
+        expected = [
+            row for batch in export.all_spans(partial(store.database.run, connection), where) for row in batch
+        ]
+    found = [Row(**row) for batch in export_source.columns(market, where) for row in batch.to_pylist()]
+    assert expected == found
+    assert (0 == len(found)) is (where.providers is not None)
+
+
+def test_what_offers_are_is_read_in_blocks_of_which_few_are_kept(market, monkeypatch):
+    """Memory does not grow with all offers that a market ever had."""
+    pytest.importorskip("adbc_driver_sqlite", reason="needs the extra [parquet]")
+    monkeypatch.setattr(export_source, "_BLOCK", 16)
+    monkeypatch.setattr(export_source, "_BLOCKS", 3)
+    import adbc_driver_sqlite
+    import numpy as np
+    from adbc_driver_manager import AdbcConnection
+
+    with closing(sqlite3.connect(market)) as database:
+        expected = {
+            row[0]: row[1:] for row in database.execute("SELECT id, product_id, machine_id FROM offers")
+        }
+    ids = np.array([1, *random.Random(7).choices(sorted(expected), k=300), max(expected)])
+    with (
+        adbc_driver_sqlite.connect(f"{market.as_uri()}?mode=rw") as opened,
+        AdbcConnection(opened) as connection,
+    ):
+        offers = export_source._Offers(connection)
+        for some in np.split(ids, [2, 50, 51]):
+            product_ids, machine_ids = offers.of(some)
+            found = zip(product_ids.tolist(), machine_ids.to_pylist(), strict=True)
+            assert [expected[one] for one in some.tolist()] == list(found)
+            assert len(set(machine_ids.dictionary.to_pylist())) == len(machine_ids.dictionary)
+        assert 3 == len(offers._blocks)
+
+
+def test_a_reader_that_fails_is_one_sentence(tmp_path):
+    """And what it said is in it."""
+    pytest.importorskip("adbc_driver_sqlite", reason="needs the extra [parquet]")
+    (tmp_path / "photo.jpg").write_bytes(b"JFIF" * 1000)
+    with pytest.raises(StoreError, match=r"photo.jpg cannot be read: .*file is not a database"):
+        export_source.columns(tmp_path / "photo.jpg", Where())
+
+
+def test_rows_do_where_adbc_is_not_installed(market, tmp_path, monkeypatch, capsys):
+    """The file has the same in it."""
+    pq = pytest.importorskip("pyarrow.parquet", reason="needs the extra [parquet]")
+    monkeypatch.setenv("GPUBROKER_DB_URL", f"sqlite:///{market}")
+    for name, is_here in (("columns", export_source.is_here), ("rows", lambda: False)):
+        monkeypatch.setattr(export_source, "is_here", is_here)
+        assert 0 == main(["export", "--to", str(tmp_path / f"{name}.parquet")])
+    tables = [pq.read_table(tmp_path / f"{name}.parquet") for name in ("columns", "rows")]
+    assert tables[0].schema.equals(tables[1].schema, check_metadata=True)
+    assert tables[0].to_pylist() == tables[1].to_pylist()
+
+
+def test_a_server_sends_some_rows_at_a_time(store):
+    """All of them in memory would be as much as there is."""
+    with store.database.read() as connection:
+        sql = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < ?) SELECT i FROM n"
+        found = store.database.stream(connection, sql, (30_000,))
+        assert store.database.is_sqlite or "ServerCursor" == type(found.cursor).__name__
+        assert 30_000 == sum(1 for _ in found)
 
 
 # The command

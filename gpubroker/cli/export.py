@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -20,9 +19,10 @@ from gpubroker.errors import ConfigError
 from gpubroker.gpus import GpuRequest
 from gpubroker.model import Market
 from gpubroker.prices import export as files
+from gpubroker.prices import export_source
 from gpubroker.prices.daily import Where
 from gpubroker.prices.database import Database
-from gpubroker.prices.export import SUFFIXES, Kind, Names, Row, suffix_of
+from gpubroker.prices.export import SUFFIXES, Batch, Kind, Names, suffix_of
 from gpubroker.prices.exports import Exported, since_last
 
 _S3 = "s3://"
@@ -82,9 +82,7 @@ def export(
             providers=providers or None,
             markets=markets or None,
         )
-        with store.database.read() as connection:
-            run = partial(store.database.run, connection)
-            written = _whole(run, where, place, ending, is_folder=is_folder)
+        written = _whole(store.database, where, place, ending, is_folder=is_folder)
     _tell([Exported(number=0, files=written, was_cut_off=False)], place, output)
 
 
@@ -107,18 +105,29 @@ def sentence(runs: Sequence[Exported], place: str) -> str:
     )
 
 
-def _whole(run: Any, where: Where, place: str, ending: str, *, is_folder: bool) -> dict[str, int]:
-    names, spans = files.names_of(run), files.all_spans(run, where)
+def _whole(database: Database, where: Where, place: str, ending: str, *, is_folder: bool) -> dict[str, int]:
     kind, zipped = SUFFIXES[ending]
-    if place == "-":
-        return {"-": files.write_stream(sys.stdout.buffer, kind, zipped, spans, names)}
-    if not is_folder:
+
+    def write(spans: Iterable[Batch], names: Names) -> dict[str, int]:
+        if place == "-":
+            return {"-": files.write_stream(sys.stdout.buffer, kind, zipped, spans, names)}
+        if is_folder:
+            return {f"spans{ending}": _put(place, ending, f"spans{ending}", spans, names)}
         path = Path(place)
         return {path.name: files.write_file(path, kind, zipped, spans, names)}
-    return {f"spans{ending}": _put(place, ending, f"spans{ending}", spans, names)}
+
+    if kind == "parquet" and database.path is not None and export_source.is_here():
+        spans = export_source.columns(database.path, where)
+        # Products and terms are only ever added: what is read later has all that the spans name.
+        with database.read() as connection:
+            names = files.names_of(partial(database.run, connection))
+        return write(spans, names)
+    with database.read() as connection:
+        names = files.names_of(partial(database.run, connection))
+        return write(files.all_spans(partial(database.stream, connection), where), names)
 
 
-def _put(place: str, ending: str, name: str, batches: Iterable[Sequence[Row]], names: Names) -> int:
+def _put(place: str, ending: str, name: str, batches: Iterable[Batch], names: Names) -> int:
     """One file below a folder or a prefix."""
     kind, zipped = SUFFIXES[ending]
     if not place.startswith(_S3):
@@ -126,9 +135,7 @@ def _put(place: str, ending: str, name: str, batches: Iterable[Sequence[Row]], n
     return _put_s3(place, name, kind, zipped, batches, names)
 
 
-def _put_s3(
-    place: str, name: str, kind: Kind, zipped: bool, batches: Iterable[Sequence[Row]], names: Names
-) -> int:
+def _put_s3(place: str, name: str, kind: Kind, zipped: bool, batches: Iterable[Batch], names: Names) -> int:
     """Written here first: an object is whole or not there, too."""
     import boto3
     from boto3.exceptions import Boto3Error

@@ -38,6 +38,7 @@ from gpubroker.prices.rows import REVISION
 T = TypeVar("T")
 # Values or rows in one statement: SQLite allows 32766 values, PostgreSQL 65535.
 _CHUNK = 1000
+_ROWS_AT_A_TIME = 10_000
 # Files of held names, and the bytes of them that this process holds.
 _HELD_FILES: dict[Path, int] = {}
 _HELD: set[tuple[Path, int]] = set()
@@ -161,6 +162,12 @@ class Database:
         """Hand-written SQL with ? for values, as a CursorResult; a list of tuples runs it once for each."""
         driver_sql = sql if self.is_sqlite else sql.replace("?", "%s")
         return connection.exec_driver_sql(driver_sql, values if isinstance(values, tuple) else list(values))
+
+    def stream(self, connection: Connection, sql: str, values: tuple[Any, ...] = ()) -> Any:
+        """The same for more rows than fit into memory: some at a time, in a transaction that reads."""
+        driver_sql = sql if self.is_sqlite else sql.replace("?", "%s")
+        options = {"stream_results": True, "max_row_buffer": _ROWS_AT_A_TIME}
+        return connection.exec_driver_sql(driver_sql, values, execution_options=options)
 
     def now(self, connection: Connection) -> datetime:
         """By the clock that all users of this database share: the server's, or this machine's for a file."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, Protocol, TypeAlias
 
 from gpubroker.errors import ConfigError
 from gpubroker.money import from_micros
@@ -26,6 +26,9 @@ from gpubroker.node.store import sync_folder
 from gpubroker.prices.daily import Where, products
 from gpubroker.prices.fastread import Run
 from gpubroker.prices.rows import DAY_S, PRODUCT, RATES, moment
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 FORMAT = 1
 Kind = Literal["csv", "jsonl", "parquet"]
@@ -40,12 +43,16 @@ COLUMNS = (*PRODUCT, "machine_id", "usd_per_hour", *RATES, "first_at", "until_at
 USD = frozenset(name for name in COLUMNS if "usd" in name)
 MOMENTS = frozenset({"first_at", "until_at"})
 BOOLEANS = frozenset({"preemptible", "verified"})
-BATCH = 1 << 16
-_SPANS_SQL = """
-SELECT o.product_id, o.machine_id, s.rates_id, s.usd_per_hour, s.first_at, s.until_at
+BATCH = 1 << 15
+_FROM_SQL = """
 FROM spans s CROSS JOIN offers o CROSS JOIN products p
 WHERE o.id = s.offer_id AND p.id = o.product_id
 """
+_SPANS_SQL = f"""
+SELECT o.product_id, o.machine_id, s.rates_id, s.usd_per_hour, s.first_at, s.until_at {_FROM_SQL}
+"""
+# Without what an offer is: whoever reads this many rows looks that up once for all of an offer's.
+BARE_SQL = "SELECT s.offer_id, s.rates_id, s.usd_per_hour, s.first_at, s.until_at"
 
 
 class Row(NamedTuple):
@@ -70,10 +77,14 @@ class Range:
     up_to: Ended
 
 
+# Rows as they are read, or the same in columns of these names (export_source.py), for Parquet alone.
+Batch: TypeAlias = "Sequence[Row] | pa.RecordBatch"
+
+
 class Writer(Protocol):
     """One file."""
 
-    def write(self, rows: Sequence[Row]) -> None:
+    def write(self, rows: Batch) -> None:
         """In the order in which they come."""
 
     def close(self) -> None:
@@ -98,11 +109,15 @@ def names_of(run: Run) -> Names:
 
 
 def all_spans(run: Run, where: Where) -> Iterator[list[Row]]:
-    """Open ones too, in the order in which they ended, those that are open last."""
+    """Open ones too, in the order in which they began."""
     text, values = where.sql()
-    ended = f"{_SPANS_SQL}{text} AND s.until_at IS NOT NULL ORDER BY s.until_at, s.offer_id"
-    yield from _batches(run(ended, values))
-    yield from _batches(run(f"{_SPANS_SQL}{text} AND s.until_at IS NULL ORDER BY s.id", values))
+    yield from _batches(run(f"{_SPANS_SQL}{text} ORDER BY s.id", values))
+
+
+def bare_sql(where: Where) -> tuple[str, tuple[str, ...]]:
+    """The same spans in the same order, as BARE_SQL, with its values."""
+    text, values = where.sql()
+    return f"{BARE_SQL} {_FROM_SQL if text else 'FROM spans s'}{text} ORDER BY s.id", values
 
 
 def ended_spans(run: Run, which: Range) -> Iterator[list[Row]]:
@@ -146,7 +161,7 @@ def suffix_of(name: str) -> str:
     return max(found, key=len)
 
 
-def write_file(path: Path, kind: Kind, zipped: bool, batches: Iterable[Sequence[Row]], names: Names) -> int:
+def write_file(path: Path, kind: Kind, zipped: bool, batches: Iterable[Batch], names: Names) -> int:
     """Whole or not at all. Returns how many rows. Raises ConfigError where it cannot be written."""
     part = path.with_name(path.name + ".part")
     rows = 0
@@ -170,9 +185,7 @@ def write_file(path: Path, kind: Kind, zipped: bool, batches: Iterable[Sequence[
     return rows
 
 
-def write_stream(
-    file: BinaryIO, kind: Kind, zipped: bool, batches: Iterable[Sequence[Row]], names: Names
-) -> int:
+def write_stream(file: BinaryIO, kind: Kind, zipped: bool, batches: Iterable[Batch], names: Names) -> int:
     """To standard output, or any file that is open."""
     writer, rows = _writer(file, kind, zipped, names), 0
     for batch in batches:

@@ -1,6 +1,7 @@
 """Spans as Parquet, a row group a batch: columns are built by numpy and Arrow, not a value at a time.
 
-Money is decimal128(18, 6), moments timestamps in UTC. Needs the extra `parquet`.
+Money is decimal128(18, 6), moments timestamps in UTC. The least and the most of a row group are kept for
+moments and the price alone: of all others it has every one. Needs the extra `parquet`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from gpubroker.errors import ConfigError
-from gpubroker.prices.export import BOOLEANS, COLUMNS, FORMAT, MOMENTS, USD, Names, Row
+from gpubroker.prices.export import BOOLEANS, COLUMNS, FORMAT, MOMENTS, USD, Batch, Names, Row
 from gpubroker.prices.rows import PRODUCT, RATES
 
 _INTEGERS = frozenset({"gpu_count", "vram_gib", "billing_increment_s", "minimum_s", "disk_included_gb"})
@@ -27,27 +28,45 @@ class ParquetWriter:
         except ImportError as error:
             raise ConfigError("Parquet needs pyarrow: pip install 'gpubroker[parquet]'") from error
         self._pa = pa
+        pa.set_memory_pool(pa.system_memory_pool())  # Arrow's own one keeps what is freed: 40 MB
         fields = [pa.field(name, _type(pa, name)) for name in COLUMNS]
         about = {"gpubroker.format": str(FORMAT), "gpubroker.rows": "spans"}
         self._schema = pa.schema(fields, metadata=about)
-        self._file = pq.ParquetWriter(file, self._schema, compression="zstd")
+        self._file = pq.ParquetWriter(
+            file,
+            self._schema,
+            compression="zstd",
+            store_decimal_as_integer=True,
+            write_statistics=["usd_per_hour", *sorted(MOMENTS)],
+        )
         self._products = _Table(pa, PRODUCT, names.products)
         self._rates = _Table(pa, RATES, names.rates)
 
-    def write(self, rows: Sequence[Row]) -> None:
+    def write(self, rows: Batch) -> None:
         """One row group."""
         pa = self._pa
-        product_ids, machine_ids, rates_ids, usd, first_at, until_at = zip(*rows, strict=True)
-        until = np.array([-1 if at is None else at for at in until_at], dtype=np.int64)
+        batch = rows if isinstance(rows, pa.RecordBatch) else self._batch(rows)
         columns = {
-            **self._products.take(np.array(product_ids, dtype=np.int64)),
-            "machine_id": pa.array(machine_ids, pa.string()).dictionary_encode(),
-            "usd_per_hour": _decimals(pa, np.array(usd, dtype=np.int64)),
-            **self._rates.take(np.array(rates_ids, dtype=np.int64)),
-            "first_at": pa.array(np.array(first_at, dtype=np.int64)).cast(_type(pa, "first_at")),
-            "until_at": pa.array(until, mask=until < 0).cast(_type(pa, "until_at")),
+            **self._products.take(np.asarray(batch["product_id"])),
+            "machine_id": batch["machine_id"],
+            "usd_per_hour": _decimals(pa, np.asarray(batch["usd_micros"])),
+            **self._rates.take(np.asarray(batch["rates_id"])),
+            "first_at": batch["first_at"].cast(_type(pa, "first_at")),
+            "until_at": batch["until_at"].cast(_type(pa, "until_at")),
         }
         self._file.write_table(pa.table([columns[name] for name in COLUMNS], schema=self._schema))
+
+    def _batch(self, rows: Sequence[Row]) -> Any:
+        """The same in columns."""
+        pa = self._pa
+        columns = dict(zip(Row._fields, zip(*rows, strict=True), strict=True))
+        machine_ids = pa.array(columns.pop("machine_id"), pa.string()).dictionary_encode()
+        return pa.record_batch(
+            {
+                "machine_id": machine_ids,
+                **{name: pa.array(said, pa.int64()) for name, said in columns.items()},
+            }
+        )
 
     def close(self) -> None:
         """The footer."""
@@ -59,14 +78,15 @@ class _Table:
 
     def __init__(self, pa: Any, names: Sequence[str], rows: Mapping[int, Sequence[Any]]) -> None:
         self._pa, ids = pa, sorted(rows)
-        self._ids = np.array(ids, dtype=np.int64)
+        self._places = np.zeros(max(ids, default=0) + 1, dtype=np.int64)  # by id
+        self._places[ids] = np.arange(len(ids))
         self._columns = {
             name: _column(pa, name, [rows[key][at] for key in ids]) for at, name in enumerate(names)
         }
 
     def take(self, ids: np.ndarray[Any, Any]) -> dict[str, Any]:
         """A column each."""
-        places = self._pa.array(np.searchsorted(self._ids, ids))
+        places = self._pa.array(self._places[ids])
         return {name: column.take(places) for name, column in self._columns.items()}
 
 
@@ -97,5 +117,5 @@ def _decimals(pa: Any, micros: np.ndarray[Any, Any], missing: np.ndarray[Any, An
     halves[:, 0], halves[:, 1] = micros, micros >> 63
     valid = None
     if missing is not None and missing.any():
-        valid = pa.py_buffer(np.packbits(~missing, bitorder="little").tobytes())
-    return pa.Array.from_buffers(pa.decimal128(18, 6), len(micros), [valid, pa.py_buffer(halves.tobytes())])
+        valid = pa.py_buffer(np.packbits(~missing, bitorder="little"))
+    return pa.Array.from_buffers(pa.decimal128(18, 6), len(micros), [valid, pa.py_buffer(halves)])

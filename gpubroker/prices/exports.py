@@ -9,7 +9,7 @@ whole or not there, and writing it once more changes nothing. Runs of one name e
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -19,11 +19,11 @@ from sqlalchemy import insert, select, update
 from gpubroker.errors import ConfigError
 from gpubroker.prices import tables
 from gpubroker.prices.database import Database
-from gpubroker.prices.export import Names, Range, Row, by_day, ended_spans, ended_up_to, names_of
+from gpubroker.prices.export import Batch, Names, Range, by_day, ended_spans, ended_up_to, names_of
 from gpubroker.prices.rows import DAY_S, moment
 
 # Writes one file by its name below the place; returns its rows.
-Put = Callable[[str, Iterable[Sequence[Row]], Names], int]
+Put = Callable[[str, Iterable[Batch], Names], int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,9 +121,8 @@ def _run(
 ) -> Exported:
     files = dict[str, int]()
     with database.read() as connection:
-        run = partial(database.run, connection)
-        names = names_of(run)
-        spans = ended_spans(run, Range(after=done, up_to=pending.up_to))
+        names = names_of(partial(database.run, connection))
+        spans = ended_spans(partial(database.stream, connection), Range(after=done, up_to=pending.up_to))
         for day, batches in by_day(spans):
             date = datetime.fromtimestamp(day * DAY_S, UTC)
             file = f"day={date:%Y-%m-%d}/spans-{pending.number:06d}{pending.suffix}"
