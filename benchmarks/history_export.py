@@ -32,7 +32,7 @@ def history_export(quick: bool) -> Result:
                 spans = export_source.columns(path, Where())
                 with closing(sqlite3.connect(path)) as database:
                     names = export.names_of(database.execute)
-                export.write_file(ours, "parquet", False, spans, names)
+                export.write_file(ours, "parquet", False, spans, export.spans_of(names))
                 return time.perf_counter() - began
 
             write()

@@ -72,7 +72,9 @@ def written(store, kind, zipped=False, where=Where()):  # noqa: B008
     with store.database.read() as connection:
         run = partial(store.database.run, connection)
         file = io.BytesIO()
-        rows = export.write_stream(file, kind, zipped, export.all_spans(run, where), export.names_of(run))
+        rows = export.write_stream(
+            file, kind, zipped, export.all_spans(run, where), export.spans_of(export.names_of(run))
+        )
     return rows, file.getvalue()
 
 

@@ -12,7 +12,7 @@ import csv
 import gzip
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -84,11 +84,15 @@ Batch: TypeAlias = "Sequence[Row] | pa.RecordBatch"
 class Writer(Protocol):
     """One file."""
 
-    def write(self, rows: Batch) -> None:
-        """In the order in which they come."""
+    def write(self, rows: Any) -> None:
+        """A batch, in the order in which they come."""
 
     def close(self) -> None:
         """All of it is in the file then."""
+
+
+# Begins a file of one sort of rows: (file, kind, whether by gzip).
+Begin = Callable[[BinaryIO, Kind, bool], Writer]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,14 +165,14 @@ def suffix_of(name: str) -> str:
     return max(found, key=len)
 
 
-def write_file(path: Path, kind: Kind, zipped: bool, batches: Iterable[Batch], names: Names) -> int:
+def write_file(path: Path, kind: Kind, zipped: bool, batches: Iterable[Sized], begin: Begin) -> int:
     """Whole or not at all. Returns how many rows. Raises ConfigError where it cannot be written."""
     part = path.with_name(path.name + ".part")
     rows = 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:
-            writer = _writer(file, kind, zipped, names)
+            writer = begin(file, kind, zipped)
             for batch in batches:
                 writer.write(batch)
                 rows += len(batch)
@@ -185,9 +189,9 @@ def write_file(path: Path, kind: Kind, zipped: bool, batches: Iterable[Batch], n
     return rows
 
 
-def write_stream(file: BinaryIO, kind: Kind, zipped: bool, batches: Iterable[Batch], names: Names) -> int:
+def write_stream(file: BinaryIO, kind: Kind, zipped: bool, batches: Iterable[Sized], begin: Begin) -> int:
     """To standard output, or any file that is open."""
-    writer, rows = _writer(file, kind, zipped, names), 0
+    writer, rows = begin(file, kind, zipped), 0
     for batch in batches:
         writer.write(batch)
         rows += len(batch)
@@ -227,39 +231,53 @@ def _day(row: Row) -> int:
 # Writers
 
 
-def _writer(file: BinaryIO, kind: Kind, zipped: bool, names: Names) -> Writer:
-    if kind == "parquet":
-        from gpubroker.prices.export_parquet import ParquetWriter
+def spans_of(names: Names) -> Begin:
+    """Files of spans."""
 
-        return ParquetWriter(file, names)
-    return _TextWriter(file, kind, zipped, names)
+    def begin(file: BinaryIO, kind: Kind, zipped: bool) -> Writer:
+        if kind == "parquet":
+            from gpubroker.prices.export_parquet import ParquetWriter
+
+            return ParquetWriter(file, names)
+        return TextWriter(file, kind, zipped, COLUMNS, _Values(names, as_json=kind == "jsonl").of)
+
+    return begin
 
 
-class _TextWriter:
-    """CSV with a header, or a JSON object a line."""
+class TextWriter:
+    """CSV with a header, or a JSON object a line; `values`: of a row, in the order of the columns."""
 
-    def __init__(self, file: BinaryIO, kind: Kind, zipped: bool, names: Names) -> None:
+    def __init__(
+        self,
+        file: BinaryIO,
+        kind: Kind,
+        zipped: bool,
+        columns: Sequence[str],
+        values: Callable[[Any], Sequence[Any]],
+    ) -> None:
         self._stack = ExitStack()
         # No time and no name in the header: the same rows are the same bytes.
         raw = self._stack.enter_context(gzip.GzipFile("", "wb", 6, file, mtime=0)) if zipped else file
         self._text = TextIOWrapper(raw, encoding="utf-8", newline="", write_through=not zipped)
-        self._values = _Values(names, as_json=kind == "jsonl")
-        self._put: Callable[[list[Any]], Any]
+        self._values = values
+        self._put: Callable[[Sequence[Any]], Any]
         if kind == "csv":
             made = csv.writer(self._text, lineterminator="\n")
-            made.writerow(COLUMNS)
+            made.writerow(columns)
             self._put = made.writerow
         else:
             encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
             self._put = lambda values: self._text.write(
-                encode(dict(zip(COLUMNS, values, strict=True))) + "\n"
+                encode(dict(zip(columns, values, strict=True))) + "\n"
             )
 
-    def write(self, rows: Sequence[Row]) -> None:
+    def write(self, rows: Iterable[Any]) -> None:
+        """See Writer."""
         for row in rows:
-            self._put(self._values.of(row))
+            self._put(self._values(row))
 
     def close(self) -> None:
+        """See Writer."""
         self._text.flush()
         self._text.detach()
         self._stack.close()

@@ -12,7 +12,11 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from gpubroker.errors import ConfigError
+from gpubroker.prices.asked import column
 from gpubroker.prices.export import BOOLEANS, COLUMNS, FORMAT, MOMENTS, USD, Batch, Names, Row
+from gpubroker.prices.export_points import BY
+from gpubroker.prices.export_points import COLUMNS as POINT_COLUMNS
+from gpubroker.prices.history import STATS, Point
 from gpubroker.prices.rows import PRODUCT, RATES
 
 _INTEGERS = frozenset({"gpu_count", "vram_gib", "billing_increment_s", "minimum_s", "disk_included_gb"})
@@ -22,13 +26,8 @@ class ParquetWriter:
     """See export.Writer. Raises ConfigError without pyarrow."""
 
     def __init__(self, file: BinaryIO, names: Names) -> None:
-        try:
-            import pyarrow as pa
-            import pyarrow.parquet as pq
-        except ImportError as error:
-            raise ConfigError("Parquet needs pyarrow: pip install 'gpubroker[parquet]'") from error
+        pa, pq = _arrow()
         self._pa = pa
-        pa.set_memory_pool(pa.system_memory_pool())  # Arrow's own one keeps what is freed: 40 MB
         fields = [pa.field(name, _type(pa, name)) for name in COLUMNS]
         about = {"gpubroker.format": str(FORMAT), "gpubroker.rows": "spans"}
         self._schema = pa.schema(fields, metadata=about)
@@ -71,6 +70,65 @@ class ParquetWriter:
     def close(self) -> None:
         """The footer."""
         self._file.close()
+
+
+class PointWriter:
+    """The same for the points of export_points.py."""
+
+    def __init__(self, file: BinaryIO, resample_s: int) -> None:
+        self._pa, pq = _arrow()
+        self._resample_s = resample_s
+        pa = self._pa
+        money = [column(stat) for stat in STATS if stat not in ("available", "n")]
+        types: dict[str, Any] = {
+            "begin": pa.timestamp("s", tz="UTC"),
+            "resample_s": pa.int64(),
+            "gpu_count": pa.int64(),
+            column("available"): pa.float64(),
+            column("n"): pa.int64(),
+            **{name: pa.decimal128(18, 6) for name in money},
+        }
+        text = pa.dictionary(pa.int32(), pa.string())
+        about = {"gpubroker.format": str(FORMAT), "gpubroker.rows": "points"}
+        self._schema = pa.schema([(name, types.get(name, text)) for name in POINT_COLUMNS], metadata=about)
+        self._file = pq.ParquetWriter(file, self._schema, compression="zstd", store_decimal_as_integer=True)
+
+    def write(self, rows: Sequence[Point]) -> None:
+        """One row group."""
+        pa = self._pa
+        columns: dict[str, list[Any]] = {name: [getattr(point.group, name) for point in rows] for name in BY}
+        columns["begin"] = [int(point.begin.timestamp()) for point in rows]
+        columns["resample_s"] = [self._resample_s] * len(rows)
+        made = {name: pa.array(values) for name, values in columns.items()}
+        for stat in STATS:
+            found = [point.figures.get(stat) for point in rows]
+            if stat in ("available", "n"):
+                made[column(stat)] = pa.array([None if one is None else float(one) for one in found])
+            else:
+                missing = np.array([one is None for one in found], dtype=bool)
+                micros = np.array([int(one or 0) for one in found], dtype=np.int64)
+                made[column(stat)] = _decimals(pa, micros, missing)
+        arrays = [
+            made[field.name].dictionary_encode().cast(field.type)
+            if pa.types.is_dictionary(field.type)
+            else made[field.name].cast(field.type)
+            for field in self._schema
+        ]
+        self._file.write_table(pa.table(arrays, schema=self._schema))
+
+    def close(self) -> None:
+        """The footer."""
+        self._file.close()
+
+
+def _arrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise ConfigError("Parquet needs pyarrow: pip install 'gpubroker[parquet]'") from error
+    pa.set_memory_pool(pa.system_memory_pool())  # Arrow's own one keeps what is freed: 40 MB
+    return pa, pq
 
 
 class _Table:

@@ -9,21 +9,25 @@ whole or not there, and writing it once more changes nothing. Runs of one name e
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
+from typing import Protocol
 
-from sqlalchemy import insert, select, update
+from sqlalchemy import Connection, insert, select, update
 
 from gpubroker.errors import ConfigError
-from gpubroker.prices import tables
+from gpubroker.prices import export_points, tables
+from gpubroker.prices.daily import Where
 from gpubroker.prices.database import Database
-from gpubroker.prices.export import Batch, Names, Range, by_day, ended_spans, ended_up_to, names_of
+from gpubroker.prices.export import Begin, Range, by_day, ended_spans, ended_up_to, names_of, spans_of
+from gpubroker.prices.fastread import Run
 from gpubroker.prices.rows import DAY_S, moment
+from gpubroker.units import duration_text
 
 # Writes one file by its name below the place; returns its rows.
-Put = Callable[[str, Iterable[Batch], Names], int]
+Put = Callable[[str, Iterable[Sized], Begin], int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,11 +80,89 @@ def standings(database: Database) -> list[Standing]:
     ]
 
 
-def since_last(database: Database, name: str, place: str, suffix: str, put: Put) -> list[Exported]:
+class Content(Protocol):
+    """What goes into the files of a cursor."""
+
+    @property
+    def stem(self) -> str:
+        """Of a file's name."""
+
+    @property
+    def what(self) -> str:
+        """After the cursor's name, where it is not what cursors usually are of."""
+
+    def up_to(self, run: Run) -> dict[str, int]:
+        """By provider: what had ended by that second never changes."""
+
+    def by_day(
+        self, database: Database, connection: Connection, after: Mapping[str, int], up_to: Mapping[str, int]
+    ) -> Iterator[tuple[int, Iterable[Sized]]]:
+        """(day, batches of it); each is to be read before the next."""
+
+    def begin(self, database: Database, connection: Connection) -> Begin:
+        """A file."""
+
+
+class Spans:
+    """Spans that have ended, by the day on which they did."""
+
+    stem, what = "spans", ""
+
+    def up_to(self, run: Run) -> dict[str, int]:
+        """See Content."""
+        return ended_up_to(run)
+
+    def by_day(
+        self, database: Database, connection: Connection, after: Mapping[str, int], up_to: Mapping[str, int]
+    ) -> Iterator[tuple[int, Iterable[Sized]]]:
+        """See Content."""
+        return by_day(ended_spans(partial(database.stream, connection), Range(after=after, up_to=up_to)))
+
+    def begin(self, database: Database, connection: Connection) -> Begin:
+        """See Content."""
+        return spans_of(names_of(partial(database.run, connection)))
+
+
+@dataclass(frozen=True, slots=True)
+class Points:
+    """Points of days that are over."""
+
+    resample_s: int
+
+    @property
+    def stem(self) -> str:
+        """With how long each stretch is."""
+        return f"points-{duration_text(self.resample_s)}"
+
+    @property
+    def what(self) -> str:
+        """Another cursor than that of spans, and of other stretches."""
+        return f" {self.stem}"
+
+    def up_to(self, run: Run) -> dict[str, int]:
+        """See Content."""
+        return export_points.days_over(run)
+
+    def by_day(
+        self, database: Database, connection: Connection, after: Mapping[str, int], up_to: Mapping[str, int]
+    ) -> Iterator[tuple[int, Iterable[Sized]]]:
+        """See Content."""
+        run = partial(database.run, connection)
+        return export_points.by_day(run, Where(), self.resample_s, after, up_to)
+
+    def begin(self, database: Database, connection: Connection) -> Begin:
+        """See Content."""
+        return export_points.points_of(self.resample_s)
+
+
+def since_last(
+    database: Database, name: str, place: str, suffix: str, put: Put, content: Content
+) -> list[Exported]:
     """What has ended since the last run of this name; first what that one may have left undone.
 
     Raises ConfigError: another process is at it, or the last one was cut off while it wrote elsewhere.
     """
+    name = f"{name}{content.what}"
     with database.hold(f"export {name}") as is_ours:
         if not is_ours:
             raise ConfigError(f"export {name} is running in another process: wait for it")
@@ -92,16 +174,16 @@ def since_last(database: Database, name: str, place: str, suffix: str, put: Put)
                     f"export {name} was cut off while it wrote {pending.suffix} files to {pending.place}:"
                     " run it like that once more"
                 )
-            runs.append(_run(database, name, done, pending, put, was_cut_off=True))
+            runs.append(_run(database, name, done, pending, put, content, was_cut_off=True))
             done, number, _ = _state(database, name)
         with database.read() as connection:
-            up_to = ended_up_to(partial(database.run, connection))
+            up_to = content.up_to(partial(database.run, connection))
         if up_to != done:
             pending = Pending(number=number + 1, place=place, suffix=suffix, up_to=up_to)
             with database.write("gpubroker exports") as connection:
                 mine = update(tables.exports).where(tables.exports.c.name == name)
                 connection.execute(mine.values(pending=json.dumps(asdict(pending))))
-            runs.append(_run(database, name, done, pending, put, was_cut_off=False))
+            runs.append(_run(database, name, done, pending, put, content, was_cut_off=False))
         return runs
 
 
@@ -117,16 +199,22 @@ def _state(database: Database, name: str) -> tuple[dict[str, int], int, Pending 
 
 
 def _run(
-    database: Database, name: str, done: dict[str, int], pending: Pending, put: Put, *, was_cut_off: bool
+    database: Database,
+    name: str,
+    done: dict[str, int],
+    pending: Pending,
+    put: Put,
+    content: Content,
+    *,
+    was_cut_off: bool,
 ) -> Exported:
     files = dict[str, int]()
     with database.read() as connection:
-        names = names_of(partial(database.run, connection))
-        spans = ended_spans(partial(database.stream, connection), Range(after=done, up_to=pending.up_to))
-        for day, batches in by_day(spans):
+        begin = content.begin(database, connection)
+        for day, batches in content.by_day(database, connection, done, pending.up_to):
             date = datetime.fromtimestamp(day * DAY_S, UTC)
-            file = f"day={date:%Y-%m-%d}/spans-{pending.number:06d}{pending.suffix}"
-            files[file] = put(file, batches, names)
+            file = f"day={date:%Y-%m-%d}/{content.stem}-{pending.number:06d}{pending.suffix}"
+            files[file] = put(file, batches, begin)
     with database.write("gpubroker exports") as connection:
         mine = update(tables.exports).where(tables.exports.c.name == name)
         over = {"done": json.dumps({**done, **pending.up_to}), "number": pending.number, "pending": None}
