@@ -15,23 +15,24 @@ from gpubroker.errors import ConfigError
 from gpubroker.prices.export import BOOLEANS, COLUMNS, FORMAT, MOMENTS, USD, Batch, Names, Row
 from gpubroker.prices.rows import PRODUCT, RATES
 
+try:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from gpubroker.prices import arrow
+except ImportError as error:
+    raise ConfigError("Parquet needs pyarrow: pip install 'gpubroker[parquet]'") from error
+
 _INTEGERS = frozenset({"gpu_count", "vram_gib", "billing_increment_s", "minimum_s", "disk_included_gb"})
 
 
 class ParquetWriter:
-    """See export.Writer. Raises ConfigError without pyarrow."""
+    """See export.Writer."""
 
     def __init__(self, file: BinaryIO, names: Names) -> None:
-        try:
-            import pyarrow as pa
-            import pyarrow.parquet as pq
-        except ImportError as error:
-            raise ConfigError("Parquet needs pyarrow: pip install 'gpubroker[parquet]'") from error
-        self._pa = pa
         pa.set_memory_pool(pa.system_memory_pool())  # Arrow's own one keeps what is freed: 40 MB
-        fields = [pa.field(name, _type(pa, name)) for name in COLUMNS]
         about = {"gpubroker.format": str(FORMAT), "gpubroker.rows": "spans"}
-        self._schema = pa.schema(fields, metadata=about)
+        self._schema = pa.schema([pa.field(name, _type(name)) for name in COLUMNS], metadata=about)
         self._file = pq.ParquetWriter(
             file,
             self._schema,
@@ -39,34 +40,21 @@ class ParquetWriter:
             store_decimal_as_integer=True,
             write_statistics=["usd_per_hour", *sorted(MOMENTS)],
         )
-        self._products = _Table(pa, PRODUCT, names.products)
-        self._rates = _Table(pa, RATES, names.rates)
+        self._products = _Table(PRODUCT, names.products)
+        self._rates = _Table(RATES, names.rates)
 
     def write(self, rows: Batch) -> None:
         """One row group."""
-        pa = self._pa
-        batch = rows if isinstance(rows, pa.RecordBatch) else self._batch(rows)
+        batch = rows if isinstance(rows, pa.RecordBatch) else _batch(rows)
         columns = {
-            **self._products.take(np.asarray(batch["product_id"])),
+            **self._products.take(arrow.numbers(batch["product_id"])),
             "machine_id": batch["machine_id"],
-            "usd_per_hour": _decimals(pa, np.asarray(batch["usd_micros"])),
-            **self._rates.take(np.asarray(batch["rates_id"])),
-            "first_at": batch["first_at"].cast(_type(pa, "first_at")),
-            "until_at": batch["until_at"].cast(_type(pa, "until_at")),
+            "usd_per_hour": arrow.usd(arrow.numbers(batch["usd_micros"])),
+            **self._rates.take(arrow.numbers(batch["rates_id"])),
+            "first_at": batch["first_at"].cast(_type("first_at")),
+            "until_at": batch["until_at"].cast(_type("until_at")),
         }
         self._file.write_table(pa.table([columns[name] for name in COLUMNS], schema=self._schema))
-
-    def _batch(self, rows: Sequence[Row]) -> Any:
-        """The same in columns."""
-        pa = self._pa
-        columns = dict(zip(Row._fields, zip(*rows, strict=True), strict=True))
-        machine_ids = pa.array(columns.pop("machine_id"), pa.string()).dictionary_encode()
-        return pa.record_batch(
-            {
-                "machine_id": machine_ids,
-                **{name: pa.array(said, pa.int64()) for name, said in columns.items()},
-            }
-        )
 
     def close(self) -> None:
         """The footer."""
@@ -76,21 +64,19 @@ class ParquetWriter:
 class _Table:
     """Few rows with many columns, of which each span takes one by its id."""
 
-    def __init__(self, pa: Any, names: Sequence[str], rows: Mapping[int, Sequence[Any]]) -> None:
-        self._pa, ids = pa, sorted(rows)
+    def __init__(self, names: Sequence[str], rows: Mapping[int, Sequence[Any]]) -> None:
+        ids = sorted(rows)
         self._places = np.zeros(max(ids, default=0) + 1, dtype=np.int64)  # by id
         self._places[ids] = np.arange(len(ids))
-        self._columns = {
-            name: _column(pa, name, [rows[key][at] for key in ids]) for at, name in enumerate(names)
-        }
+        self._columns = {name: _column(name, [rows[key][at] for key in ids]) for at, name in enumerate(names)}
 
     def take(self, ids: np.ndarray[Any, Any]) -> dict[str, Any]:
         """A column each."""
-        places = self._pa.array(self._places[ids])
+        places = arrow.integers(self._places[ids])
         return {name: column.take(places) for name, column in self._columns.items()}
 
 
-def _type(pa: Any, name: str) -> Any:
+def _type(name: str) -> Any:
     if name in USD:
         return pa.decimal128(18, 6)
     if name in MOMENTS:
@@ -100,22 +86,25 @@ def _type(pa: Any, name: str) -> Any:
     return pa.int64() if name in _INTEGERS else pa.dictionary(pa.int32(), pa.string())
 
 
-def _column(pa: Any, name: str, values: Sequence[Any]) -> Any:
-    if name in USD:
-        micros = np.array([0 if value is None else int(value) for value in values], dtype=np.int64)
-        return _decimals(pa, micros, np.array([value is None for value in values], dtype=bool))
-    if name in BOOLEANS:
-        return pa.array([None if value is None else bool(value) for value in values], pa.bool_())
-    if name in _INTEGERS:
-        return pa.array([None if value is None else int(value) for value in values], pa.int64())
-    return pa.array([str(value) for value in values], pa.string()).dictionary_encode()
+def _column(name: str, values: Sequence[Any]) -> Any:
+    if name not in USD | BOOLEANS | _INTEGERS:
+        return arrow.strings([str(value) for value in values])
+    make = arrow.usd if name in USD else arrow.booleans if name in BOOLEANS else arrow.integers
+    return make(*_numbers(values))
 
 
-def _decimals(pa: Any, micros: np.ndarray[Any, Any], missing: np.ndarray[Any, Any] | None = None) -> Any:
-    """Micro-dollars as decimals with six places: 128-bit integers, low half first."""
-    halves = np.empty((len(micros), 2), dtype="<i8")
-    halves[:, 0], halves[:, 1] = micros, micros >> 63
-    valid = None
-    if missing is not None and missing.any():
-        valid = pa.py_buffer(np.packbits(~missing, bitorder="little"))
-    return pa.Array.from_buffers(pa.decimal128(18, 6), len(micros), [valid, pa.py_buffer(halves)])
+def _numbers(values: Sequence[Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Them, and where there is none."""
+    missing = np.array([value is None for value in values], dtype=bool)
+    return np.array([0 if value is None else int(value) for value in values], dtype=np.int64), missing
+
+
+def _batch(rows: Sequence[Row]) -> Any:
+    """The same in columns."""
+    columns = dict(zip(Row._fields, zip(*rows, strict=True), strict=True))
+    return pa.record_batch(
+        {
+            name: arrow.strings(said) if name == "machine_id" else arrow.integers(*_numbers(said))
+            for name, said in columns.items()
+        }
+    )
