@@ -37,11 +37,9 @@ def history_bytes(quick: bool) -> Result:
 def _size(path: Path) -> tuple[int, int, int, int]:
     """Spans, their bytes with indexes, those of the file, and of the days that are counted."""
     sql = """
-    SELECT sum(pgsize) FROM dbstat
-    WHERE aggregate AND name IN (SELECT name FROM sqlite_master WHERE tbl_name = ?)
+    SELECT m.tbl_name, sum(d.pgsize) FROM dbstat d JOIN sqlite_master m ON m.name = d.name GROUP BY m.tbl_name
     """
     with closing(sqlite3.connect(path)) as database:
         (spans,) = database.execute("SELECT count(*) FROM spans").fetchone()
-        (span_bytes,) = database.execute(sql, ("spans",)).fetchone()
-        (daily_bytes,) = database.execute(sql, ("daily",)).fetchone()
-    return spans, span_bytes, path.stat().st_size, daily_bytes
+        sizes = dict(database.execute(sql))
+    return spans, sizes["spans"], path.stat().st_size, sizes["daily"]

@@ -203,12 +203,14 @@ def test_columns_are_the_rows_in_their_order(market, monkeypatch, where):
 def test_what_offers_are_is_read_in_blocks_of_which_few_are_kept(market, monkeypatch):
     """Memory does not grow with all offers that a market ever had."""
     pytest.importorskip("adbc_driver_sqlite", reason="needs the extra [parquet]")
-    monkeypatch.setattr(export_source, "_BLOCK", 16)
-    monkeypatch.setattr(export_source, "_BLOCKS", 3)
     import adbc_driver_sqlite
     import numpy as np
     from adbc_driver_manager import AdbcConnection
 
+    from gpubroker.prices import arrow, export_reader
+
+    monkeypatch.setattr(export_reader, "_BLOCK", 16)
+    monkeypatch.setattr(export_reader, "_BLOCKS", 3)
     with closing(sqlite3.connect(market)) as database:
         expected = {
             row[0]: row[1:] for row in database.execute("SELECT id, product_id, machine_id FROM offers")
@@ -218,10 +220,10 @@ def test_what_offers_are_is_read_in_blocks_of_which_few_are_kept(market, monkeyp
         adbc_driver_sqlite.connect(f"{market.as_uri()}?mode=rw") as opened,
         AdbcConnection(opened) as connection,
     ):
-        offers = export_source._Offers(connection)
+        offers = export_reader._Offers(connection)
         for some in np.split(ids, [2, 50, 51]):
             product_ids, machine_ids = offers.of(some)
-            found = zip(product_ids.tolist(), machine_ids.to_pylist(), strict=True)
+            found = zip(arrow.numbers(product_ids).tolist(), machine_ids.to_pylist(), strict=True)
             assert [expected[one] for one in some.tolist()] == list(found)
             assert len(set(machine_ids.dictionary.to_pylist())) == len(machine_ids.dictionary)
         assert 3 == len(offers._blocks)

@@ -43,7 +43,7 @@ COLUMNS = (*PRODUCT, "machine_id", "usd_per_hour", *RATES, "first_at", "until_at
 USD = frozenset(name for name in COLUMNS if "usd" in name)
 MOMENTS = frozenset({"first_at", "until_at"})
 BOOLEANS = frozenset({"preemptible", "verified"})
-BATCH = 1 << 15
+BATCH = 1 << 16
 _FROM_SQL = """
 FROM spans s CROSS JOIN offers o CROSS JOIN products p
 WHERE o.id = s.offer_id AND p.id = o.product_id
