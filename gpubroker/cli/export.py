@@ -20,10 +20,11 @@ from gpubroker.gpus import GpuRequest
 from gpubroker.model import Market
 from gpubroker.prices import export as files
 from gpubroker.prices import export_source
-from gpubroker.prices.daily import Where
+from gpubroker.prices.daily import Where, thinned
 from gpubroker.prices.database import Database
 from gpubroker.prices.export import SUFFIXES, Batch, Kind, Names, suffix_of
 from gpubroker.prices.exports import Exported, since_last
+from gpubroker.prices.rows import moment
 
 _S3 = "s3://"
 _KINDS = tuple(suffix.removeprefix(".") for suffix in SUFFIXES)
@@ -75,7 +76,10 @@ def export(
         if cursor is not None:
             if not is_folder or gpus or providers or markets:
                 raise click.UsageError("--cursor takes a folder/ or s3://bucket/prefix/, and all prices")
-            _tell(added(store.database, cursor, place, ending), place, output)
+            runs = added(store.database, cursor, place, ending)
+            if any(run.number == 1 for run in runs):
+                _say_thinned(store.database)
+            _tell(runs, place, output)
             return
         where = Where(
             gpus=frozenset().union(*(gpu.names for gpu in gpus)) or None,
@@ -83,6 +87,7 @@ def export(
             markets=markets or None,
         )
         written = _whole(store.database, where, place, ending, is_folder=is_folder)
+        _say_thinned(store.database)
     _tell([Exported(number=0, files=written, was_cut_off=False)], place, output)
 
 
@@ -103,6 +108,15 @@ def sentence(runs: Sequence[Exported], place: str) -> str:
         + " (the last run was cut off: written again)" * run.was_cut_off
         for run in runs
     )
+
+
+def _say_thinned(database: Database) -> None:
+    """A history that begins later than its polls did is not passed off as all of it."""
+    with database.read() as connection:
+        gone = thinned(partial(database.run, connection))
+    if gone:
+        days = (f"{provider} {moment(at):%Y-%m-%d}" for provider, at in sorted(gone.items()))
+        say(f"Spans that had ended before a day are gone (gpubroker db compact): {', '.join(days)}.")
 
 
 def _whole(database: Database, where: Where, place: str, ending: str, *, is_folder: bool) -> dict[str, int]:

@@ -107,9 +107,14 @@ class Database:
         with self._explained(), self._engine.connect() as opened:
             connection = opened.execution_options(sqlite_begin="IMMEDIATE")
             with connection.begin():
-                if lock and not self.is_sqlite:
-                    self.run(connection, "SELECT pg_advisory_xact_lock(hashtextextended(?, 0))", (lock,))
+                if lock:
+                    self.lock(connection, lock)
                 yield connection
+
+    def lock(self, connection: Connection, name: str) -> None:
+        """Exclude the other writes with this lock to the end of this one, which may have another one, too."""
+        if not self.is_sqlite:  # where there is no other write
+            self.run(connection, "SELECT pg_advisory_xact_lock(hashtextextended(?, 0))", (name,))
 
     @contextmanager
     def hold(self, name: str) -> Iterator[bool]:
@@ -204,6 +209,22 @@ class Database:
                 " upgrade gpubroker"
             )
         return found
+
+    def vacuum(self, *changed: str) -> None:
+        """SQLite: write the file anew, without holes, which excludes all others. PostgreSQL: let later rows
+        have the room of those that went, in these tables, beside all others."""
+        with self._explained():
+            raw = self._engine.raw_connection()
+            try:
+                driver: Any = raw.driver_connection
+                if self.is_sqlite:
+                    driver.execute("VACUUM")
+                    driver.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                else:
+                    driver.autocommit = True
+                    driver.execute(f"VACUUM (ANALYZE) {', '.join(changed)}")
+            finally:
+                raw.invalidate()
 
     def _set_wal(self) -> None:
         """Readers and a writer at once. SQLite refuses it for a moment while others open the file."""

@@ -105,8 +105,11 @@ def own(run: Run, query: Query) -> list[Point]:
             count = known[one.product_id].gpu_count
             bucket.counted += [(for_one(usd, count), n) for usd, n in one.prices] if count > 1 else one.prices
     else:
+        late = since(run, query)
         for provider in sorted({product.provider for product in known.values()}):
-            _from_spans(run, query, provider, known, buckets)
+            begin = late.get(provider, query.begin)
+            if begin < query.end:
+                _from_spans(run, query, provider, known, begin, buckets)
     return list(_points(query, buckets))
 
 
@@ -132,19 +135,38 @@ def imported(run: Run, query: Query) -> list[Point]:
     return list(_points(query, buckets))
 
 
-def _from_spans(run: Run, query: Query, provider: str, known: dict[int, Product], buckets: _Buckets) -> None:
-    seen = daily.seen_by(run, provider, query.begin, query.end)
+def since(run: Run, query: Query) -> dict[str, int]:
+    """By provider: from when on the question is answered, where that is later than it asks.
+
+    What is thinned (compacting.py) has days alone: a bucket that needs more and begins there is left out, and
+    where lines are of several providers it is left out for all of them.
+    """
+    found = {product.provider for product in daily.products(run, query.where).values()}
+    gone = {provider: at for provider, at in daily.thinned(run).items() if provider in found}
+    if query.goes_by_days:
+        return {provider: at for provider, at in gone.items() if query.end < at and query.end % DAY_S}
+    late = {provider: at for provider, at in gone.items() if at > query.begin}
+    if late and "provider" not in query.by:
+        late = dict.fromkeys(found, max(late.values()))
+    step = query.bucket_s or 1
+    return {provider: -(-at // step) * step for provider, at in late.items()}
+
+
+def _from_spans(
+    run: Run, query: Query, provider: str, known: dict[int, Product], begin: int, buckets: _Buckets
+) -> None:
+    seen = daily.seen_by(run, provider, begin, query.end)
     where = replace(query.where, providers={provider})
-    for span, product in daily.spans_within(run, where, known, query.begin, query.end):
+    for span, product in daily.spans_within(run, where, known, begin, query.end):
         kind = span.kind(product)
         group, usd = query.group(product), for_one(span.usd_micros, product.gpu_count)
         last = query.end if span.until_at is None else min(span.until_at, query.end)
-        for begin, end in _parts(query, max(span.first_at, query.begin), last):
-            bucket = buckets[query.bucket(begin), group]
-            bucket.counted.append((usd, seen.count(span.offer_id, kind, begin, end)))
-            bucket.usd_s += usd * (end - begin)
-            bucket.open_s += end - begin
-            bucket.hits.update(seen.at(span.offer_id, kind, begin, end))
+        for first, end in _parts(query, max(span.first_at, begin), last):
+            bucket = buckets[query.bucket(first), group]
+            bucket.counted.append((usd, seen.count(span.offer_id, kind, first, end)))
+            bucket.usd_s += usd * (end - first)
+            bucket.open_s += end - first
+            bucket.hits.update(seen.at(span.offer_id, kind, first, end))
     if "available" in query.stats:
         for product in known.values():
             if product.provider == provider:
