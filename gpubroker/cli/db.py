@@ -7,6 +7,7 @@ import click
 from gpubroker import config
 from gpubroker.cli.db_check import check
 from gpubroker.cli.db_compact import compact
+from gpubroker.cli.db_copy import copy_command
 from gpubroker.cli.options import format_option
 from gpubroker.cli.render import console, print_csv, print_json, table
 from gpubroker.doors import SystemClock
@@ -20,6 +21,7 @@ def db() -> None:
 
 db.add_command(check)
 db.add_command(compact)
+db.add_command(copy_command)
 
 
 @db.command(epilog="Example: gpubroker db upgrade")
