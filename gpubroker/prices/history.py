@@ -21,6 +21,7 @@ from gpubroker.prices.fastread import Run
 from gpubroker.prices.rows import DAY_S, moment
 from gpubroker.prices.seen import Kind
 from gpubroker.prices.stats import Prices
+from gpubroker.prices.steps import held, hours, product_of
 
 Stat = Literal["min", "p10", "p50", "p90", "max", "mean", "twap", "available", "n"]
 STATS: tuple[Stat, ...] = get_args(Stat)
@@ -32,7 +33,7 @@ _IMPORTED_SQL = """
 SELECT s.provider, s.sku, s.gpu, s.form_factor, s.gpu_count, s.market, s.region, s.id,
        o.observed_at, o.usd_per_hour, o.available
 FROM series s JOIN observations o ON o.series_id = s.id
-WHERE o.observed_at >= ? AND o.observed_at < ?
+WHERE o.observed_at >= ? AND o.observed_at < ? AND s.stat <> 'step'
 """
 
 
@@ -114,14 +115,17 @@ def own(run: Run, query: Query) -> list[Point]:
 
 
 def imported(run: Run, query: Query) -> list[Point]:
-    """By other people's histories (`gpubroker import-history`), in order of time and group."""
+    """By other people's histories (`gpubroker import-history`), in order of time and group.
+
+    A row counts once; a price of a vendor's own record (backfill.py), once for each whole hour that it held.
+    """
     text, values = query.where.sql("s")
     buckets: _Buckets = defaultdict(_Bucket)
     rows = run(_IMPORTED_SQL + text, (query.begin, query.end, *values))
     series: dict[int, Product | None] = {}
     for *named, series_id, at, usd_micros, available in rows:
         if series_id not in series:
-            one = _product(series_id, *named)
+            one = product_of(series_id, *named)
             series[series_id] = one if query.where.wants is None or query.where.wants(one) else None
         if (product := series[series_id]) is None:
             continue
@@ -132,6 +136,15 @@ def imported(run: Run, query: Query) -> list[Point]:
             bucket.looks.add(at)
             if available:
                 bucket.hits.add(at)
+    for step in held(run, query.where, query.begin, query.end):
+        group, usd = query.group(step.product), for_one(step.usd_micros, step.product.gpu_count)
+        for begin, end in _parts(query, step.first_at, step.until_at):
+            bucket, looks = buckets[query.bucket(begin), group], hours(begin, end)
+            bucket.counted.append((usd, len(looks)))
+            bucket.usd_s += usd * (end - begin)
+            bucket.open_s += end - begin
+            bucket.looks.update(looks)
+            bucket.hits.update(looks)
     return list(_points(query, buckets))
 
 
@@ -181,13 +194,6 @@ def _parts(query: Query, begin: int, end: int) -> Iterator[tuple[int, int]]:
         until = end if query.bucket_s is None else min(end, query.bucket(begin) + query.bucket_s)
         yield begin, until
         begin = until
-
-
-def _product(
-    series_id: int, provider: str, sku: str, gpu: str, form: str, count: int, market: str, region: str
-) -> Product:
-    """As far as an imported series says what it is."""
-    return Product(provider, sku, gpu, form, count, 0, market, False, region, "", "", series_id)
 
 
 def for_one(usd_micros: int, gpu_count: int) -> int:
