@@ -135,6 +135,13 @@ def test_what_no_store_could_hold_is_skipped_with_its_reason(store):
     assert (1, 1) == (found.rows, len(found.skipped))
 
 
+def test_a_plugin_that_breaks_costs_its_region_alone(store):
+    """And says which exception it was."""
+    naive = PastPrice(offer=price(0, 8).offer, since=at(0).replace(tzinfo=None))
+    found = fill(store, (price(0, 8),), (naive,))
+    assert (1, True) == (found.added, found.error.startswith("ValueError: "))
+
+
 @pytest.fixture
 def cloud(tmp_path, monkeypatch):
     """The test cloud's AWS, and an empty store."""

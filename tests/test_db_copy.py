@@ -268,6 +268,10 @@ def test_a_supervisor_or_a_poll_that_runs_is_waited_for_by_the_user(ask, old, tm
         assert (2, True) == (code, "runs jobs on it: stop what uses it" in said), said
         clock.advance(-3600)
         leases.leave()
+        job = Records(store.database, clock).add_job("sft", "{}")
+        with store.database.hold(f"job {job}"):
+            code, _, said = ask(*urls)
+            assert (2, True) == (code, f"job {job} is running: stop what uses it" in said), said
         store.begin_poll("vast", OfferQuery())
         code, _, said = ask(*urls)
         assert 0 == code, said

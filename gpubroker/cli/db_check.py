@@ -23,6 +23,7 @@ _MOST = 3
 
 
 @click.command(
+    short_help="Whether the database is whole; what is lost where not.",
     context_settings={"max_content_width": 100},
     epilog="""\b
 Examples:

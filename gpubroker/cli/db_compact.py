@@ -29,6 +29,7 @@ _RIGHT = ("spans", "offers", "polls", "about")
 
 
 @click.command(
+    short_help="Thin old price history; its days stay exact.",
     context_settings={"max_content_width": 100},
     epilog="""\b
 Examples:

@@ -19,6 +19,7 @@ _TOLD = "GPUBROKER_DB_URL"
 
 @click.command(
     name="copy",
+    short_help="Everything into another database, and verified.",
     context_settings={"max_content_width": 100},
     epilog="""\b
 Examples:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import datetime
 
-from gpubroker.errors import ProviderError
-from gpubroker.guard import flaw_of
+from gpubroker.errors import BrokerError, ProviderError
+from gpubroker.guard import flaw_of, plain
 from gpubroker.model import Skipped
 from gpubroker.money import to_micros
 from gpubroker.prices.database import Database
@@ -66,6 +66,10 @@ def backfill(
                 on_page(len(found), min(price.since for price in page.prices))
     except ProviderError as failure:
         error = str(failure)
+    except BrokerError:
+        raise
+    except Exception as failure:  # a plugin may be anybody's code
+        error = plain(f"{type(failure).__name__}: {failure}")
     return Filled(region=region, rows=rows, added=added, skipped=tuple(skipped), error=error)
 
 

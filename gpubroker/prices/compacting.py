@@ -258,16 +258,22 @@ def give_back(database: Database, free_bytes: Callable[[], int]) -> int:
 
     Raises StoreError where the disk has no room for the copy and its log.
     """
-    with database.read() as connection:
-        pragma = {
-            name: int(database.run(connection, f"PRAGMA {name}").scalar())
-            for name in ("page_count", "freelist_count", "page_size")
-        }
-    needed = 2 * (pragma["page_count"] - pragma["freelist_count"]) * pragma["page_size"]
+    size, holes = _size(database)
+    needed = 2 * (size - holes)
     if (free := free_bytes()) < needed:
         raise StoreError(
             f"{database.where}: writing it anew takes {needed / 1e6:,.0f} MB of free disk, and there are"
             f" {free / 1e6:,.0f} MB: its holes are filled by later polls all the same"
         )
     database.vacuum()
-    return pragma["freelist_count"] * pragma["page_size"]
+    return size - _size(database)[0]
+
+
+def _size(database: Database) -> tuple[int, int]:
+    """Bytes of all pages, and of those that nothing is on."""
+    with database.read() as connection:
+        pages, free, size = (
+            int(database.run(connection, f"PRAGMA {name}").scalar())
+            for name in ("page_count", "freelist_count", "page_size")
+        )
+    return pages * size, free * size

@@ -115,6 +115,12 @@ def busy(database: Database) -> str:
         found_poll = connection.scalar(
             select(polls.provider).where(polls.finished_at.is_(None), polls.started_at > lately)
         )
+        in_terminals = (tables.jobs.c.state == "running") & ~tables.jobs.c.unattended
+        jobs = list(connection.scalars(select(tables.jobs.c.id).where(in_terminals)))
+    for job_id in jobs:
+        with database.hold(f"job {job_id}") as is_free:
+            if not is_free:
+                return f"job {job_id} is running"
     return f"a poll of {found_poll} is running" if found_poll else ""
 
 
