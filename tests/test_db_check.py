@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from gpubroker.cli import main
 from gpubroker.model import OfferQuery, Parsed
 from gpubroker.prices import checking
-from gpubroker.prices.daily import DAY_S
+from gpubroker.prices.daily import DAY_S, packed
 from gpubroker.prices.exports import since_last
 from gpubroker.prices.store import Store
 from tests.support import EXAMPLES_FACTOR, NOW, FakeClock
@@ -36,6 +36,7 @@ def fill(store, days=4):
     for number in range(days * 4):
         found = [
             offer(provider="x", machine_id="stays"),
+            offer(provider="x", machine_id="spot", market="spot", preemptible=True),
             offer(provider="x", machine_id="changes", usd_per_hour=Decimal(1 + number)),
             *([offer(provider="x", machine_id="goes", gpu="H200")] if number % 2 else []),
         ]
@@ -63,7 +64,7 @@ def wrong(store, deep=True):
 
 
 @settings(
-    max_examples=10 * EXAMPLES_FACTOR,
+    max_examples=6 * EXAMPLES_FACTOR,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
@@ -185,7 +186,14 @@ DAMAGE = [
         "UPDATE rolled SET until_day = until_day + 400", "days are over", "x: counted up to", id="days to come"
     ),
     pytest.param("DELETE FROM rolled", "days are over", "x: day ", id="days that nobody has counted"),
-    pytest.param("UPDATE daily SET n = n + 1", "days are counted", "x: 2026-11-2", id="a wrong count"),
+    pytest.param(
+        f"UPDATE daily SET prices = x'{packed([(1, 2)]).hex()}'",
+        "days are counted",
+        "x: 2026-11-2",
+        id="a wrong count",
+    ),
+    pytest.param("UPDATE daily SET prices = x'01'", "days are over", "x: day ", id="a torn count"),
+    pytest.param("UPDATE stays SET day = day + 400", "days are over", "x: stays", id="stays of days to come"),
     pytest.param(
         f"DELETE FROM daily WHERE day = {DAY + 1}", "days are counted", "x: 2026-11-25", id="a day is missing"
     ),

@@ -92,7 +92,7 @@ def sqlite_url(folder, name):
 
 
 @settings(
-    max_examples=8 * EXAMPLES_FACTOR,
+    max_examples=5 * EXAMPLES_FACTOR,
     deadline=None,
     phases=[
         Phase.explicit,
