@@ -153,6 +153,23 @@ def old(tmp_path):
         yield store
 
 
+def test_a_number_that_was_given_is_given_to_nobody_else(old, postgres_url, tmp_path):
+    """An event names an alert that is gone; so does an id of a row that went in PostgreSQL."""
+    alert = "INSERT INTO alerts (created_at, wanted, usd_per_gpu_hour) VALUES (1, '{}', 1) RETURNING id"
+    with old.database.write() as connection:
+        for _ in range(3):
+            old.database.run(connection, alert).all()
+        old.database.run(connection, "DELETE FROM alerts WHERE id > 1")
+    with opened(postgres_url) as server, opened(sqlite_url(tmp_path, "new")) as new:
+        copy(old.database, server.database)
+        copy(server.database, new.database)
+        found = []
+        for store in (old, server, new):
+            with store.database.write() as connection:
+                found.append(store.database.run(connection, alert).scalar())
+    assert [4, 4, 4] == found
+
+
 class Killed(BaseException):
     """The process is gone."""
 

@@ -14,7 +14,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Table, inspect
+from sqlalchemy import Connection, Table, Text, inspect
 
 from gpubroker.errors import ConfigError, StoreError
 from gpubroker.prices.database import Database
@@ -69,7 +69,7 @@ def copy(
                         f"{target.where}: {table.name} came out other than it went in ({there.rows:,} rows of"
                         f" {sent[table.name].rows:,}): nothing was kept of it, try again"
                     )
-            _set_sequences(target, into)
+            _number_on(source, from_there, target, into)
     if not target.is_sqlite:  # a server plans by what it knows of its tables
         target.vacuum(*(table.name for table in _tables()))
     return list(sent.values())
@@ -172,13 +172,32 @@ def _refuse_tables_of_others(target: Database) -> None:
         raise ConfigError(f"{target.where} has tables of something else ({some}): name an empty database")
 
 
-def _set_sequences(target: Database, connection: Connection) -> None:
-    """PostgreSQL: the next row that counts up by itself comes after those that came with their ids."""
-    if target.is_sqlite:
-        return
+def _number_on(source: Database, from_there: Connection, target: Database, into: Connection) -> None:
+    """The next row that counts up by itself comes after all that ever did, also those that are gone."""
     for table in _tables():
-        named = "SELECT pg_get_serial_sequence(?, ?)"
-        for column in table.primary_key:
-            if (sequence := target.run(connection, named, (table.name, column.name)).scalar()) is not None:
-                last = f"SELECT setval(?, max({column.name})) FROM {table.name} HAVING count(*) > 0"  # noqa: S608
-                target.run(connection, last, (sequence,))
+        if "id" not in table.primary_key or isinstance(table.c.id.type, Text):
+            continue
+        spent = _spent(source, from_there, table)
+        if target.is_sqlite:
+            if table.dialect_options["sqlite"]["autoincrement"] and spent:
+                target.run(into, "DELETE FROM sqlite_sequence WHERE name = ?", (table.name,))
+                sql = "INSERT INTO sqlite_sequence (name, seq) VALUES (?, ?)"
+                target.run(into, sql, (table.name, spent))
+        elif spent and (sequence := _sequence(target, into, table)):
+            target.run(into, "SELECT setval(?, ?)", (sequence, spent))
+
+
+def _spent(database: Database, connection: Connection, table: Table) -> int:
+    """The highest id that the table has given; 0 = none."""
+    highest = f"SELECT max(id) FROM {table.name}"  # noqa: S608  only names go in
+    if not database.is_sqlite and (sequence := _sequence(database, connection, table)):
+        highest = f"SELECT last_value FROM {sequence} WHERE is_called"  # noqa: S608
+    elif table.dialect_options["sqlite"]["autoincrement"]:
+        highest = f"SELECT seq FROM sqlite_sequence WHERE name = '{table.name}'"  # noqa: S608
+    return int(database.run(connection, highest).scalar() or 0)
+
+
+def _sequence(database: Database, connection: Connection, table: Table) -> str | None:
+    named = "SELECT pg_get_serial_sequence(?, 'id')"
+    found: str | None = database.run(connection, named, (table.name,)).scalar()
+    return found
