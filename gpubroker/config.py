@@ -23,6 +23,8 @@ from gpubroker.units import parse_duration_s
 _NOT_SETTINGS = re.compile(r"GPUBROKER_(CONFIG|DB_URL|\w+_URL|TEST_\w+|(AWS|LAMBDA)_SSH_PORT|STORE_\w+)")
 
 OUTSIDE = ("1.1.1.1:443", "pypi.org:443", "huggingface.co:443")
+# `gpubroker now` looks back so far.
+LEAST_KEEP_DAYS = 90
 _PLACE = re.compile(r"[A-Za-z0-9.:_\[\]-]+:\d{1,5}")
 _NOTIFIED = re.compile(r"\$[A-Za-z_]\w*|[A-Za-z][A-Za-z0-9+.-]*://\S+")
 # An address may hold commas: one in a list of them ends only where the next begins.
@@ -69,6 +71,7 @@ class Settings:
     cache_dir: Path
     jobs_dir: Path = field(default_factory=_default_jobs_dir)  # a folder of each job in it
     max_age_s: int = 1800
+    keep_days: int = 400  # how long prices finer than a day are kept, by `gpubroker db compact`
     disabled_providers: frozenset[str] = frozenset()
     aws_regions: tuple[str, ...] = ()  # () = every region that sells GPUs
     local_usd_per_kwh: Decimal | None = None  # None = the fee table's assumption
@@ -118,6 +121,7 @@ def load(env: Mapping[str, str] | None = None) -> Settings:
         cache_dir=Path(values.text("cache_dir") or _default_cache_dir()),
         jobs_dir=values.folder("jobs_dir") or _default_jobs_dir(),
         max_age_s=values.duration_s("max_age", 1800),
+        keep_days=values.whole("keep_days", 400, least=LEAST_KEEP_DAYS),
         disabled_providers=frozenset(values.words("disabled_providers")),
         aws_regions=tuple(values.words("aws_regions")),
         local_usd_per_kwh=values.decimal("local_usd_per_kwh", None),
@@ -214,6 +218,13 @@ class _Values:
     def duration_s(self, key: str, default: int) -> int:
         where, value = self._take(key)
         return default if value is None else parse_duration_s(value, where)
+
+    def whole(self, key: str, default: int, *, least: int) -> int:
+        where, value = self._take(key)
+        text = str(default if value is None else value)
+        if isinstance(value, bool) or not re.fullmatch("[0-9]{1,6}", text) or int(text) < least:
+            raise ConfigError(f"{where} must be a whole number from {least} on")
+        return int(text)
 
     def words(self, key: str) -> list[str]:
         where, value = self._take(key)

@@ -6,7 +6,7 @@ group `gpubroker.providers` that names a class taking one ProviderContext.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol, cast, runtime_checkable
 from gpubroker.config import Settings
 from gpubroker.doors import Clock, Pool, Shell
 from gpubroker.errors import ConfigError
-from gpubroker.model import Offer, OfferQuery, Parsed
+from gpubroker.model import Offer, OfferQuery, Parsed, Skipped
 
 GROUP = "gpubroker.providers"
 
@@ -202,6 +202,42 @@ class Leftovers(Protocol):
         """Delete what we made and no node needs any more; what went, for people.
 
         Tags of launches that may be under way are in use; what nodes use that the vendor lists is found here.
+        """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PastPrice:
+    """An offer at a price that was in force from then on, until the next one of the same sku and zone."""
+
+    offer: Offer
+    since: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PastPage:
+    """Some of them; what could not be read is skipped with its reason."""
+
+    prices: tuple[PastPrice, ...]
+    skipped: tuple[Skipped, ...] = ()
+
+
+@runtime_checkable
+class PriceHistory(Protocol):
+    """The part of a provider whose vendor tells what its prices were before we asked."""
+
+    @property
+    def past_days(self) -> int:
+        """How far back the vendor goes."""
+
+    def past_regions(self, deadline_s: float) -> list[str]:
+        """Where it can be asked, one region after the other. Raises MissingCredentials or a ProviderError."""
+
+    def past_prices(
+        self, region: str, gpus: Collection[str] | None, since: datetime, deadline_s: float
+    ) -> Iterator[PastPage]:
+        """All of one region from then on, the price that was in force then among them, in any order.
+
+        `gpus` are canonical names; None = all. Raises what `past_regions` raises.
         """
 
 

@@ -51,10 +51,11 @@ _COMMANDS = {
     "alert": ("gpubroker.cli.alert", "alert", "Be told when a GPU comes below a price."),
     "export": ("gpubroker.cli.export", "export", "The price history as files: CSV, JSON Lines, Parquet."),
     "schedule": ("gpubroker.cli.schedule", "schedule", "Polls and exports by cron or systemd timers."),
+    "backfill": ("gpubroker.cli.backfill", "backfill_command", "A vendor's own record of its past prices."),
     "import-history": ("gpubroker.cli.import_history", "import_history", "Import price history files."),
     "demo": ("gpubroker.cli.demo", "demo", "Watch it work, on a cloud on this machine: no account."),
     "testcloud": ("gpubroker.cli.testcloud", "testcloud", "A cloud on this machine for tests and tries."),
-    "db": ("gpubroker.cli.db", "db", "The price database: where it is, and migrating it."),
+    "db": ("gpubroker.cli.db", "db", "The database: check, compact, copy, upgrade it."),
 }
 
 

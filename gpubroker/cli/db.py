@@ -5,6 +5,9 @@ from __future__ import annotations
 import click
 
 from gpubroker import config
+from gpubroker.cli.db_check import check
+from gpubroker.cli.db_compact import compact
+from gpubroker.cli.db_copy import copy_command
 from gpubroker.cli.options import format_option
 from gpubroker.cli.render import console, print_csv, print_json, table
 from gpubroker.doors import SystemClock
@@ -14,6 +17,11 @@ from gpubroker.prices.store import Store
 @click.group(context_settings={"max_content_width": 100})
 def db() -> None:
     """The price database: SQLite in the data directory, or what GPUBROKER_DB_URL names."""
+
+
+db.add_command(check)
+db.add_command(compact)
+db.add_command(copy_command)
 
 
 @db.command(epilog="Example: gpubroker db upgrade")

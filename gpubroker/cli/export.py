@@ -20,11 +20,11 @@ from gpubroker.gpus import GpuRequest
 from gpubroker.model import Market
 from gpubroker.prices import export as files
 from gpubroker.prices import export_points, export_source
-from gpubroker.prices.daily import Where
+from gpubroker.prices.daily import Where, thinned
 from gpubroker.prices.database import Database
 from gpubroker.prices.export import SUFFIXES, Begin, Kind, spans_of, suffix_of
-from gpubroker.prices.exports import Content, Exported, Points, Spans, since_last
-from gpubroker.prices.rows import DAY_S
+from gpubroker.prices.exports import SPANS, Content, Exported, Points, since_last
+from gpubroker.prices.rows import DAY_S, moment
 
 _S3 = "s3://"
 _KINDS = tuple(suffix.removeprefix(".") for suffix in SUFFIXES)
@@ -78,12 +78,15 @@ def export(
     ending = f".{suffix}" if suffix is not None else suffix_of(place)
     if resample is not None and DAY_S % resample:
         raise click.UsageError("--resample: files are by days, so that it divides one: 5m, 1h, 6h, 1d")
-    content: Content = Spans() if resample is None else Points(resample)
+    content: Content = SPANS if resample is None else Points(resample)
     with polled(settings, clock) as store:
         if cursor is not None:
             if not is_folder or gpus or providers or markets:
                 raise click.UsageError("--cursor takes a folder/ or s3://bucket/prefix/, and all prices")
-            _tell(added(store.database, cursor, place, ending, content), place, output, content)
+            runs = added(store.database, cursor, place, ending, content)
+            if any(run.number == 1 for run in runs):
+                _say_thinned(store.database)
+            _tell(runs, place, output, content)
             return
         where = Where(
             gpus=frozenset().union(*(gpu.names for gpu in gpus)) or None,
@@ -95,22 +98,23 @@ def export(
             written = _all_spans(store.database, where, ending, write)
         else:
             written = _all_points(store.database, where, resample, int(clock.now().timestamp()) + 1, write)
+        _say_thinned(store.database)
     _tell([Exported(number=0, files=written, was_cut_off=False)], place, output, content)
 
 
 def added(
-    database: Database, cursor: str, place: str, ending: str, content: Content | None = None
+    database: Database, cursor: str, place: str, ending: str, content: Content = SPANS
 ) -> list[Exported]:
     """What has ended since the last export of this name, below a folder/ or s3://bucket/prefix/.
 
     Raises ConfigError: another process is at it, or the place takes nothing.
     """
-    return since_last(database, cursor, place, ending, partial(_put, place, ending), content or Spans())
+    return since_last(database, cursor, place, ending, partial(_put, place, ending), content)
 
 
-def sentence(runs: Sequence[Exported], place: str, content: Content | None = None) -> str:
+def sentence(runs: Sequence[Exported], place: str, content: Content = SPANS) -> str:
     """What was written, for people."""
-    rows = "spans" if content is None else content.stem.partition("-")[0]
+    rows = content.stem.partition("-")[0]
     if not runs:
         return "Nothing has ended since the last export."
     return "\n".join(
@@ -118,6 +122,15 @@ def sentence(runs: Sequence[Exported], place: str, content: Content | None = Non
         + " (the last run was cut off: written again)" * run.was_cut_off
         for run in runs
     )
+
+
+def _say_thinned(database: Database) -> None:
+    """A history that begins later than its polls did is not passed off as all of it."""
+    with database.read() as connection:
+        gone = thinned(partial(database.run, connection))
+    if gone:
+        days = (f"{provider} {moment(at):%Y-%m-%d}" for provider, at in sorted(gone.items()))
+        say(f"Spans that had ended before a day are gone (gpubroker db compact): {', '.join(days)}.")
 
 
 # Writes rows to where they are wanted: file -> rows.

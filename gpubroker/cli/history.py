@@ -24,6 +24,7 @@ from gpubroker.prices.asked import Data, column
 from gpubroker.prices.daily import Where
 from gpubroker.prices.fastread import Run
 from gpubroker.prices.history import DIMENSIONS, STATS, Dimension, Group, Point, Query, Stat
+from gpubroker.prices.history import since as late
 from gpubroker.prices.rows import DAY_S
 
 _HERE = Path("-")
@@ -94,13 +95,16 @@ def history(
         stats=stats or asked.USUAL_STATS,
     )
 
-    def found(run: Run) -> tuple[list[Point], Data, dict[Group, Point]]:
+    def found(run: Run) -> tuple[list[Point], Data, dict[Group, Point], str]:
         points, source = asked.answer(run, query, data)
-        return points, source, _whole(run, query, source) if output == "table" and plot is None else {}
+        whole = _whole(run, query, source) if output == "table" and plot is None else {}
+        return points, source, whole, asked.thinned({} if data == "imported" else late(run, query), query)
 
     # As a quote: it builds many small objects and ends, and the collector would walk them again and again.
     gc.disable()
-    points, source, whole = answer(settings, clock, found)
+    points, source, whole, thinned = answer(settings, clock, found)
+    if thinned:
+        say(thinned)
     if not points:
         raise ConfigError(
             "nothing was seen of that: gpubroker poll asks for prices, gpubroker offers has what is"

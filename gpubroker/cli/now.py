@@ -21,6 +21,7 @@ from gpubroker.prices.cheapest import Priced, Rhythm, Standing, Step, rhythm, st
 from gpubroker.prices.fastread import Run
 from gpubroker.prices.history import for_one
 from gpubroker.prices.rows import DAY_S
+from gpubroker.prices.steps import held
 
 _DAYS = (7, 30, 90)
 # Of the time: at most so much of it was cheaper, or all but so much.
@@ -38,12 +39,13 @@ class _Line:
     usd_micros: int | None  # None = there is none now
     standings: dict[int, Standing | None]  # by days
     rhythm: Rhythm
+    is_polled: bool = True  # by ourselves; False = all of it is a vendor's record
 
     @property
     def verdict(self) -> str:
         """By the longest time that says something, and only where nine of ten such times would say it too."""
         if self.usd_micros is None:
-            return "none is offered now"
+            return "none is offered now" if self.is_polled else "not polled"
         known = [s for s in self.standings.values() if s is not None and s.seen_days >= _LEAST_DAYS]
         if not known:
             return "too few days"
@@ -72,7 +74,8 @@ def now(
     """Is it cheap right now? The cheapest offer against the cheapest of 7, 30 and 90 days before.
 
     The shares are of the time in which the cheapest cost less than it does now; `sure` is between what the
-    last of them would be for nine of ten such times. By our own polls, in $ for one GPU and one hour.
+    last of them would be for nine of ten such times. By our own polls and, before the first of them, what
+    gpubroker backfill brought; in $ for one GPU and one hour.
     """
     settings, clock = config.load(), SystemClock()
     end = int(clock.now().timestamp()) + 1
@@ -92,6 +95,12 @@ def _lines(run: Run, where: daily.Where, end: int) -> list[_Line]:
         usd = for_one(span.usd_micros, product.gpu_count)
         until = end if span.until_at is None else span.until_at
         spans[product.provider, product.market].append(Priced(usd, span.first_at, until))
+    # Before our own first look, the vendor's record of what it asked for.
+    ours = {key: min(one.first_at for one in mine) for key, mine in spans.items()}
+    for one in held(run, where, begin, end):
+        key = (one.product.provider, one.product.market)
+        until = min(one.until_at, ours.get(key, end))
+        spans[key].append(Priced(for_one(one.usd_micros, one.product.gpu_count), one.first_at, until))
     found = []
     for (provider, market), mine in sorted(spans.items()):
         made = steps(mine, begin, end)
@@ -103,6 +112,7 @@ def _lines(run: Run, where: daily.Where, end: int) -> list[_Line]:
                 usd_micros=usd_now,
                 standings={days: _standing(made, usd_now, days, end) for days in _DAYS},
                 rhythm=rhythm(made, begin, end),
+                is_polled=(provider, market) in ours,
             )
         )
     return found

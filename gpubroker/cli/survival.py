@@ -21,7 +21,7 @@ from gpubroker.doors import SystemClock
 from gpubroker.errors import ConfigError
 from gpubroker.plan.hazard import figure
 from gpubroker.prices import daily
-from gpubroker.prices.rows import DAY_S, HOUR_S
+from gpubroker.prices.rows import DAY_S, HOUR_S, moment
 from gpubroker.prices.seen import Kind
 from gpubroker.prices.store import Store
 from gpubroker.prices.survival import (
@@ -94,6 +94,7 @@ def survival(*, where: daily.Where, since_s: float, by_region: bool, plot: Path 
             _lines(store, where, end - int(since_s), end, by_region=by_region),
             key=lambda line: (line.provider, line.market, line.region, line.of),
         )
+        _say_thinned(store, end - int(since_s), {line.provider for line in lines})
     if not lines:
         raise ConfigError("nothing was seen of that: gpubroker poll asks for prices, best from cron")
     if plot is not None:
@@ -109,17 +110,30 @@ def survival(*, where: daily.Where, since_s: float, by_region: bool, plot: Path 
         _print_records([_record(line) for line in lines], output)
 
 
+def _say_thinned(store: Store, begin: int, providers: set[str]) -> None:
+    with store.database.read() as connection:
+        gone = daily.thinned(partial(store.database.run, connection))
+    for provider, at in sorted(gone.items()):
+        if at > begin and provider in providers:
+            say(f"{provider} is known from {moment(at):%Y-%m-%d} on: gpubroker db compact thinned the rest.")
+
+
 def _lines(store: Store, where: daily.Where, begin: int, end: int, *, by_region: bool) -> Iterator[Line]:
     held = defaultdict[tuple[str, str, str], defaultdict[Kind, list[Held]]](lambda: defaultdict(list))
     with store.database.read() as connection:
         run = partial(store.database.run, connection)
-        known = daily.products(run, where)
+        known, gone = daily.products(run, where), daily.thinned(run)
+        begins = {provider: max(begin, at) for provider, at in gone.items()}
         for row, product in daily.spans_within(run, where, known, begin, end):
             key = (product.provider, product.market, product.region if by_region else "")
             one = Held(row.offer_id, row.usd_micros, row.first_at, row.until_at)
             held[key][row.kind(product)].append(one)
-        seen = {provider: daily.seen_by(run, provider, begin, end) for provider in {key[0] for key in held}}
+        seen = {
+            provider: daily.seen_by(run, provider, begins.get(provider, begin), end)
+            for provider in {key[0] for key in held}
+        }
     for (provider, market, region), kinds in held.items():
+        since = begins.get(provider, begin)  # before it only days are kept
         change = typical_change(one for mine in kinds.values() for one in mine)
         for of in ("offer", "price"):
             found = list[Stay]()
@@ -131,8 +145,8 @@ def _lines(store: Store, where: daily.Where, begin: int, end: int, *, by_region:
                 market=market.replace("_", "-"),
                 region=region,
                 of=of,
-                curve=kaplan_meier(lasted(found, begin, end)),
-                rate=watched(found, begin, end),
+                curve=kaplan_meier(lasted(found, since, end)),
+                rate=watched(found, since, end),
                 change=change if of == "price" else None,
             )
 

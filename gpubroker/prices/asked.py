@@ -5,7 +5,7 @@ cli/history.py and frame.py share it: a command and a notebook that ask alike ar
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Literal, TypeVar, cast
 
@@ -74,6 +74,21 @@ def answer(run: Run, asked: Query, data: Data | None = None) -> tuple[list[Point
     if data != "imported" and (found := history.own(run, asked)):
         return found, "own"
     return ([], "own") if data == "own" else (history.imported(run, asked), "imported")
+
+
+def thinned(late: Mapping[str, int], asked: Query) -> str:
+    """From when on an answer is whole, in words, by what history.since says of it; "" = from its begin.
+
+    Of a time that is thinned no figure is made up from what is left of it.
+    """
+    if not late:
+        return ""
+    day = datetime.fromtimestamp(max(late.values()), UTC)
+    what = "parts of a day" if asked.goes_by_days else "hours, twap and available"
+    return (
+        f"Of the time before {day:%Y-%m-%d} only whole days are kept ({', '.join(sorted(late))}; gpubroker db"
+        f" compact): {what} are not in this, --resample 1d with prices alone is."
+    )
 
 
 def column(stat: Stat) -> str:

@@ -179,6 +179,12 @@ def unpacked(prices: bytes) -> Iterator[tuple[int, int]]:
     return zip(both[:half], both[half:], strict=True)
 
 
+def thinned(run: Run) -> dict[str, int]:
+    """By provider: the midnight before which nothing is kept but its days (compacting.py)."""
+    sql = "SELECT provider, max(until_at) FROM compactions GROUP BY provider"
+    return {provider: int(at) for provider, at in run(sql, ())}
+
+
 def products(run: Run, where: Where) -> dict[int, Product]:
     """By id."""
     text, values = where.sql()
@@ -209,15 +215,18 @@ def seen_by(run: Run, provider: str, begin: int, end: int) -> Seen:
 
 
 def counts(run: Run, where: Where, begin: int, end: int) -> Iterator[Counted]:
-    """Observations in [begin, end), of which `begin` is a midnight: by day, from both sources."""
-    known = products(run, where)
+    """Observations in [begin, end), of which `begin` is a midnight: by day, from both sources.
+
+    Of a day that is thinned all or nothing: one that `end` cuts is left out.
+    """
+    known, gone = products(run, where), thinned(run)
     rolled = {name: int(day) for name, day in run("SELECT provider, until_day FROM rolled", ())}
     for provider in sorted({product.provider for product in known.values()}):
         mine = {key: one for key, one in known.items() if one.provider == provider}
         until_day = max(begin // DAY_S, min(rolled.get(provider, 0), end // DAY_S))
         yield from _from_days(run, mine, begin // DAY_S, until_day)
         here = replace(where, providers={provider})
-        for day in range(until_day, -(-end // DAY_S)):
+        for day in range(max(until_day, gone.get(provider, 0) // DAY_S), -(-end // DAY_S)):
             first, until = day * DAY_S, min(end, (day + 1) * DAY_S)
             spans = spans_within(run, here, mine, first, until)
             for product_id, prices in _by_product(_counted(spans, seen_by(run, provider, first, until))):
@@ -239,6 +248,14 @@ def _from_days(run: Run, known: Collection[int], first: int, until: int) -> Iter
 def _by_product(counted: Counter[tuple[int, int]]) -> Iterator[tuple[int, list[tuple[int, int]]]]:
     for product_id, found in groupby(sorted(counted.items()), lambda item: item[0][0]):
         yield product_id, [(usd_micros, n) for (_, usd_micros), n in found]
+
+
+def counted_within(
+    run: Run, known: Mapping[int, Product], provider: str, begin: int, end: int
+) -> Counter[tuple[int, int]]:
+    """(product, price) -> observations in [begin, end) at a provider, by its spans and polls."""
+    spans = spans_within(run, Where(providers={provider}), known, begin, end)
+    return _counted(spans, seen_by(run, provider, begin, end))
 
 
 def _counted(spans: Iterable[tuple[SpanRow, Product]], seen: Seen) -> Counter[tuple[int, int]]:

@@ -107,9 +107,14 @@ class Database:
         with self._explained(), self._engine.connect() as opened:
             connection = opened.execution_options(sqlite_begin="IMMEDIATE")
             with connection.begin():
-                if lock and not self.is_sqlite:
-                    self.run(connection, "SELECT pg_advisory_xact_lock(hashtextextended(?, 0))", (lock,))
+                if lock:
+                    self.lock(connection, lock)
                 yield connection
+
+    def lock(self, connection: Connection, name: str) -> None:
+        """Exclude the other writes with this lock to the end of this one, which may have another one, too."""
+        if not self.is_sqlite:  # where there is no other write
+            self.run(connection, "SELECT pg_advisory_xact_lock(hashtextextended(?, 0))", (name,))
 
     @contextmanager
     def hold(self, name: str) -> Iterator[bool]:
@@ -169,6 +174,25 @@ class Database:
         options = {"stream_results": True, "max_row_buffer": _ROWS_AT_A_TIME}
         return connection.exec_driver_sql(driver_sql, values, execution_options=options)
 
+    def load(
+        self, connection: Connection, table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]
+    ) -> None:
+        """Many rows into a table, as quickly as the database takes them."""
+        names = ", ".join(columns)
+        if self.is_sqlite:
+            sql = f"INSERT INTO {table} ({names}) VALUES ({', '.join('?' * len(columns))})"  # noqa: S608
+            self.run(connection, sql, [tuple(row) for row in rows])
+            return
+        from psycopg import Error
+
+        driver: Any = connection.connection.driver_connection
+        try:
+            with driver.cursor() as cursor, cursor.copy(f"COPY {table} ({names}) FROM STDIN") as into:
+                for row in rows:
+                    into.write_row(row)
+        except Error as error:
+            raise StoreError(f"{self.where} {_next_step(error)}") from error
+
     def now(self, connection: Connection) -> datetime:
         """By the clock that all users of this database share: the server's, or this machine's for a file."""
         if self.is_sqlite:
@@ -204,6 +228,22 @@ class Database:
                 " upgrade gpubroker"
             )
         return found
+
+    def vacuum(self, *changed: str) -> None:
+        """SQLite: write the file anew, without holes, which excludes all others. PostgreSQL: let later rows
+        have the room of those that went, in these tables, beside all others."""
+        if not self.is_sqlite:
+            with self._explained(), self._engine.connect() as opened:
+                connection = opened.execution_options(isolation_level="AUTOCOMMIT")
+                self.run(connection, f"VACUUM (ANALYZE) {', '.join(changed)}")
+            return
+        with self._explained():
+            raw = self._engine.raw_connection()
+            try:
+                for sql in ("VACUUM", "PRAGMA wal_checkpoint(TRUNCATE)"):
+                    raw.cursor().execute(sql)
+            finally:
+                raw.close()
 
     def _set_wal(self) -> None:
         """Readers and a writer at once. SQLite refuses it for a moment while others open the file."""

@@ -123,6 +123,9 @@ class Spans:
         return spans_of(names_of(partial(database.run, connection)))
 
 
+SPANS = Spans()
+
+
 @dataclass(frozen=True, slots=True)
 class Points:
     """Points of days that are over."""
@@ -156,7 +159,7 @@ class Points:
 
 
 def since_last(
-    database: Database, name: str, place: str, suffix: str, put: Put, content: Content
+    database: Database, name: str, place: str, suffix: str, put: Put, content: Content = SPANS
 ) -> list[Exported]:
     """What has ended since the last run of this name; first what that one may have left undone.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,6 +18,7 @@ from gpubroker.money import from_micros
 from gpubroker.prices import asked
 from gpubroker.prices.asked import Data, column, one_of
 from gpubroker.prices.history import DIMENSIONS, STATS, Point, Query, Stat
+from gpubroker.prices.history import since as since_when
 from gpubroker.prices.store import Store
 from gpubroker.prices.wanted import Wanted
 from gpubroker.units import parse_duration_s
@@ -80,7 +82,11 @@ def history(
             raise ConfigError("there is no price yet: gpubroker poll asks for some")
         store.migrate()
         with store.database.read() as connection:
-            points, _ = asked.answer(partial(store.database.run, connection), query, data)
+            run = partial(store.database.run, connection)
+            points, _ = asked.answer(run, query, data)
+            late = {} if data == "imported" else since_when(run, query)
+    if told := asked.thinned(late, query):
+        warnings.warn(told, stacklevel=2)
     return _frame(points, query)
 
 

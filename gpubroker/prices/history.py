@@ -21,6 +21,7 @@ from gpubroker.prices.fastread import Run
 from gpubroker.prices.rows import DAY_S, moment
 from gpubroker.prices.seen import Kind
 from gpubroker.prices.stats import Prices
+from gpubroker.prices.steps import held, hours, product_of
 
 Stat = Literal["min", "p10", "p50", "p90", "max", "mean", "twap", "available", "n"]
 STATS: tuple[Stat, ...] = get_args(Stat)
@@ -32,7 +33,7 @@ _IMPORTED_SQL = """
 SELECT s.provider, s.sku, s.gpu, s.form_factor, s.gpu_count, s.market, s.region, s.id,
        o.observed_at, o.usd_per_hour, o.available
 FROM series s JOIN observations o ON o.series_id = s.id
-WHERE o.observed_at >= ? AND o.observed_at < ?
+WHERE o.observed_at >= ? AND o.observed_at < ? AND s.stat <> 'step'
 """
 
 
@@ -105,20 +106,26 @@ def own(run: Run, query: Query) -> list[Point]:
             count = known[one.product_id].gpu_count
             bucket.counted += [(for_one(usd, count), n) for usd, n in one.prices] if count > 1 else one.prices
     else:
+        late = since(run, query)
         for provider in sorted({product.provider for product in known.values()}):
-            _from_spans(run, query, provider, known, buckets)
+            begin = late.get(provider, query.begin)
+            if begin < query.end:
+                _from_spans(run, query, provider, known, begin, buckets)
     return list(_points(query, buckets))
 
 
 def imported(run: Run, query: Query) -> list[Point]:
-    """By other people's histories (`gpubroker import-history`), in order of time and group."""
+    """By other people's histories (`gpubroker import-history`), in order of time and group.
+
+    A row counts once; a price of a vendor's own record (backfill.py), once for each whole hour that it held.
+    """
     text, values = query.where.sql("s")
     buckets: _Buckets = defaultdict(_Bucket)
     rows = run(_IMPORTED_SQL + text, (query.begin, query.end, *values))
     series: dict[int, Product | None] = {}
     for *named, series_id, at, usd_micros, available in rows:
         if series_id not in series:
-            one = _product(series_id, *named)
+            one = product_of(series_id, *named)
             series[series_id] = one if query.where.wants is None or query.where.wants(one) else None
         if (product := series[series_id]) is None:
             continue
@@ -129,22 +136,50 @@ def imported(run: Run, query: Query) -> list[Point]:
             bucket.looks.add(at)
             if available:
                 bucket.hits.add(at)
+    for step in held(run, query.where, query.begin, query.end):
+        group, usd = query.group(step.product), for_one(step.usd_micros, step.product.gpu_count)
+        for begin, end in _parts(query, step.first_at, step.until_at):
+            bucket, looks = buckets[query.bucket(begin), group], hours(begin, end)
+            bucket.counted.append((usd, len(looks)))
+            bucket.usd_s += usd * (end - begin)
+            bucket.open_s += end - begin
+            bucket.looks.update(looks)
+            bucket.hits.update(looks)
     return list(_points(query, buckets))
 
 
-def _from_spans(run: Run, query: Query, provider: str, known: dict[int, Product], buckets: _Buckets) -> None:
-    seen = daily.seen_by(run, provider, query.begin, query.end)
+def since(run: Run, query: Query) -> dict[str, int]:
+    """By provider: from when on the question is answered, where that is later than it asks.
+
+    What is thinned (compacting.py) has days alone: a bucket that needs more and begins there is left out, and
+    where lines are of several providers it is left out for all of them.
+    """
+    found = {product.provider for product in daily.products(run, query.where).values()}
+    gone = {provider: at for provider, at in daily.thinned(run).items() if provider in found}
+    if query.goes_by_days:
+        return {provider: at for provider, at in gone.items() if query.end < at and query.end % DAY_S}
+    late = {provider: at for provider, at in gone.items() if at > query.begin}
+    if late and "provider" not in query.by:
+        late = dict.fromkeys(found, max(late.values()))
+    step = query.bucket_s or 1
+    return {provider: -(-at // step) * step for provider, at in late.items()}
+
+
+def _from_spans(
+    run: Run, query: Query, provider: str, known: dict[int, Product], begin: int, buckets: _Buckets
+) -> None:
+    seen = daily.seen_by(run, provider, begin, query.end)
     where = replace(query.where, providers={provider})
-    for span, product in daily.spans_within(run, where, known, query.begin, query.end):
+    for span, product in daily.spans_within(run, where, known, begin, query.end):
         kind = span.kind(product)
         group, usd = query.group(product), for_one(span.usd_micros, product.gpu_count)
         last = query.end if span.until_at is None else min(span.until_at, query.end)
-        for begin, end in _parts(query, max(span.first_at, query.begin), last):
-            bucket = buckets[query.bucket(begin), group]
-            bucket.counted.append((usd, seen.count(span.offer_id, kind, begin, end)))
-            bucket.usd_s += usd * (end - begin)
-            bucket.open_s += end - begin
-            bucket.hits.update(seen.at(span.offer_id, kind, begin, end))
+        for first, end in _parts(query, max(span.first_at, begin), last):
+            bucket = buckets[query.bucket(first), group]
+            bucket.counted.append((usd, seen.count(span.offer_id, kind, first, end)))
+            bucket.usd_s += usd * (end - first)
+            bucket.open_s += end - first
+            bucket.hits.update(seen.at(span.offer_id, kind, first, end))
     if "available" in query.stats:
         for product in known.values():
             if product.provider == provider:
@@ -159,13 +194,6 @@ def _parts(query: Query, begin: int, end: int) -> Iterator[tuple[int, int]]:
         until = end if query.bucket_s is None else min(end, query.bucket(begin) + query.bucket_s)
         yield begin, until
         begin = until
-
-
-def _product(
-    series_id: int, provider: str, sku: str, gpu: str, form: str, count: int, market: str, region: str
-) -> Product:
-    """As far as an imported series says what it is."""
-    return Product(provider, sku, gpu, form, count, 0, market, False, region, "", "", series_id)
 
 
 def for_one(usd_micros: int, gpu_count: int) -> int:

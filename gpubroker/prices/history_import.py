@@ -59,7 +59,9 @@ class ImportResult:
     malformed: tuple[tuple[int, str], ...]
 
 
-class _Series(NamedTuple):
+class Series(NamedTuple):
+    """Whose observations they are: a row of the table series."""
+
     provider: str
     sku: str
     gpu: str
@@ -71,8 +73,10 @@ class _Series(NamedTuple):
     source: str
 
 
-class _Observation(NamedTuple):
-    series: _Series
+class Observation(NamedTuple):
+    """One row of a history."""
+
+    series: Series
     observed_at: int  # seconds since 1970
     usd_micros: int | None = None
     available: int | None = None
@@ -80,12 +84,12 @@ class _Observation(NamedTuple):
 
 
 _Fields = Mapping[str, str]  # a line by its columns
-_Parse = Callable[[_Fields], _Observation]  # raises ValueError with the reason
+_Parse = Callable[[_Fields], Observation]  # raises ValueError with the reason
 _INSERT_SERIES = f"""
-INSERT INTO series ({", ".join(_Series._fields)}) VALUES ({", ".join("?" * len(_Series._fields))})
+INSERT INTO series ({", ".join(Series._fields)}) VALUES ({", ".join("?" * len(Series._fields))})
 ON CONFLICT DO NOTHING
 """  # noqa: S608  only names of columns go in
-_SERIES_ID = f"SELECT id FROM series WHERE {' AND '.join(f'{name} = ?' for name in _Series._fields)}"  # noqa: S608
+_SERIES_ID = f"SELECT id FROM series WHERE {' AND '.join(f'{name} = ?' for name in Series._fields)}"  # noqa: S608
 _INSERT_OBSERVATIONS = """
 INSERT INTO observations (series_id, observed_at, usd_per_hour, available, n_offers) VALUES (?, ?, ?, ?, ?)
 ON CONFLICT DO NOTHING
@@ -100,13 +104,13 @@ def import_file(store: Store, path: Path) -> ImportResult:
     """
     rows = added = 0
     malformed: list[tuple[int, str]] = []
-    series_ids: dict[_Series, int] = {}
+    series_ids: dict[Series, int] = {}
     with _opened(path) as file:
         for batch in chunks(_entries(file, path)):
-            observations = [said for _, said in batch if isinstance(said, _Observation)]
+            observations = [said for _, said in batch if isinstance(said, Observation)]
             malformed += [(number, said) for number, said in batch if isinstance(said, str)]
             rows += len(batch)
-            added += _add(store.database, observations, series_ids)
+            added += add(store.database, observations, series_ids)
     return ImportResult(
         rows=rows,
         added=added,
@@ -115,7 +119,7 @@ def import_file(store: Store, path: Path) -> ImportResult:
     )
 
 
-def _add(database: Database, observations: Sequence[_Observation], series_ids: dict[_Series, int]) -> int:
+def add(database: Database, observations: Sequence[Observation], series_ids: dict[Series, int]) -> int:
     """How many of them were new. `series_ids` learns the series they belong to."""
     if not observations:
         return 0
@@ -126,7 +130,7 @@ def _add(database: Database, observations: Sequence[_Observation], series_ids: d
         return int(database.run(connection, _INSERT_OBSERVATIONS, values).rowcount)
 
 
-def _series_id(database: Database, connection: Connection, series: _Series) -> int:
+def _series_id(database: Database, connection: Connection, series: Series) -> int:
     database.run(connection, _INSERT_SERIES, series)
     return int(database.run(connection, _SERIES_ID, series).scalar_one())
 
@@ -138,7 +142,7 @@ def _opened(path: Path) -> BufferedIOBase:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _entries(file: BufferedIOBase, path: Path) -> Iterator[tuple[int, _Observation | str]]:
+def _entries(file: BufferedIOBase, path: Path) -> Iterator[tuple[int, Observation | str]]:
     """Each data line's number, with what it says or with the reason why it says nothing."""
     lines = enumerate(_lines(file), 1)
     _, header = next(lines, (1, "it is empty"))
@@ -206,12 +210,12 @@ def _fields(line: bytes, columns: tuple[str, ...]) -> _Fields:
     return dict(zip(columns, fields, strict=True))
 
 
-def _price(fields: _Fields) -> _Observation:
+def _price(fields: _Fields) -> Observation:
     gpu, form_factor = _canonical(
         _required(fields, "gpu"), _one_of("form_factor", fields["form_factor"], _FORM_FACTORS)
     )
-    return _Observation(
-        _Series(
+    return Observation(
+        Series(
             provider=_required(fields, "provider"),
             sku=fields["sku"],
             gpu=gpu,
@@ -228,11 +232,11 @@ def _price(fields: _Fields) -> _Observation:
     )
 
 
-def _availability(fields: _Fields) -> _Observation:
+def _availability(fields: _Fields) -> Observation:
     provider, sku = _required(fields, "provider"), _required(fields, "sku")
     gpu, form_factor, gpu_count = _card(provider, sku)
-    return _Observation(
-        _Series(
+    return Observation(
+        Series(
             provider=provider,
             sku=sku,
             gpu=gpu,

@@ -19,7 +19,7 @@ from gpubroker.model import Offer, OfferQuery, Skipped
 from gpubroker.money import from_micros, to_micros
 
 # The newest migration: a database that says something else is older or newer than this code.
-REVISION = "0011"
+REVISION = "0012"
 HOUR_S, DAY_S = 3600, 86400
 
 PRODUCT = (

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 from typing import Any, NamedTuple
 
 from gpubroker.model import OfferQuery
+from gpubroker.prices.daily import thinned
 from gpubroker.prices.polls import includes, scope_of
 from gpubroker.prices.store import Store
 
@@ -17,7 +19,7 @@ WHERE p.gpu = ? AND p.gpu_count = ? AND p.market IN ('spot', 'on_demand')
 ORDER BY s.offer_id, s.first_at
 """
 _POLLS_SQL = """
-SELECT provider, scope, observed_at FROM polls WHERE observed_at IS NOT NULL ORDER BY observed_at
+SELECT provider, scope, observed_at FROM polls WHERE observed_at >= ? ORDER BY observed_at
 """
 
 
@@ -46,12 +48,18 @@ def past_offers(store: Store, gpus: Collection[str], gpu_count: int) -> list[Pas
 
 
 def looks(store: Store, gpus: Collection[str]) -> dict[str, list[int]]:
-    """By provider: when a kept poll asked for all these cards' offers."""
+    """By provider: when a kept poll asked for all these cards' offers.
+
+    From the time on of which every provider's spans are there: before that some are thinned, and a market
+    would look as if it had been empty.
+    """
     asked = OfferQuery(gpus=frozenset(gpus), markets=frozenset({"spot", "on_demand"}), whole=False)
     found: dict[str, list[int]] = {}
     scopes: dict[str, bool] = {}
     with store.database.read() as connection:
-        rows: Any = store.database.run(connection, _POLLS_SQL)
+        run = partial(store.database.run, connection)
+        since = max(thinned(run).values(), default=0)
+        rows: Any = run(_POLLS_SQL, (since,))
         for provider, scope, observed_at in rows:
             if scope not in scopes:
                 scopes[scope] = includes(scope_of(scope), asked)

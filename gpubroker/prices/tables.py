@@ -207,6 +207,20 @@ exports = Table(
     Column("pending", Text),  # JSON of exports.Pending; NULL = none is under way
 )
 
+# What was thinned (compacting.py): a provider's spans that had ended by until_at, and its polls before it.
+compactions = Table(
+    "compactions",
+    metadata,
+    Column("id", Id, primary_key=True),
+    Column("provider", Text, nullable=False),
+    Column("until_at", Moment, nullable=False),  # a midnight
+    Column("begun_at", Moment, nullable=False),
+    Column("ended_at", Moment),  # NULL = it is under way or was cut off: the next one goes on with it
+    Column("spans", BigInteger, nullable=False, server_default="0"),  # rows that are gone
+    Column("offers", BigInteger, nullable=False, server_default="0"),
+    Column("polls", BigInteger, nullable=False, server_default="0"),
+)
+
 # What is current: a row for each open span, with what a poll compares and a quote reads, so that neither
 # ever walks through the history.
 latest = Table(
@@ -219,6 +233,7 @@ latest = Table(
     Column("usd_per_hour", Money, nullable=False),
     # NULL = the newest poll that covers the offer saw it; else the last poll that did.
     Column("confirmed_by", Id, ForeignKey("polls.id")),
+    Index("ix_latest_confirmed", "confirmed_by"),  # a poll that goes is looked for here
 )
 
 # What is volatile of the current offers. It changes for nearly all of them at every poll, and is read by GPU:

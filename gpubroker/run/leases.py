@@ -16,12 +16,15 @@ from sqlalchemy import ColumnElement, bindparam, delete, exists, func, insert, o
 
 import gpubroker
 from gpubroker.doors import Clock
+from gpubroker.prices import tables as prices_tables
 from gpubroker.prices.database import Database
 from gpubroker.run import tables
 
 LEASE_S = 60
 # Supervisors that are long gone are forgotten.
 _FORGOTTEN = timedelta(days=1)
+# One that has not ended after so long has died: a poll takes 5 minutes unless it is told otherwise.
+_LONGEST_POLL = timedelta(minutes=10)
 
 # Built once: at every third of a lease, by every supervisor.
 _RENEW = update(tables.supervisors).where(tables.supervisors.c.id == bindparam("mine"))
@@ -100,6 +103,25 @@ def alive(database: Database) -> list[str]:
     with database.read() as connection:
         found = select(table.c.id).where(table.c.until_at > database.now(connection))
         return list(connection.scalars(found.order_by(table.c.id)))
+
+
+def busy(database: Database) -> str:
+    """Who writes into this database now and would not wait for long, in words; "" = nobody."""
+    if found := alive(database):
+        return f"supervisor {found[0]} runs jobs on it"
+    polls = prices_tables.polls.c
+    with database.read() as connection:
+        lately = database.now(connection) - _LONGEST_POLL
+        found_poll = connection.scalar(
+            select(polls.provider).where(polls.finished_at.is_(None), polls.started_at > lately)
+        )
+        in_terminals = (tables.jobs.c.state == "running") & ~tables.jobs.c.unattended
+        jobs = list(connection.scalars(select(tables.jobs.c.id).where(in_terminals)))
+    for job_id in jobs:
+        with database.hold(f"job {job_id}") as is_free:
+            if not is_free:
+                return f"job {job_id} is running"
+    return f"a poll of {found_poll} is running" if found_poll else ""
 
 
 def unfinished() -> ColumnElement[bool]:

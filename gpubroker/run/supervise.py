@@ -55,9 +55,10 @@ from gpubroker.run.retrying import GiveUp, NotYet, after_failures
 from gpubroker.run.verdict import Verdict, Wanted, judge
 
 # A machine that failed its preflight, and one that nobody could reach, are left alone for so long. Where the
-# vendor names no machines it is the place that is: the next node there may be the same one, or a better one.
+# vendor names no machines it is the place that is, for all jobs: for minutes, since the next node there may be
+# the same one, and no longer, since most likely it is another.
 AVOID_S = 24 * 3600
-AVOID_PLACE_S = 3600
+AVOID_PLACE_S = 300
 # A node that nobody has looked at for so long ends its job by itself.
 RENEW_WITHIN_S = 1800.0
 # A node that answers and yet cannot be prepared costs money all the while.

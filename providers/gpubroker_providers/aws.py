@@ -10,15 +10,16 @@ Capacity Blocks are quoted for one instance and 24 hours, and never bought.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from typing import Any
 
 from gpubroker.errors import AuthFailed, BrokerError, MissingCredentials, Transient
 from gpubroker.gpus import spellings
 from gpubroker.model import Market, OfferQuery, Parsed, Slice
-from gpubroker.provider import Access, ProviderContext
+from gpubroker.provider import Access, PastPage, ProviderContext
 from gpubroker_providers.aws_account import (
     HOME_REGION,
     PRODUCT_FIELDS,
@@ -27,6 +28,7 @@ from gpubroker_providers.aws_account import (
     has_credentials,
     home_region,
     parse_capacity_blocks,
+    parse_past_spot,
     parse_products,
     parse_spot_history,
 )
@@ -37,6 +39,8 @@ from gpubroker_providers.aws_rows import gpu_types
 # Where an offers file is read when no region is configured: the ones that sell the most GPU types in
 # the US and Europe. Each is hundreds of MB per new version; `aws_regions` widens or narrows it.
 OFFERS_FILE_REGIONS = ("us-east-1", "us-east-2", "us-west-2", "eu-central-1")
+# Between two pages of a history: EC2 lets an account describe 20 times a second, and polls are there, too.
+HISTORY_INTERVAL_S = 0.2
 _BLOCK_FAMILY = re.compile(r"(?:p4d|p4de|p5|p5e|p5en|p6[a-z]*-[a-z0-9]+)\.")
 _DRY_RUNS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("describe_spot_price_history", {}),
@@ -127,6 +131,46 @@ class Aws(AwsNodes):
         return f"credentials work in {account.home_region}: DryRun allows {', '.join(allowed)}" + (
             f"; not proven: {', '.join(denied)}" if denied else ""
         )
+
+    # What was
+
+    @property
+    def past_days(self) -> int:
+        """DescribeSpotPriceHistory's."""
+        return 90
+
+    def past_regions(self, deadline_s: float) -> list[str]:
+        """Those of the config, or all that the account may use."""
+        account = self._history_account(deadline_s)
+        return list(self._context.settings.aws_regions or account.regions())
+
+    def past_prices(
+        self, region: str, gpus: Collection[str] | None, since: datetime, deadline_s: float
+    ) -> Iterator[PastPage]:
+        """Spot by availability zone, page by page; a price that still holds from before `since` is in it."""
+        end_s = self._context.clock.monotonic_s() + deadline_s
+        account = self._history_account(deadline_s)
+        types = gpu_types(gpus)
+
+        def wait() -> None:
+            self._context.limiter.wait(self.name, "spot history", HISTORY_INTERVAL_S, self._left_s(end_s))
+
+        for rows in account.whole_pages(
+            account.client("ec2", region),
+            "describe_spot_price_history",
+            "SpotPriceHistory",
+            1000,
+            wait,
+            InstanceTypes=list(types),
+            ProductDescriptions=["Linux/UNIX"],
+            StartTime=since,
+        ):
+            yield parse_past_spot(rows, region)
+
+    def _history_account(self, deadline_s: float) -> Account:
+        if not has_credentials(self._context.env):
+            raise MissingCredentials(self.name, "AWS_ACCESS_KEY_ID (or AWS_PROFILE)")
+        return Account(self._context, self._context.clock.monotonic_s() + deadline_s)
 
     # Without an account
 

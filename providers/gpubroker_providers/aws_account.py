@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -26,7 +26,7 @@ from gpubroker.errors import (
 )
 from gpubroker.model import Offer, Parsed
 from gpubroker.money import SECONDS_PER_HOUR, parse_usd, round_usd
-from gpubroker.provider import ProviderContext
+from gpubroker.provider import PastPage, PastPrice, ProviderContext
 from gpubroker_providers.aws_rows import Sieve, instance_offer
 
 HOME_REGION = "us-east-1"
@@ -64,6 +64,17 @@ def parse_spot_history(rows: Iterable[object], region: str) -> Parsed:
 
     The zone is AvailabilityZoneId; AvailabilityZone stands in where an endpoint does not send it (moto).
     """
+    return _spot_rows(rows, region).parsed(best=max, by=lambda kept: kept.details["since"])
+
+
+def parse_past_spot(rows: Iterable[object], region: str) -> PastPage:
+    """The same rows as what was: each is the price from its Timestamp until the next one of its zone."""
+    offers, skipped = _spot_rows(rows, region).all()
+    prices = (PastPrice(offer=one, since=datetime.fromisoformat(one.details["since"])) for one in offers)
+    return PastPage(prices=tuple(prices), skipped=skipped)
+
+
+def _spot_rows(rows: Iterable[object], region: str) -> Sieve:
     sieve = Sieve("DescribeSpotPriceHistory")
     path = "SpotPriceHistory[]"
 
@@ -82,7 +93,7 @@ def parse_spot_history(rows: Iterable[object], region: str) -> Parsed:
         named = row if isinstance(row, Mapping) else {}
         zone = named.get("AvailabilityZoneId") or named.get("AvailabilityZone") or region
         sieve.keep(f"{zone} {named.get('InstanceType', '?')}", offer, named)
-    return sieve.parsed(best=max, by=lambda kept: kept.details["since"])
+    return sieve
 
 
 def parse_products(items: Iterable[object], regions: Collection[str]) -> Parsed:
@@ -281,12 +292,22 @@ class Account:
 
     def pages(self, client: Any, operation: str, key: str, size: int, **asked: Any) -> Iterator[Any]:
         """The rows of all pages."""
+        for page in self.whole_pages(client, operation, key, size, lambda: None, **asked):
+            yield from page
+
+    def whole_pages(
+        self, client: Any, operation: str, key: str, size: int, before: Callable[[], None], **asked: Any
+    ) -> Iterator[list[Any]]:
+        """Page by page; `before` is called before each call."""
         name = client.meta.method_to_api_mapping[operation]
-        with self._our_errors(name):
-            for page in client.get_paginator(operation).paginate(
-                **asked, PaginationConfig={"PageSize": size}
-            ):
-                yield from self._rows(page, name, key)
+        pages = iter(client.get_paginator(operation).paginate(**asked, PaginationConfig={"PageSize": size}))
+        while True:
+            before()
+            with self._our_errors(name):
+                page = next(pages, None)
+            if page is None:
+                return
+            yield self._rows(page, name, key)
 
     def ask(self, client: Any, operation: str, **asked: Any) -> Any:
         """One call and its answer."""

@@ -58,6 +58,11 @@ class Sieve:
         """A row that gives no offer."""
         self._skipped.append(Skipped(id=row_id, reason=reason))
 
+    def all(self) -> tuple[list[Offer], tuple[Skipped, ...]]:
+        """Every row, where the same thing may come more than once. Raises PayloadChanged."""
+        self.refuse_drift()
+        return [offer for _, offer in self._offers], tuple(self._skipped)
+
     def refuse_drift(self) -> None:
         """Raises PayloadChanged for a key that no row had."""
         for path, lacking in self._lacking.items():
