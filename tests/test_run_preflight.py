@@ -235,7 +235,7 @@ def test_a_vendor_without_machine_ids_is_kept_away_from_by_place(on):
     with on([bad, HONEST]) as here:
         here.until(lambda: len(here.attempts()) == 2)
         assert [("cloud", "gpu_2x_h100 us-east-1")] == list(here.records.avoided())
-        here.clock.advance(3601)
+        here.clock.advance(301)
         assert {} == here.records.avoided()
 
 

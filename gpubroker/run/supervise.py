@@ -55,8 +55,8 @@ from gpubroker.run.retrying import GiveUp, NotYet, after_failures
 from gpubroker.run.verdict import Verdict, Wanted, judge
 
 # A machine that failed its preflight, and one that nobody could reach, are left alone for so long. Where the
-# vendor names no machines it is the place that is, for all jobs: for minutes, since the next node there may be
-# the same one, and no longer, since most likely it is another.
+# vendor names no machines it is the place that is, for all jobs: for minutes, since the next node there may
+# be the same one, and no longer, since most likely it is another.
 AVOID_S = 24 * 3600
 AVOID_PLACE_S = 300
 # A node that nobody has looked at for so long ends its job by itself.
