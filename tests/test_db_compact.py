@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import gpubroker
 from gpubroker.cli import main
 from gpubroker.errors import ConfigError
 from gpubroker.model import OfferQuery, Parsed
@@ -74,7 +75,7 @@ class Exporting:
     def run(self):
         since_last(self._store.database, "nightly", "there/", ".csv", self._put)
 
-    def _put(self, name, batches, names):
+    def _put(self, name, batches, begin):
         self._files[name] = [row for batch in batches for row in batch]
         return len(self._files[name])
 
@@ -365,6 +366,11 @@ def test_once_it_is_done_history_says_so_and_days_are_the_same(ask):
     assert (0, True) == (code, "only whole days are kept" in said)
     code, _, said = ask("export", "--as", "csv", "--to", "-")
     assert (0, True) == (code, "Spans that had ended before a day are gone" in said)
+    code, _, said = ask("survival", "--gpu", "h100", "--since", "499d")
+    assert (0, True) == (code, "x is known from " in said), said
+    pytest.importorskip("pandas", reason="needs the extra [pandas]")
+    with pytest.warns(UserWarning, match="only whole days are kept"):
+        gpubroker.history("h100", since="499d", stats="twap", by=())
     assert "There is nothing to thin." in ask("db", "compact", "--yes")[2]
     assert (0, True) == (ask("db", "check", "--deep")[0], "has days alone before" in ask("db", "check")[2])
 

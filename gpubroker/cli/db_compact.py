@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -156,7 +157,7 @@ def _print(plans: Sequence[Plan], days: int) -> None:
     for name, providers in held.items():
         say(
             f"Export {name} has not written all of it for {', '.join(providers)}: that stays until it has."
-            f" One that is run no more: --forget-export {name}"
+            f" One that is run no more: --forget-export {shlex.quote(name)}"
         )
     if begun := [one.limit.provider for one in plans if one.cut_off]:
         say(f"The last run was cut off: this one goes on with {', '.join(begun)}.")

@@ -110,7 +110,7 @@ def history(
             "nothing was seen of that: gpubroker poll asks for prices, gpubroker offers has what is"
         )
     if source == "imported":
-        say("These are imported histories (gpubroker import-history), not our own polls.")
+        say("These are imported histories (gpubroker import-history, gpubroker backfill), not our own polls.")
     if plot is not None:
         _draw(points, query, plot)
         return
