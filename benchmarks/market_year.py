@@ -181,7 +181,7 @@ def _offer(machine: int, usd_micros: int, product: int, rate: int, listing_id: s
 def year(share: float, offers: int = 20_000) -> Path:
     """A SQLite file with this share of a year, up to the last midnight.
 
-    It is made once a process and deleted at its end; in the folder $GPUBROKER_BENCHMARKS it is kept.
+    It is made once a process and deleted at its end; in the folder $GPUBROKER_TEST_MARKETS it is kept.
     """
     return _made(Size(polls=int(Size().polls * share), offers=offers))
 
@@ -189,7 +189,7 @@ def year(share: float, offers: int = 20_000) -> Path:
 @cache
 def _made(size: Size) -> Path:
     end = int(SystemClock().now().timestamp()) // DAY_S * DAY_S
-    kept = os.environ.get("GPUBROKER_BENCHMARKS")
+    kept = os.environ.get("GPUBROKER_TEST_MARKETS")
     folder = Path(kept or tempfile.mkdtemp(prefix="gpubroker-year-"))
     if kept is None:
         atexit.register(shutil.rmtree, folder, ignore_errors=True)

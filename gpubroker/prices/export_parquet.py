@@ -43,6 +43,8 @@ class ParquetWriter:
             compression="zstd",
             store_decimal_as_integer=True,
             write_statistics=["usd_per_hour", *sorted(MOMENTS)],
+            # Nearly each of these is another: a dictionary of them would be started and given up.
+            use_dictionary=[name for name in COLUMNS if name not in ("usd_per_hour", "first_at")],
         )
         self._products = _Table(PRODUCT, names.products)
         self._rates = _Table(RATES, names.rates)

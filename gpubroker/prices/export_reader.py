@@ -21,9 +21,9 @@ from adbc_driver_manager import AdbcConnection, AdbcStatement, Error
 from gpubroker.prices import arrow
 from gpubroker.prices.arrow import Array
 
-# Offers are read by so many at a time, and so many blocks of them are kept: 80 MB at most.
+# Offers are read by so many at a time, and so many blocks of them are kept: 24 MB.
 _BLOCK = 1 << 15
-_BLOCKS = 128
+_BLOCKS = 32
 _SCHEMA = pa.schema(
     [
         ("product_id", pa.int64()),
