@@ -315,7 +315,7 @@ def test_tables_of_something_else_are_left_alone(ask, old, tmp_path):
     ("source", "target", "sentence"),
     [
         pytest.param("nonsense", "sqlite:////x.db", "SOURCE is not a database URL", id="no URL"),
-        pytest.param("sqlite:////nowhere/x.db", "mysql://h/x", "TARGET: mysql is neither", id="MySQL"),
+        pytest.param("postgresql:///x", "mysql://h/x", "TARGET: mysql is neither", id="MySQL"),
         pytest.param("sqlite://", "sqlite:////tmp/x.db", "SOURCE: that names no file", id="in memory"),
     ],
 )
@@ -327,7 +327,7 @@ def test_what_is_no_database_is_one_sentence(ask, source, target, sentence):
 
 def test_a_source_that_is_not_there_is_not_made(ask, tmp_path):
     """Opening it would leave an empty one."""
-    code, _, said = ask(sqlite_url(tmp_path, "none"), sqlite_url(tmp_path, "new"))
+    code, _, said = ask(f"sqlite:///{tmp_path}/folder/none.db", sqlite_url(tmp_path, "new"))
     assert (2, True, []) == (code, "there is no database at" in said, list(tmp_path.iterdir())), said
 
 

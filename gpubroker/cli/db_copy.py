@@ -10,6 +10,7 @@ from gpubroker.cli.render import console, print_csv, print_json, say, table
 from gpubroker.doors import SystemClock
 from gpubroker.errors import ConfigError
 from gpubroker.prices.copying import Copied, copy, counts
+from gpubroker.prices.database import Database
 from gpubroker.prices.store import Store
 from gpubroker.run import tables as run_tables  # noqa: F401  jobs move, too
 from gpubroker.run.leases import busy
@@ -37,9 +38,10 @@ def copy_command(*, source: str, target: str, output: str) -> None:
     It is verified, table by table, before it counts; a copy that is killed is run again. Nothing can be
     written into SOURCE meanwhile: stop supervisors and polls first. SOURCE stays as it is.
     """
-    with _opened(source, "SOURCE") as old, _opened(target, "TARGET") as new:
-        if old.path is not None and not old.path.exists():
-            raise ConfigError(f"there is no database at {old.where}")
+    for url, name in ((source, "SOURCE"), (target, "TARGET")):
+        _check(url, name)
+    clock = SystemClock()
+    with Store.open(source, clock) as old, Store.open(target, clock) as new:
         if old.revision() is None:
             raise ConfigError(f"{old.where} has no tables of gpubroker")
 
@@ -58,13 +60,16 @@ def copy_command(*, source: str, target: str, output: str) -> None:
         _print(copied, old.where, new.where, output)
 
 
-def _opened(url: str, name: str) -> Store:
+def _check(url: str, name: str) -> None:
+    """Before anything is opened, which makes what is not there."""
     if url.rstrip("/") in ("sqlite:", "sqlite+pysqlite:") or url.endswith(":memory:"):
         raise ConfigError(f"{name}: that names no file; one that does is sqlite:////home/me/gpubroker.db")
     try:
-        return Store.open(url, SystemClock())
+        database = Database(url, SystemClock())
     except ConfigError as error:
         raise ConfigError(str(error).replace(_TOLD, name)) from error
+    if name == "SOURCE" and database.path is not None and not database.path.exists():
+        raise ConfigError(f"there is no database at {database.where}")
 
 
 def _print(copied: list[Copied], old: str, new: str, output: str) -> None:
