@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from gpubroker.plan.hazard import Exposure
 
 T = TypeVar("T")
+# Of pages that are read again and again; SQLite's own 2 MB are too few for a day of 20,000 offers.
+_CACHE_KIB = 1 << 16
 # Runs SQL with ? for its values.
 Run = Callable[[str, tuple[Any, ...]], Iterable[Sequence[Any]]]
 
@@ -102,6 +104,7 @@ def ask(path: str | Path, question: Callable[[Run], T]) -> T | None:
 def _ask(uri: str, question: Callable[[Run], T]) -> T | None:
     try:
         with closing(sqlite3.connect(uri, uri=True, timeout=1, isolation_level=None)) as connection:
+            connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
             connection.execute("BEGIN")
             if connection.execute("SELECT version_num FROM alembic_version").fetchone() != (REVISION,):
                 return None
