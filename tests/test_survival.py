@@ -18,7 +18,7 @@ from gpubroker.model import OfferQuery, Parsed
 from gpubroker.plan.hazard import Hazards
 from gpubroker.prices.store import Store
 from gpubroker.prices.survival import (
-    Held,
+    AtPrice,
     Lasted,
     Stay,
     Watched,
@@ -84,7 +84,7 @@ def held(offer_id, seconds):
     for begin, until in pairwise([*cuts, len(seconds)]):
         if seconds[begin] is not None:
             is_open = until == len(seconds)
-            yield Held(offer_id, seconds[begin], begin, None if is_open else until)
+            yield AtPrice(offer_id, seconds[begin], begin, None if is_open else until)
 
 
 @settings(max_examples=100 * EXAMPLES_FACTOR, deadline=None)
@@ -105,7 +105,9 @@ def test_what_was_there_before_the_first_look_is_in_no_curve():
     """Nobody knows when it began; what is still there is cut off at the end."""
     found = list(
         stays(
-            [Held(1, 5, 0, 10), Held(2, 5, 3, 9), Held(2, 6, 9, 12), Held(3, 5, 4, None)], 0, of_price=False
+            [AtPrice(1, 5, 0, 10), AtPrice(2, 5, 3, 9), AtPrice(2, 6, 9, 12), AtPrice(3, 5, 4, None)],
+            0,
+            of_price=False,
         )
     )
     assert [Stay(0, 10, False), Stay(3, 12, True), Stay(4, None, True)] == found
@@ -115,7 +117,7 @@ def test_what_was_there_before_the_first_look_is_in_no_curve():
 
 def test_a_typical_change_is_between_prices_that_follow_each_other():
     """Half of the changes are smaller; a new price after a gap is none."""
-    spans = [Held(1, 100, 0, 5), Held(1, 110, 5, 7), Held(1, 99, 7, 9), Held(1, 999, 10, None)]
+    spans = [AtPrice(1, 100, 0, 5), AtPrice(1, 110, 5, 7), AtPrice(1, 99, 7, 9), AtPrice(1, 999, 10, None)]
     assert pytest.approx(0.1) == typical_change(spans)
     assert typical_change(spans[-1:]) is None
 

@@ -18,11 +18,10 @@ from gpubroker.cli.render import age, console, iso, print_csv, print_json, say, 
 from gpubroker.config import Settings
 from gpubroker.doors import SystemClock
 from gpubroker.errors import ConfigError
-from gpubroker.model import Offer
 from gpubroker.money import MICRO, round_usd, usd_text
 from gpubroker.prices.store import Store
 from gpubroker.prices.wanted import Wanted
-from gpubroker.run.alerts import Alert, Alerts, Found, usd
+from gpubroker.run.alerts import Alert, Alerts, Found, usd, where
 
 _CSV = ("id", "gpus", "providers", "markets", "regions", "count", "below_usd_per_gpu_hour", "state",
         "told", "told_at", "cheapest_usd_per_gpu_hour", "cheapest_provider")  # fmt: skip
@@ -84,9 +83,7 @@ def add(*, wanted: Wanted, limit: Decimal, output: str) -> None:
         else:
             is_crossed = made.is_crossed_by(found.cheapest) and not made.is_below
             soon = ", below it already: the next poll tells you" if is_crossed else ""
-            say(
-                f"The cheapest now: {usd(found.cheapest.usd_per_gpu_hour)} at {_where(found.cheapest)}{soon}."
-            )
+            say(f"The cheapest now: {usd(found.cheapest.usd_per_gpu_hour)} at {where(found.cheapest)}{soon}.")
         _say_who_hears(settings)
 
 
@@ -133,9 +130,9 @@ def _say_who_hears(settings: Settings) -> None:
     """Better now than when it matters."""
     from gpubroker.run.notify import channels_of, check, kinds_of
 
-    where = config.config_path(os.environ)
+    place = config.config_path(os.environ)
     if not settings.notify.urls:
-        say(f"Nobody is told: set [notify] urls in {where}. `gpubroker events` shows it all the same.")
+        say(f"Nobody is told: set [notify] urls in {place}. `gpubroker events` shows it all the same.")
         return
     try:
         channels = channels_of(settings, os.environ)
@@ -146,11 +143,6 @@ def _say_who_hears(settings: Settings) -> None:
         say(f"Nobody is told: {error}. `gpubroker events` shows it all the same.")
         return
     say(f"It is sent to {', '.join(channel.name for channel in channels)}: gpubroker notify test tries it.")
-
-
-def _where(offer: Offer) -> str:
-    place = offer.zone or offer.region
-    return f"{offer.provider} ({place})" if place else offer.provider
 
 
 def _state(one: Alert) -> str:
@@ -168,7 +160,7 @@ def _print(standing: list[tuple[Alert, Found]], now: datetime) -> None:
             one.wanted.text,
             usd(one.usd_per_gpu_hour),
             "-" if offer is None else usd(offer.usd_per_gpu_hour),
-            "-" if offer is None else _where(offer),
+            "-" if offer is None else where(offer),
             _state(one),
             str(one.told),
             f"{age(one.told_at, now)} ago" if one.told_at else "never",

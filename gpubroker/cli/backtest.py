@@ -331,17 +331,9 @@ def _run(lines: list[Timeline], cases: list[Case], policies: Sequence[str], jobs
 
 
 def _bar() -> Progress:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from gpubroker.cli.bars import progress
 
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console(stderr=True),
-        transient=True,
-        disable=not console(stderr=True).is_terminal,
-    )
+    return progress(tells_left=True)
 
 
 def _serial(

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from gpubroker.cli.render import console
 
 
-def progress() -> Progress:
-    """What is done, of how much, and how long it has taken. Gone when it is over."""
+def progress(*, tells_left: bool = False) -> Progress:
+    """What is done, of how much, and how long it has taken, or will take. Gone when it is over."""
     out = console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TimeElapsedColumn(),
+        TimeRemainingColumn() if tells_left else TimeElapsedColumn(),
         console=out,
         transient=True,
         disable=not out.is_terminal,

@@ -6,7 +6,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,13 @@ import click
 from gpubroker import config
 from gpubroker.cli.bars import progress
 from gpubroker.cli.options import format_option
-from gpubroker.cli.past import polled
 from gpubroker.cli.render import console, print_csv, print_json, say, table
 from gpubroker.config import LEAST_KEEP_DAYS
 from gpubroker.doors import SystemClock
 from gpubroker.errors import ConfigError
 from gpubroker.prices.compacting import Gone, Plan, forget_export, give_back, limits, plan, thin
+from gpubroker.prices.opening import polled
+from gpubroker.prices.rows import moment
 from gpubroker.prices.store import Store
 from gpubroker.run.leases import busy
 
@@ -68,7 +69,7 @@ def compact(
     """
     settings, clock = config.load(), SystemClock()
     days = keep_days or settings.keep_days
-    with polled(settings, clock) as store:
+    with polled(settings.db_url, clock) as store:
         if vacuum:
             _refuse_while_busy(store)
         if forget_export is not None:
@@ -205,7 +206,7 @@ def _flat(value: Any) -> Any:
 
 
 def _date(at: int | None) -> str | None:
-    return None if not at else f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d}"
+    return None if not at else f"{moment(at):%Y-%m-%d}"
 
 
 def _megabytes(size: int) -> str:

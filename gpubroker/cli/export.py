@@ -12,7 +12,6 @@ import click
 
 from gpubroker import config
 from gpubroker.cli.options import Duration, GpuName, Lower, MarketName, format_option
-from gpubroker.cli.past import polled
 from gpubroker.cli.render import print_json, say
 from gpubroker.doors import SystemClock
 from gpubroker.errors import ConfigError
@@ -24,6 +23,7 @@ from gpubroker.prices.daily import Where, thinned
 from gpubroker.prices.database import Database
 from gpubroker.prices.export import SUFFIXES, Begin, Kind, spans_of, suffix_of
 from gpubroker.prices.exports import SPANS, Content, Exported, Points, since_last
+from gpubroker.prices.opening import polled
 from gpubroker.prices.rows import DAY_S, moment
 
 _S3 = "s3://"
@@ -79,7 +79,7 @@ def export(
     if resample is not None and DAY_S % resample:
         raise click.UsageError("--resample: files are by days, so that it divides one: 5m, 1h, 6h, 1d")
     content: Content = SPANS if resample is None else Points(resample)
-    with polled(settings, clock) as store:
+    with polled(settings.db_url, clock) as store:
         if cursor is not None:
             if not is_folder or gpus or providers or markets:
                 raise click.UsageError("--cursor takes a folder/ or s3://bucket/prefix/, and all prices")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import click
 
 from gpubroker import config
 from gpubroker.cli.options import Duration, format_option
-from gpubroker.cli.past import answer, where_options
+from gpubroker.cli.past import where_options
 from gpubroker.cli.render import console, dollars, iso, print_csv, print_json, say, table
 from gpubroker.doors import SystemClock
 from gpubroker.errors import ConfigError
@@ -25,7 +24,8 @@ from gpubroker.prices.daily import Where
 from gpubroker.prices.fastread import Run
 from gpubroker.prices.history import DIMENSIONS, STATS, Dimension, Group, Point, Query, Stat
 from gpubroker.prices.history import since as late
-from gpubroker.prices.rows import DAY_S
+from gpubroker.prices.opening import answer
+from gpubroker.prices.rows import DAY_S, moment
 
 _HERE = Path("-")
 _BARS = "▁▂▃▄▅▆▇█"
@@ -102,7 +102,7 @@ def history(
 
     # As a quote: it builds many small objects and ends, and the collector would walk them again and again.
     gc.disable()
-    points, source, whole, thinned = answer(settings, clock, found)
+    points, source, whole, thinned = answer(settings.db_url, clock, found)
     if thinned:
         say(thinned)
     if not points:
@@ -140,7 +140,7 @@ def _print(points: Sequence[Point], whole: dict[Group, Point], query: Query) -> 
             _shown(trend, mine[-1].figures[trend]) if mine else "-",
         )
     console().print(made)
-    begin, end = (datetime.fromtimestamp(at, UTC) for at in (query.begin, query.end))
+    begin, end = (moment(at) for at in (query.begin, query.end))
     say(f"$ for one GPU-hour, from {begin:%Y-%m-%d %H:%M} to {end:%Y-%m-%d %H:%M} UTC.")
 
 

@@ -11,7 +11,7 @@ import click
 
 from gpubroker import config
 from gpubroker.cli.options import format_option
-from gpubroker.cli.past import answer, where_options
+from gpubroker.cli.past import where_options
 from gpubroker.cli.render import console, dollars, print_json, say, table
 from gpubroker.doors import SystemClock
 from gpubroker.errors import ConfigError
@@ -20,6 +20,7 @@ from gpubroker.prices import daily
 from gpubroker.prices.cheapest import Priced, Rhythm, Standing, Step, rhythm, standing, steps
 from gpubroker.prices.fastread import Run
 from gpubroker.prices.history import for_one
+from gpubroker.prices.opening import answer
 from gpubroker.prices.rows import DAY_S
 from gpubroker.prices.steps import held
 
@@ -79,7 +80,7 @@ def now(
     """
     settings, clock = config.load(), SystemClock()
     end = int(clock.now().timestamp()) + 1
-    lines = answer(settings, clock, lambda run: _lines(run, where, end))
+    lines = answer(settings.db_url, clock, lambda run: _lines(run, where, end))
     if not lines:
         raise ConfigError("nothing was seen of that: gpubroker poll asks for prices, best from cron")
     if output == "json":

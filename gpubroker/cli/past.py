@@ -1,55 +1,19 @@
-"""What the commands on the price history share: whose prices are asked for, and the store that has some.
-
-A question goes past SQLAlchemy where it can, as in fastread.py.
-"""
+"""What the commands on the price history share: whose prices are asked for."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import click
 
 from gpubroker.cli.options import GpuName, Lower, MarketName
-from gpubroker.config import Settings
-from gpubroker.doors import Clock
-from gpubroker.errors import ConfigError
 from gpubroker.gpus import GpuRequest
 from gpubroker.model import Market
-from gpubroker.prices import fastread
-from gpubroker.prices.fastread import Run
 from gpubroker.prices.wanted import Wanted
 
-if TYPE_CHECKING:
-    from gpubroker.prices.store import Store
-
-T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-@contextmanager
-def polled(settings: Settings, clock: Clock) -> Iterator[Store]:
-    """The store, up to date. Raises ConfigError where nothing was ever polled."""
-    from gpubroker.prices.store import Store
-
-    with Store.open(settings.db_url, clock) as store:
-        if store.revision() is None:
-            raise ConfigError("there is no price yet: gpubroker poll asks for some")
-        store.migrate()
-        yield store
-
-
-def answer(settings: Settings, clock: Clock, question: Callable[[Run], T]) -> T:
-    """What a question finds, at one moment. Raises ConfigError where nothing was ever polled."""
-    path = fastread.sqlite_path(settings.db_url)
-    found = None if path is None else fastread.ask(path, question)
-    if found is not None:
-        return found
-    with polled(settings, clock) as store, store.database.read() as connection:
-        return question(partial(store.database.run, connection))
 
 
 def where_options(command: F) -> F:

@@ -10,23 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from fractions import Fraction
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from gpubroker.cli import plot
-from gpubroker.errors import ConfigError
 
 KINDS = (*plot.KINDS, ".html")
 _DASHES = {"spot": "-", "on_demand": "--", "serverless": ":", "reserved": "-."}
 _MOST_LINES = len(plot.COLOURS)  # more of them nobody tells apart
 _MARKED = 40  # points; more of them say where they are by the line
-_PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{title}</title>
-<style>body{{font-family:sans-serif;margin:2em}}svg{{max-width:100%;height:auto}}</style>
-{svg}
-</html>
-"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,13 +49,10 @@ def check(path: Path) -> None:
 
 def draw(lines: Sequence[Line], title: str, bucket_s: int, path: Path) -> None:
     """Two panels over one axis of time. Raises ConfigError where it cannot be kept."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
-    from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
-    figure = Figure(figsize=(11, 6.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = plot.blank(11, 6.2)
     has_shares = any(share is not None for line in lines for share in line.available)
     # Axes take moments, which their types do not say.
     shape: dict[str, Any] = {"nrows": 2, "sharex": True, "height_ratios": (3, 1)} if has_shares else {}
@@ -95,12 +84,10 @@ def draw(lines: Sequence[Line], title: str, bucket_s: int, path: Path) -> None:
     panels[-1].xaxis.set_major_formatter(ConciseDateFormatter(locator))  # type: ignore[no-untyped-call]
     panels[-1].set_xlabel("UTC")
     for axes in panels:
-        axes.grid(alpha=0.3)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
+        plot.tidy(axes)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", frameon=False)
-    keep(figure, title, path)
+    plot.keep(figure, title, path)
 
 
 def _with_gaps(
@@ -115,17 +102,3 @@ def _with_gaps(
         when.append(begin)
         what.append(float("nan") if value is None else float(value))
     return when, what
-
-
-def keep(figure: Any, title: str, path: Path) -> None:
-    """As the name's ending says. Raises ConfigError."""
-    try:
-        if path.suffix.lower() != ".html":
-            figure.savefig(path, dpi=150)
-            return
-        svg = StringIO()
-        figure.savefig(svg, format="svg")
-        drawn = svg.getvalue()
-        path.write_text(_PAGE.format(title=title, svg=drawn[drawn.index("<svg") :]), encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"--plot {path}: {error.strerror or error}") from error

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gpubroker.cli import plot
-from gpubroker.cli.plot_history import KINDS, keep
+from gpubroker.cli.plot_history import KINDS
 from gpubroker.prices.survival import Curve
 
 _DASHES = {"offer": "-", "price": ":"}
@@ -21,12 +21,9 @@ def check(path: Path) -> None:
 
 def draw(lines: Sequence[tuple[str, str, Curve]], title: str, path: Path) -> None:
     """(name, offer or price, curve) each, with its 90% band. Raises ConfigError where it cannot be kept."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
-    figure = Figure(figsize=(11, 5.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = plot.blank(11, 5.6)
     axes: Any = figure.subplots()
     shown = sorted((line for line in lines if line[2].ended), key=lambda line: -line[2].number)[:_MOST_LINES]
     names = sorted({name for name, _, _ in shown})
@@ -58,8 +55,6 @@ def draw(lines: Sequence[tuple[str, str, Curve]], title: str, path: Path) -> Non
     axes.set_ylabel("still there (band: 90%)")
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_ylim(0, 1.02)
-    axes.grid(alpha=0.3)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    plot.tidy(axes)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False)
-    keep(figure, title, path)
+    plot.keep(figure, title, path)

@@ -17,10 +17,9 @@ from gpubroker.errors import BrokerError, ConfigError
 from gpubroker.gpus import GpuRequest
 from gpubroker.model import OfferQuery
 from gpubroker.prices.market import open_context
-from gpubroker.prices.poll import PollResult, poll
+from gpubroker.prices.poll import FAILED, PollResult, poll
 from gpubroker.provider import names as installed
 
-_FAILED = ("failed", "late", "unreachable")
 _COLUMNS = ("provider", "state", "fetched", "kept", "skipped", "opened", "closed", "took_s", "reason")
 
 
@@ -75,7 +74,7 @@ def poll_command(
 
         if every is not None:
             _run_every(every, one_round)
-        elif any(result.state in _FAILED for result in one_round()):
+        elif any(result.state in FAILED for result in one_round()):
             raise click.exceptions.Exit(4)
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,18 +14,19 @@ from rich.text import Text
 from gpubroker import config
 from gpubroker.cli import plot_survival
 from gpubroker.cli.options import Duration, format_option
-from gpubroker.cli.past import polled, where_options
+from gpubroker.cli.past import where_options
 from gpubroker.cli.render import console, fitted, print_csv, print_json, say
 from gpubroker.doors import SystemClock
 from gpubroker.errors import ConfigError
 from gpubroker.plan.hazard import figure
 from gpubroker.prices import daily
+from gpubroker.prices.fastread import Run
+from gpubroker.prices.opening import answer
 from gpubroker.prices.rows import DAY_S, HOUR_S, moment
 from gpubroker.prices.seen import Kind
-from gpubroker.prices.store import Store
 from gpubroker.prices.survival import (
+    AtPrice,
     Curve,
-    Held,
     Stay,
     Watched,
     kaplan_meier,
@@ -89,12 +89,15 @@ def survival(*, where: daily.Where, since_s: float, by_region: bool, plot: Path 
     if plot is not None:
         plot_survival.check(plot)
     end = int(clock.now().timestamp()) + 1
-    with polled(settings, clock) as store:
-        lines = sorted(
-            _lines(store, where, end - int(since_s), end, by_region=by_region),
-            key=lambda line: (line.provider, line.market, line.region, line.of),
-        )
-        _say_thinned(store, end - int(since_s), {line.provider for line in lines})
+    begin = end - int(since_s)
+
+    def found(run: Run) -> tuple[list[Line], dict[str, int]]:
+        gone = daily.thinned(run)
+        return list(_lines(run, where, begin, end, gone, by_region=by_region)), gone
+
+    lines, gone = answer(settings.db_url, clock, found)
+    lines.sort(key=lambda line: (line.provider, line.market, line.region, line.of))
+    _say_thinned(gone, begin, {line.provider for line in lines})
     if not lines:
         raise ConfigError("nothing was seen of that: gpubroker poll asks for prices, best from cron")
     if plot is not None:
@@ -110,28 +113,25 @@ def survival(*, where: daily.Where, since_s: float, by_region: bool, plot: Path 
         _print_records([_record(line) for line in lines], output)
 
 
-def _say_thinned(store: Store, begin: int, providers: set[str]) -> None:
-    with store.database.read() as connection:
-        gone = daily.thinned(partial(store.database.run, connection))
+def _say_thinned(gone: Mapping[str, int], begin: int, providers: set[str]) -> None:
     for provider, at in sorted(gone.items()):
         if at > begin and provider in providers:
             say(f"{provider} is known from {moment(at):%Y-%m-%d} on: gpubroker db compact thinned the rest.")
 
 
-def _lines(store: Store, where: daily.Where, begin: int, end: int, *, by_region: bool) -> Iterator[Line]:
-    held = defaultdict[tuple[str, str, str], defaultdict[Kind, list[Held]]](lambda: defaultdict(list))
-    with store.database.read() as connection:
-        run = partial(store.database.run, connection)
-        known, gone = daily.products(run, where), daily.thinned(run)
-        begins = {provider: max(begin, at) for provider, at in gone.items()}
-        for row, product in daily.spans_within(run, where, known, begin, end):
-            key = (product.provider, product.market, product.region if by_region else "")
-            one = Held(row.offer_id, row.usd_micros, row.first_at, row.until_at)
-            held[key][row.kind(product)].append(one)
-        seen = {
-            provider: daily.seen_by(run, provider, begins.get(provider, begin), end)
-            for provider in {key[0] for key in held}
-        }
+def _lines(
+    run: Run, where: daily.Where, begin: int, end: int, gone: Mapping[str, int], *, by_region: bool
+) -> Iterator[Line]:
+    held = defaultdict[tuple[str, str, str], defaultdict[Kind, list[AtPrice]]](lambda: defaultdict(list))
+    begins = {provider: max(begin, at) for provider, at in gone.items()}
+    for row, product in daily.spans_within(run, where, daily.products(run, where), begin, end):
+        key = (product.provider, product.market, product.region if by_region else "")
+        one = AtPrice(row.offer_id, row.usd_micros, row.first_at, row.until_at)
+        held[key][row.kind(product)].append(one)
+    seen = {
+        provider: daily.seen_by(run, provider, begins.get(provider, begin), end)
+        for provider in {key[0] for key in held}
+    }
     for (provider, market, region), kinds in held.items():
         since = begins.get(provider, begin)  # before it only days are kept
         change = typical_change(one for mine in kinds.values() for one in mine)

@@ -34,7 +34,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 Say = Callable[[str], None]
 _LEAST_S = 30
 _DEADLINE_S = 300.0
-_FAILED = ("failed", "late", "unreachable")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,7 +176,7 @@ def _poll(settings: Settings, clock: Clock, every_s: int, say: Say) -> None:
     """Whoever nobody else has asked lately: of several supervisors on one database one polls."""
     from gpubroker.cli import alerting
     from gpubroker.prices.market import open_context
-    from gpubroker.prices.poll import poll
+    from gpubroker.prices.poll import FAILED, poll
 
     query = OfferQuery()
     with (
@@ -191,7 +190,7 @@ def _poll(settings: Settings, clock: Clock, every_s: int, say: Say) -> None:
         )
         alerting.look(settings, store, clock, results, say)
     for result in results:
-        if result.state in _FAILED:
+        if result.state in FAILED:
             say(f"poll: {result.provider}: {result.reason}")
 
 
@@ -212,9 +211,9 @@ def due_for(store: Store, settings: Settings, query: OfferQuery, every_s: int, n
 
 def _export(settings: Settings, clock: Clock, export: Export, say: Say) -> None:
     from gpubroker.cli.export import added, sentence
-    from gpubroker.cli.past import polled
+    from gpubroker.prices.opening import polled
 
-    with polled(settings, clock) as store:
+    with polled(settings.db_url, clock) as store:
         runs = added(store.database, export.cursor, export.place, f".{export.kind}")
     if runs:
         say(f"export: {sentence(runs, export.place)}")

@@ -14,7 +14,7 @@ from gpubroker.prices import history
 from gpubroker.prices.daily import Where
 from gpubroker.prices.fastread import Run
 from gpubroker.prices.history import Dimension, Point, Query, Stat
-from gpubroker.prices.rows import DAY_S, HOUR_S
+from gpubroker.prices.rows import DAY_S, HOUR_S, moment
 from gpubroker.units import parse_duration_s
 
 Data = Literal["own", "imported"]
@@ -83,7 +83,7 @@ def thinned(late: Mapping[str, int], asked: Query) -> str:
     """
     if not late:
         return ""
-    day = datetime.fromtimestamp(max(late.values()), UTC)
+    day = moment(max(late.values()))
     what = "parts of a day" if asked.goes_by_days else "hours, twap and available"
     return (
         f"Of the time before {day:%Y-%m-%d} only whole days are kept ({', '.join(sorted(late))}; gpubroker db"

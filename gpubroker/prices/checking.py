@@ -11,8 +11,8 @@ import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
+from itertools import islice
 from typing import Any
 
 from sqlalchemy import BigInteger, Boolean, Connection, Integer, inspect
@@ -22,10 +22,11 @@ from gpubroker.prices import daily
 from gpubroker.prices.compacting import unfinished
 from gpubroker.prices.daily import Where, thinned
 from gpubroker.prices.database import Database
+from gpubroker.prices.export import ended_up_to
 from gpubroker.prices.exports import Pending
 from gpubroker.prices.fastread import Run
 from gpubroker.prices.polls import incomplete_of, scope_of, skips_of
-from gpubroker.prices.rows import DAY_S, REVISION, listings_of
+from gpubroker.prices.rows import DAY_S, REVISION, listings_of, moment
 from gpubroker.prices.tables import metadata
 
 # Examples that are named of what is wrong.
@@ -85,13 +86,15 @@ class Looking:
 
     def found(self, looked_at: str, wrong: str, values: tuple[Any, ...] = (), note: str = "") -> Found:
         """By two queries: how many rows there are, and a text for each that is wrong."""
-        first, more = list[str](), 0
-        for (text,) in self.run(wrong, values):
-            if len(first) < _MOST:
-                first.append(str(text))
-            else:
-                more += 1
+        texts = (str(text) for (text,) in self.run(wrong, values))
+        first, more = _first(texts)
         return Found(looked_at=self.one(looked_at), wrong=first, more=more, note=note)
+
+
+def _first(texts: Iterable[str]) -> tuple[list[str], int]:
+    """The first few, and how many more there are: a table may be wrong from end to end."""
+    rest = iter(texts)
+    return list(islice(rest, _MOST)), sum(1 for _ in rest)
 
 
 def check(
@@ -276,11 +279,10 @@ def _moments(look: Looking) -> Found:
                 SELECT 'span ' || s.id || ' of {column} ' || s.{column} {sql} AND NOT EXISTS
                 (SELECT 1 FROM polls q WHERE q.provider = p.provider AND q.observed_at = s.{column})
             """  # noqa: S608
-            for (text,) in look.run(missing, values):
-                more += 1
-                if len(wrong) < _MOST:
-                    wrong.append(str(text))
-    return Found(looked_at=looked_at, wrong=wrong, more=more - len(wrong))
+            first, rest = _first(str(text) for (text,) in look.run(missing, values))
+            wrong += first
+            more += rest
+    return Found(looked_at=looked_at, wrong=wrong, more=more)
 
 
 def _latest(look: Looking) -> Found:
@@ -328,21 +330,24 @@ def _listings(look: Looking) -> Found:
 
 def _polls(look: Looking) -> Found:
     sql = "SELECT id, scope, incomplete, skips, unknown_offers, observed_at, finished_at FROM polls"
-    looked_at, wrong, more = 0, list[str](), 0
+    looked_at = 0
     scopes: dict[str, bool] = {}
-    for poll_id, scope, incomplete, skips, unknown, observed_at, finished_at in look.run(sql, ()):
-        looked_at += 1
-        if scope not in scopes:
-            scopes[scope] = _reads(scope_of, scope)
-        reads = scopes[scope] and all(
-            text in ("[]", "{}") or _reads(read, text)
-            for read, text in ((incomplete_of, incomplete), (skips_of, skips), (json.loads, unknown))
-        )
-        if not reads or (observed_at is not None and finished_at is None):
-            more += 1
-            if len(wrong) < _MOST:
-                wrong.append(f"poll {poll_id}")
-    return Found(looked_at=looked_at, wrong=wrong, more=more - len(wrong))
+
+    def wrong() -> Iterator[str]:
+        nonlocal looked_at
+        for poll_id, scope, incomplete, skips, unknown, observed_at, finished_at in look.run(sql, ()):
+            looked_at += 1
+            if scope not in scopes:
+                scopes[scope] = _reads(scope_of, scope)
+            reads = scopes[scope] and all(
+                text in ("[]", "{}") or _reads(read, text)
+                for read, text in ((incomplete_of, incomplete), (skips_of, skips), (json.loads, unknown))
+            )
+            if not reads or (observed_at is not None and finished_at is None):
+                yield f"poll {poll_id}"
+
+    first, more = _first(wrong())
+    return Found(looked_at=looked_at, wrong=first, more=more)
 
 
 def _reads(read: Callable[[str], object], text: str) -> bool:
@@ -395,11 +400,11 @@ def _rolled(look: Looking) -> Found:
 def _daily(look: Looking) -> Found:
     """What spans and polls give for a day is what was counted; a thinned day has no more than its count."""
     gone, wrong, looked_at, taken = thinned(look.run), list[str](), 0, 0
-    for provider, until_day in list(look.run("SELECT provider, until_day FROM rolled ORDER BY provider", ())):
+    for provider, until_day in daily.rolled(look.run).items():
         known = daily.products(look.run, Where(providers={provider}))
         first = look.one("SELECT min(observed_at) FROM polls WHERE provider = ?", (provider,)) // DAY_S
         begin = max(first, gone.get(provider, 0) // DAY_S)
-        days = range(begin, int(until_day))
+        days = range(begin, until_day)
         for day in days if look.deep else _sample(days):
             look.on_step(f"{provider} {_date(day * DAY_S)}")
             looked_at += 1
@@ -430,8 +435,7 @@ def _sample(days: range) -> list[int]:
 
 
 def _exports(look: Looking) -> Found:
-    newest = "SELECT provider, max(observed_at) FROM polls WHERE observed_at IS NOT NULL GROUP BY provider"
-    ends = {provider: int(at) for provider, at in look.run(newest, ())}
+    ends = ended_up_to(look.run)
     looked_at, wrong = 0, list[str]()
     for name, number, done, pending in look.run("SELECT name, number, done, pending FROM exports", ()):
         looked_at += 1
@@ -476,7 +480,7 @@ def _compactions(look: Looking) -> Found:
 
 
 def _date(at: int) -> str:
-    return f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d}"
+    return f"{moment(at):%Y-%m-%d}"
 
 
 def _checks(database: Database) -> Iterable[Check]:

@@ -21,6 +21,7 @@ from sqlalchemy import Connection, insert, select, update
 from gpubroker.doors import Clock
 from gpubroker.errors import ConfigError, StoreError
 from gpubroker.prices import tables
+from gpubroker.prices.daily import rolled
 from gpubroker.prices.database import Database, chunks
 from gpubroker.prices.fastread import Run
 from gpubroker.prices.rows import DAY_S, moment, seconds
@@ -93,8 +94,8 @@ def limits(run: Run, now: datetime, keep_days: int, *, without: str | None = Non
     exported = {name: json.loads(done) for name, done in run("SELECT name, done FROM exports", ())}
     exported.pop(without or "", None)
     found = []
-    for provider, until_day in run("SELECT provider, until_day FROM rolled ORDER BY provider", ()):
-        may = max(0, min(wanted, int(until_day) * DAY_S))
+    for provider, until_day in rolled(run).items():
+        may = max(0, min(wanted, until_day * DAY_S))
         reached = {name: done.get(provider, 0) // DAY_S * DAY_S for name, done in exported.items()}
         held_by = tuple(sorted(name for name, until in reached.items() if until < may))
         until_at = min([may, *reached.values()])

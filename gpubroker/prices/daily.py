@@ -24,7 +24,7 @@ from gpubroker.prices.fastread import Run, where_in
 from gpubroker.prices.polls import scope_of
 from gpubroker.prices.rows import DAY_S, PRODUCT
 from gpubroker.prices.seen import Kind, PollAt, Seen
-from gpubroker.prices.survival import Held, Watched, stays, watched
+from gpubroker.prices.survival import AtPrice, Watched, stays, watched
 
 SPOT = "spot"
 # A database from before it had days is caught up with by so many a poll.
@@ -150,10 +150,10 @@ def spot_machines(
 
     That a kind of machine is no longer listed takes no node away from anybody: it does not count.
     """
-    held = defaultdict[tuple[str, str], list[Held]](list)
+    held = defaultdict[tuple[str, str], list[AtPrice]](list)
     for span, product in spans:
         if product.market == SPOT and span.machine_id:
-            one = Held(span.offer_id, span.usd_micros, span.first_at, span.until_at)
+            one = AtPrice(span.offer_id, span.usd_micros, span.first_at, span.until_at)
             held[product.gpu, product.region].append(one)
     return {key: watched(stays(mine, begin, of_price=False), begin, end) for key, mine in held.items()}
 
@@ -177,6 +177,12 @@ def unpacked(prices: bytes) -> Iterator[tuple[int, int]]:
         both.byteswap()
     half = len(both) // 2
     return zip(both[:half], both[half:], strict=True)
+
+
+def rolled(run: Run) -> dict[str, int]:
+    """By provider: the day, exclusive, up to which days are counted, in days since 1970."""
+    sql = "SELECT provider, until_day FROM rolled ORDER BY provider"
+    return {provider: int(day) for provider, day in run(sql, ())}
 
 
 def thinned(run: Run) -> dict[str, int]:
@@ -220,10 +226,10 @@ def counts(run: Run, where: Where, begin: int, end: int) -> Iterator[Counted]:
     Of a day that is thinned all or nothing: one that `end` cuts is left out.
     """
     known, gone = products(run, where), thinned(run)
-    rolled = {name: int(day) for name, day in run("SELECT provider, until_day FROM rolled", ())}
+    counted_to = rolled(run)
     for provider in sorted({product.provider for product in known.values()}):
         mine = {key: one for key, one in known.items() if one.provider == provider}
-        until_day = max(begin // DAY_S, min(rolled.get(provider, 0), end // DAY_S))
+        until_day = max(begin // DAY_S, min(counted_to.get(provider, 0), end // DAY_S))
         yield from _from_days(run, mine, begin // DAY_S, until_day)
         here = replace(where, providers={provider})
         for day in range(max(until_day, gone.get(provider, 0) // DAY_S), -(-end // DAY_S)):

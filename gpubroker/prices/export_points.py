@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from gpubroker.money import from_micros
 from gpubroker.prices.asked import column
-from gpubroker.prices.daily import Where
+from gpubroker.prices.daily import Where, rolled
 from gpubroker.prices.export import Begin, Kind, TextWriter, Writer
 from gpubroker.prices.fastread import Run
 from gpubroker.prices.history import STATS, Dimension, Point, Query, Stat, own
@@ -33,7 +33,7 @@ def first_days(run: Run) -> dict[str, int]:
 
 def days_over(run: Run) -> dict[str, int]:
     """By provider: the midnight up to which nothing changes any more, in seconds since 1970."""
-    return {name: int(day) * DAY_S for name, day in run("SELECT provider, until_day FROM rolled", ())}
+    return {provider: day * DAY_S for provider, day in rolled(run).items()}
 
 
 def by_day(

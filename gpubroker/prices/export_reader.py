@@ -82,7 +82,6 @@ class _Offers:
 
     def of(self, ids: Array) -> tuple[pa.Array, pa.DictionaryArray]:
         """Product and machine of each."""
-
         numbers, places = ids // _BLOCK, ids % _BLOCK
         used = np.flatnonzero(np.bincount(numbers))
         blocks = [self._block(int(number)) for number in used]
@@ -100,7 +99,6 @@ class _Offers:
         if number in self._blocks:
             self._blocks.move_to_end(number)
             return self._blocks[number]
-
         begin = number * _BLOCK
         where = f"id >= {begin} AND id < {begin + _BLOCK}"
         sql = f"SELECT id, product_id, machine_id FROM offers WHERE {where} ORDER BY id"  # noqa: S608

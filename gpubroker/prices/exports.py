@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from functools import partial
 from typing import Protocol
 
@@ -215,7 +215,7 @@ def _run(
     with database.read() as connection:
         begin = content.begin(database, connection)
         for day, batches in content.by_day(database, connection, done, pending.up_to):
-            date = datetime.fromtimestamp(day * DAY_S, UTC)
+            date = moment(day * DAY_S)
             file = f"day={date:%Y-%m-%d}/{content.stem}-{pending.number:06d}{pending.suffix}"
             files[file] = put(file, batches, begin)
     with database.write("gpubroker exports") as connection:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +15,10 @@ from gpubroker.model import market_of
 from gpubroker.money import from_micros
 from gpubroker.prices import asked
 from gpubroker.prices.asked import Data, column, one_of
+from gpubroker.prices.fastread import Run
 from gpubroker.prices.history import DIMENSIONS, STATS, Point, Query, Stat
 from gpubroker.prices.history import since as since_when
-from gpubroker.prices.store import Store
+from gpubroker.prices.opening import answer
 from gpubroker.prices.wanted import Wanted
 from gpubroker.units import parse_duration_s
 
@@ -75,16 +74,12 @@ def history(
         by=one_of(by, DIMENSIONS, "by"),
         stats=one_of(stats, STATS, "stats"),
     )
-    if db_url is not None:
-        settings = replace(settings, db_url=db_url)
-    with Store.open(settings.db_url, clock) as store:
-        if store.revision() is None:
-            raise ConfigError("there is no price yet: gpubroker poll asks for some")
-        store.migrate()
-        with store.database.read() as connection:
-            run = partial(store.database.run, connection)
-            points, _ = asked.answer(run, query, data)
-            late = {} if data == "imported" else since_when(run, query)
+
+    def found(run: Run) -> tuple[list[Point], dict[str, int]]:
+        points, _ = asked.answer(run, query, data)
+        return points, {} if data == "imported" else since_when(run, query)
+
+    points, late = answer(db_url or settings.db_url, clock, found)
     if told := asked.thinned(late, query):
         warnings.warn(told, stacklevel=2)
     return _frame(points, query)

@@ -34,6 +34,8 @@ FIRST_CONTACT_S = 0.75
 HAND_OVER = 0.05
 
 State = Literal["ok", "no account", "unreachable", "failed", "late"]
+# Of these a person is told, and a command's exit code tells them.
+FAILED: tuple[State, ...] = ("failed", "late", "unreachable")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

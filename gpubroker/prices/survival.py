@@ -21,7 +21,7 @@ from typing import NamedTuple
 _Z = 1.6448536269514722
 
 
-class Held(NamedTuple):
+class AtPrice(NamedTuple):
     """An offer at one price."""
 
     offer_id: int
@@ -108,19 +108,19 @@ def _interval(alive: float, variance: float) -> tuple[float, float]:
     return alive**spread, alive ** (1 / spread)
 
 
-def stays(held: Iterable[Held], looked_from: int, *, of_price: bool) -> Iterator[Stay]:
+def stays(held: Iterable[AtPrice], looked_from: int, *, of_price: bool) -> Iterator[Stay]:
     """Of each offer, or of each of its prices. `looked_from`: when the first poll looked for such offers."""
     for mine in _by_offer(held):
         yield from _stays(mine, looked_from, of_price=of_price)
 
 
-def _by_offer(held: Iterable[Held]) -> Iterator[list[Held]]:
+def _by_offer(held: Iterable[AtPrice]) -> Iterator[list[AtPrice]]:
     """Each offer's, in order of time."""
     found = sorted(held, key=lambda one: (one.offer_id, one.first_at))
     return (list(mine) for _, mine in groupby(found, key=lambda one: one.offer_id))
 
 
-def _stays(mine: Sequence[Held], looked_from: int, *, of_price: bool) -> Iterator[Stay]:
+def _stays(mine: Sequence[AtPrice], looked_from: int, *, of_price: bool) -> Iterator[Stay]:
     begin = 0
     for at, one in enumerate(mine):
         after = mine[at + 1] if at + 1 < len(mine) else None
@@ -162,7 +162,7 @@ def watched(found: Iterable[Stay], begin: int, end: int) -> Watched:
     return Watched(ends, open_s)
 
 
-def typical_change(held: Iterable[Held]) -> float | None:
+def typical_change(held: Iterable[AtPrice]) -> float | None:
     """The median share by which a price changed when it did, up or down; None = none did."""
     found = list[float]()
     for mine in _by_offer(held):

@@ -101,14 +101,19 @@ def told(alert: Alert, offer: Offer) -> str:
     """For a person: what, where, for how much, and below what."""
     form = "" if offer.form_factor == "unstated" else f"-{offer.form_factor.lower()}"
     count = f" x{offer.gpu_count}" if offer.gpu_count > 1 else ""
-    place = f" ({place})" if (place := offer.zone or offer.region) else ""
     node = f"; ${offer.usd_per_hour:,.2f} an hour for the node" if offer.gpu_count > 1 else ""
     doubt = f", a host that {offer.provider} has not verified" if offer.verified is False else ""
     return (
-        f"{offer.gpu.lower()}{form}{count} {offer.market.replace('_', '-')} at {offer.provider}{place}:"
+        f"{offer.gpu.lower()}{form}{count} {offer.market.replace('_', '-')} at {where(offer)}:"
         f" {usd(offer.usd_per_gpu_hour)} for a GPU-hour, below {usd(alert.usd_per_gpu_hour)}{node}{doubt}"
         f" (alert {alert.id})"
     )
+
+
+def where(offer: Offer) -> str:
+    """vast (US)"""
+    place = offer.zone or offer.region
+    return f"{offer.provider} ({place})" if place else offer.provider
 
 
 def usd(amount: Decimal) -> str:
