@@ -21,6 +21,7 @@ pytest.importorskip("asyncssh", reason="needs the extra [testcloud]")
 
 from gpubroker.errors import ConfigError
 from gpubroker.gpus import catalogue, resolve
+from gpubroker.run.avoiding import PLACE_S, kept_away
 from gpubroker.run.payload import StoreKeys
 from gpubroker.run.verdict import Wanted, least_tflops
 from gpubroker.testcloud.hosts import LIARS, default_market
@@ -229,14 +230,15 @@ def test_a_folder_that_nobody_may_write_is_told(on, tmp_path):
 
 
 def test_a_vendor_without_machine_ids_is_kept_away_from_by_place(on):
-    """The same instance type in the same region would be rented again and again."""
+    """The same instance type in the same region would be rented again at once. See test_run_avoiding."""
     nameless = replace(OFFER, machine_id="", sku="gpu_2x_h100", region="us-east-1")
     bad = Machine(nameless, replace(TRUTH, cuda_error=802))
     with on([bad, HONEST]) as here:
         here.until(lambda: len(here.attempts()) == 2)
-        assert [("cloud", "gpu_2x_h100 us-east-1")] == list(here.records.avoided())
-        here.clock.advance(301)
-        assert {} == here.records.avoided()
+        kept = functools.partial(kept_away, here.records, here.clock, here.supervisor.job.id)
+        assert [("cloud", "gpu_2x_h100 us-east-1")] == list(kept())
+        here.clock.advance(PLACE_S + 1)
+        assert {} == kept()
 
 
 def random_machine(seed):

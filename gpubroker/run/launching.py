@@ -27,6 +27,7 @@ from gpubroker.errors import (
 from gpubroker.jobspec import JobSpec
 from gpubroker.model import Offer
 from gpubroker.provider import Compute, NodeSpec
+from gpubroker.run.avoiding import kept_away, place
 from gpubroker.run.boxes import hours_of
 from gpubroker.run.passing import Passing
 from gpubroker.run.payload import StoreKeys
@@ -118,7 +119,8 @@ class Launcher:
 
     def _rent(self, turns: frozenset[str]) -> Rented | None:
         """`turns`: vendors whose turn has come, and been waited for."""
-        avoided, is_fresh = self.records.avoided(), self._is_stale or bool(turns)
+        avoided = kept_away(self.records, self.clock, self.job.id)
+        is_fresh = self._is_stale or bool(turns)
         self.passing.over.clear()
         for candidate in self.candidates(is_fresh):
             offer = candidate.offer
@@ -224,8 +226,3 @@ class Launcher:
         """By all of the job's nodes, as far as we know."""
         now = self.clock.now()
         return sum((a.usd_known(now) for a in self.records.attempts(self.job.id)), Decimal(0))
-
-
-def place(what: Attempt | Offer) -> str:
-    """The machine, or what its vendor has instead of machines."""
-    return what.machine_id or " ".join(filter(None, (what.sku, what.region, what.zone)))

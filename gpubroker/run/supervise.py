@@ -31,6 +31,7 @@ from gpubroker.errors import (
 from gpubroker.plan.fees import FeeTable
 from gpubroker.provider import Compute, NodeView
 from gpubroker.run import budget, waste
+from gpubroker.run.avoiding import keep_away
 from gpubroker.run.contact import Connect
 from gpubroker.run.decide import (
     Action,
@@ -45,7 +46,7 @@ from gpubroker.run.decide import (
     decide,
 )
 from gpubroker.run.events import Kind
-from gpubroker.run.launching import Candidate, Job, Launcher, place
+from gpubroker.run.launching import Candidate, Job, Launcher
 from gpubroker.run.on_node import OnNode, checkpoints_in, passed_over_in, problems_in, unsaved_s
 from gpubroker.run.passing import Passing
 from gpubroker.run.payload import Errand
@@ -54,11 +55,6 @@ from gpubroker.run.renting import Renting
 from gpubroker.run.retrying import GiveUp, NotYet, after_failures
 from gpubroker.run.verdict import Verdict, Wanted, judge
 
-# A machine that failed its preflight, and one that nobody could reach, are left alone for so long. Where the
-# vendor names no machines it is the place that is, for all jobs: for minutes, since the next node there may
-# be the same one, and no longer, since most likely it is another.
-AVOID_S = 24 * 3600
-AVOID_PLACE_S = 300
 # A node that nobody has looked at for so long ends its job by itself.
 RENEW_WITHIN_S = 1800.0
 # A node that answers and yet cannot be prepared costs money all the while.
@@ -538,8 +534,7 @@ class Supervisor:
 
     def _reject(self, attempt: Attempt, code: str, reason: str) -> None:
         """End it and keep away from where it was."""
-        for_s = AVOID_S if attempt.machine_id else AVOID_PLACE_S
-        self.records.avoid(attempt.provider, place(attempt), code, reason, for_s=for_s)
+        keep_away(self.records, self.clock, attempt, code, reason)
         self._end(attempt, reason, "rejected")
 
     def _prepare(self, attempt: Attempt) -> None:
