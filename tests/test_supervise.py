@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from itertools import cycle
 from pathlib import Path
+from statistics import median
 
 import pytest
 import requests
@@ -23,16 +24,24 @@ from sqlalchemy import NullPool, create_engine, select
 
 pytest.importorskip("aiohttp", reason="needs the extra [testcloud]")
 
+from gpubroker.cli import job as job_command
+from gpubroker.cli import main
 from gpubroker.cli.supervise import allow_connections
 from gpubroker.prices.rows import REVISION
+from gpubroker.run.leases import LEASE_S
 from gpubroker.run.tables import attempts, jobs
 from gpubroker.testcloud.client import running
 from tests.support import EXAMPLES_FACTOR
+from tests.test_ledger_testcloud import CloudClock
 
 # In the soak 100 jobs, 1,000 preemptions and 50 kills; in the gate a tenth of each.
 JOBS, TIMES, KILLS = 10 * EXAMPLES_FACTOR, 10, 5 * EXAMPLES_FACTOR
 # As many looks as that takes, and no more.
 STORM_TICK = ("--tick", "2s")
+# The test cloud's time, in ours.
+SPEED = 10
+# Between two looks at a node: mostly; and when its supervisor has been killed, and the next is busy with a hundred.
+USUAL_LOOK_S, WORST_LOOK_S = 10, LEASE_S + 60
 # A step a save. It ends in no attempt before the last one, so that it is taken as often as is wanted.
 TRAIN = """
 import json, os, sys, time
@@ -228,9 +237,11 @@ def upgrade():
     return place
 
 
-def test_jobs_end_right_though_nodes_and_supervisors_are_taken_away_again_and_again(tmp_path, postgres_url):
-    """Two supervisors on PostgreSQL at once, killed at random; nothing is left that bills."""
-    with running(speed=10) as cloud, desk(tmp_path, cloud, postgres_url) as at:
+def test_jobs_end_right_though_nodes_and_supervisors_are_taken_away_again_and_again(
+    tmp_path, postgres_url, monkeypatch
+):
+    """Two supervisors on PostgreSQL at once, killed at random; nothing is left that bills, and what did is known."""
+    with running(speed=SPEED) as cloud, desk(tmp_path, cloud, postgres_url) as at:
         # vast.ai takes one launch in four and a half seconds and Lambda one in twelve, whoever asks; Lambda's
         # nodes are up after minutes, so that none is among the first ten.
         choices = [
@@ -249,6 +260,9 @@ def test_jobs_end_right_though_nodes_and_supervisors_are_taken_away_again_and_ag
         at.wait_for(lambda: set(states(at).values()) == {"done"}, within_s=600)
         at.wait_for(lambda: {node["state"] for node in cloud.nodes()} <= {"ended"}, within_s=120)
         records = [at.ask("job", "show", job) for job in mine]
+        bill = {tag: Decimal(usd) for by_tag in cloud.bill().values() for tag, usd in by_tag.items()}
+        settle_all(at, CloudClock(cloud), monkeypatch)
+        nodes = ledger(at)
     for number, record in enumerate(records):
         assert TOTAL == (tmp_path / "back" / f"job{number}" / "out" / "result.txt").read_text()
         epochs = [made["epoch"] for made in record["checkpoints"]]
@@ -257,6 +271,37 @@ def test_jobs_end_right_though_nodes_and_supervisors_are_taken_away_again_and_ag
     # The market took the others itself.
     assert storm.taken > 0.9 * JOBS * TIMES
     assert KILLS == storm.kills
+    check_ledger(nodes, {tag: usd for tag, usd in bill.items() if tag != "jobs"})  # the bucket's
+
+
+def settle_all(at, clock, monkeypatch):
+    """The vendors' figures, two hours later: RunPod's report is by the hour."""
+    for name, value in at.env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(job_command, "SystemClock", lambda: clock)
+    clock.set_speed(36_000)
+    time.sleep(0.2)
+    clock.set_speed(SPEED)
+    assert 0 == main(["job", "settle", "--format", "json"])
+
+
+def ledger(at):
+    with at.database.connect() as connection:
+        return connection.execute(select(attempts).where(attempts.c.node_id.is_not(None))).all()
+
+
+def check_ledger(nodes, bill):
+    """Every node that was billed is known. Its estimate is by the supervisors' clock, which the cloud's outruns."""
+    assert set(bill) == {node.tag for node in nodes}
+    off_s = []
+    for node in nodes:
+        unit_s = max(node.billing_increment_s, node.minimum_s)
+        off = node.usd_estimated - bill[node.tag] / SPEED
+        off_s.append(max(0.0, float(abs(off) / node.usd_per_hour * 3600) - unit_s))
+        assert off_s[-1] <= WORST_LOOK_S, (node, bill[node.tag])
+        if node.provider in ("vast", "runpod"):
+            assert f"{bill[node.tag]:.6f}" == f"{node.usd_settled:.6f}", node
+    assert median(off_s) <= USUAL_LOOK_S
 
 
 def states(at):
