@@ -56,13 +56,13 @@ def test_a_charge_that_is_no_amount_is_a_changed_payload(amount):
     records[0]["totalAmount"] = amount
     if amount != "x":
         with pytest.raises(PayloadChanged, match="totalAmount"):
-            parse_billing(records, "pod_abc123")
+            parse_billing(records, {"pod_abc123"})
 
 
 def test_runpods_records_are_added_up_over_the_hours():
     """Rounded once, to the micro-dollar; a pod without a record is not $0."""
-    assert Decimal("1.234568") == parse_billing(BILLING["records"], "pod_abc123")
-    assert parse_billing(BILLING["records"], "pod_other") is None
+    found = parse_billing(BILLING["records"], {"pod_abc123", "pod_other"})
+    assert {"pod_abc123": Decimal("1.234568")} == found
 
 
 def test_billing_without_a_required_key_is_a_changed_payload():
@@ -70,7 +70,7 @@ def test_billing_without_a_required_key_is_a_changed_payload():
     for key in ("podId", "totalAmount"):
         rows = [{k: v for k, v in row.items() if k != key} for row in BILLING["records"]]
         with pytest.raises(PayloadChanged, match=key):
-            parse_billing(rows, "pod_abc123")
+            parse_billing(rows, {"pod_abc123"})
 
 
 # How they are asked for
@@ -95,15 +95,15 @@ def test_vast_is_asked_for_all_pages_of_the_days_in_question():
 
 
 @responses.activate
-def test_runpod_is_asked_by_the_pod_and_the_hour():
+def test_runpod_is_asked_once_by_the_hour_however_many_pods_there_were():
     """The hour that runs is not complete."""
     query = {
-        "podId": "pod_abc123", "bucketSize": "hour",
-        "startTime": "2026-11-24T06:00:00Z", "endTime": "2026-11-24T12:00:00Z",
+        "bucketSize": "hour", "startTime": "2026-11-24T06:00:00Z", "endTime": "2026-11-24T12:00:00Z",
     }  # fmt: skip
     responses.get(BILLING_URL, body=dumps(BILLING), match=[matchers.query_param_matcher(query)])
     runpod = RunPod(context({"RUNPOD_API_KEY": "key"}))
-    report = runpod.usage({"pod_abc123"}, NOW - timedelta(hours=5, minutes=20), 10)
+    pods = {"pod_abc123", *(f"pod_{number}" for number in range(1000))}
+    report = runpod.usage(pods, NOW - timedelta(hours=5, minutes=20), 10)
     assert UsageReport(usd={"pod_abc123": Decimal("1.234568")}, complete_until=NOW) == report
     keep_to_document("runpod", responses.calls)
 

@@ -259,15 +259,14 @@ def test_jobs_end_right_though_nodes_and_supervisors_are_taken_away_again_and_ag
         storm.run(within_s=150 * JOBS)
         at.wait_for(lambda: set(states(at).values()) == {"done"}, within_s=600)
         at.wait_for(lambda: {node["state"] for node in cloud.nodes()} <= {"ended"}, within_s=120)
-        records = [at.ask("job", "show", job) for job in mine]
+        for number, record in enumerate(at.ask("job", "show", job) for job in mine):
+            assert TOTAL == (tmp_path / "back" / f"job{number}" / "out" / "result.txt").read_text()
+            epochs = [made["epoch"] for made in record["checkpoints"]]
+            assert sorted(epochs) == epochs
+            assert len(record["attempts"]) > TIMES
         bill = {tag: Decimal(usd) for by_tag in cloud.bill().values() for tag, usd in by_tag.items()}
         settle_all(at, CloudClock(cloud), monkeypatch)
         nodes = ledger(at)
-    for number, record in enumerate(records):
-        assert TOTAL == (tmp_path / "back" / f"job{number}" / "out" / "result.txt").read_text()
-        epochs = [made["epoch"] for made in record["checkpoints"]]
-        assert sorted(epochs) == epochs
-        assert len(record["attempts"]) > TIMES
     # The market took the others itself.
     assert storm.taken > 0.9 * JOBS * TIMES
     assert KILLS == storm.kills

@@ -1,8 +1,9 @@
 """What RunPod has charged for pods: GPU, CPU and disk together.
 
-settle -> RunPodUsage.usage -> GET /v2/billing/pods?podId=... by the hour, one request a pod -> parse_billing
+settle -> RunPodUsage.usage -> GET /v2/billing/pods by the hour, of all pods -> parse_billing
 
-The hour that runs is not over, and so is not complete.
+A request a pod would take longer than a report may, and pass the vendor's limit, after some hundred pods. The
+hour that runs is not over, and so is not complete.
 """
 
 from __future__ import annotations
@@ -24,15 +25,23 @@ _ASKS = Slot("billing", 0.2)
 _REQUIRED = ("podId", "totalAmount")
 
 
-def parse_billing(rows: list[Any], pod_id: str) -> Decimal | None:
-    """USD over all hours, rounded once; None where no record is this pod's. Raises PayloadChanged."""
+def parse_billing(rows: list[Any], pod_ids: Collection[str]) -> dict[str, Decimal]:
+    """USD by pod over all hours, of those asked about, rounded once. Raises PayloadChanged."""
     refuse_drift("runpod", _BILLING, rows, "$.records", _REQUIRED)
-    amounts = [row.get("totalAmount") for row in rows if isinstance(row, dict) and row.get("podId") == pod_id]
-    usd = [figure(amount) for amount in amounts]
-    if any(one is None or one < 0 for one in usd):
-        wrong = next(a for a, one in zip(amounts, usd, strict=True) if one is None or one < 0)
-        raise PayloadChanged("runpod", _BILLING, "$.records[].totalAmount", f"{kind(wrong)}, not an amount")
-    return round_usd(sum((one for one in usd if one is not None), Decimal(0))) if usd else None
+    usd: dict[str, Decimal] = {}
+    for row in rows:
+        pod_id = row.get("podId") if isinstance(row, dict) else None
+        if isinstance(pod_id, str) and pod_id in pod_ids:
+            usd[pod_id] = usd.get(pod_id, Decimal(0)) + _amount(row)
+    return {pod_id: round_usd(one) for pod_id, one in usd.items()}
+
+
+def _amount(row: dict[str, Any]) -> Decimal:
+    amount = row.get("totalAmount")
+    usd = figure(amount)
+    if usd is None or usd < 0:
+        raise PayloadChanged("runpod", _BILLING, "$.records[].totalAmount", f"{kind(amount)}, not an amount")
+    return usd
 
 
 class RunPodUsage:
@@ -46,14 +55,9 @@ class RunPodUsage:
     def usage(self, node_ids: Collection[str], since: datetime, deadline_s: float) -> UsageReport:
         """See Usage."""
         now, door = self._context.clock.now(), self._door(deadline_s)
-        period = {"startTime": _hour(since), "endTime": _hour(now)}
-        usd = {}
-        for pod_id in sorted(node_ids):
-            params = {**period, "bucketSize": "hour", "podId": pod_id}
-            answer = door.answer(_BILLING, door.send(_BILLING, "GET", _PATH, _ASKS, params=params))
-            found = parse_billing(rows_at("runpod", _BILLING, answer, "records"), pod_id)
-            if found is not None:
-                usd[pod_id] = found
+        params = {"startTime": _hour(since), "endTime": _hour(now), "bucketSize": "hour"}
+        answer = door.answer(_BILLING, door.send(_BILLING, "GET", _PATH, _ASKS, params=params))
+        usd = parse_billing(rows_at("runpod", _BILLING, answer, "records"), node_ids)
         return UsageReport(usd=usd, complete_until=now.replace(minute=0, second=0, microsecond=0))
 
 
