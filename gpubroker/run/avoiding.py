@@ -27,7 +27,7 @@ def place(what: Attempt | Offer) -> str:
 
 
 def keep_away(records: Records, clock: Clock, attempt: Attempt, code: str, reason: str) -> None:
-    """`attempt` is refused, for `reason`: to be said before its node is ended."""
+    """`attempt` is refused. Called before its node is ended: a crash in between forgets nothing."""
     if attempt.machine_id:
         records.avoid(attempt.provider, attempt.machine_id, code, reason, for_s=MACHINE_S)
         return
