@@ -33,7 +33,7 @@ from gpubroker.prices.store import Store
 from gpubroker.run import kept
 from gpubroker.run.looks import job_folder
 from gpubroker.run.payload import StoreKeys
-from gpubroker.run.records import Caps, Records, new_job_id
+from gpubroker.run.records import Caps, Records
 
 LIMIT = 0.5  # of a core
 TICK_S = 5
@@ -162,7 +162,7 @@ def _job(root: Path, records: Records) -> str:
         "limits": {"budget_usd": "500", "max_hours": "200"},
         "checkpoint": {"store": "s3://jobs/many"},
     }
-    spec, job_id = job_from(table, _CLOCK.now(), "benchmark"), new_job_id("many")
+    spec, job_id = job_from(table, _CLOCK.now(), "benchmark"), records.new_job_id("many")
     store = StoreKeys(where="s3://jobs/many", access_key="nobody's", secret_key="nobody's")  # noqa: S106
     folder = job_folder(root / "jobs", job_id)
     kept.keep(folder, spec, secrets={}, store=store, out=root / "out", now=_CLOCK.now())

@@ -41,6 +41,14 @@ def test_an_intent_is_open_from_before_the_call_until_the_node_is_gone(records, 
     )
 
 
+def test_an_id_that_another_job_has_is_drawn_again(records, monkeypatch):
+    """Six letters are few; two of a thousand jobs would share them every thirtieth time."""
+    drawn = iter(("aaaaaa", "aaaaaa", "bbbbbb", "bbbbbb", "aaaaaa", "cccccc"))
+    monkeypatch.setattr("secrets.token_hex", lambda size: next(drawn))
+    made = [records.add_job("sft", "{}"), records.add_job("sft", "{}"), records.new_job_id("sft")]
+    assert ["sft-aaaaaa", "sft-bbbbbb", "sft-cccccc"] == made
+
+
 def test_a_checkpoint_that_is_told_of_twice_is_kept_once(records):
     """The agent tells of its last ones at every look; jobs do not see each other's."""
     job, other = records.add_job("sft", "{}"), records.add_job("sft", "{}")

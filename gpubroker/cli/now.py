@@ -143,7 +143,7 @@ def _print(lines: Sequence[_Line]) -> None:
             _best(line.rhythm),
         )
     console().print(made)
-    if any(not line.is_polled for line in lines):
+    if any(line.usd_micros is None and not line.is_polled for line in lines):
         say("What it costs now is not known of what was not polled: gpubroker poll asks.")
     say("Share of the time in which the cheapest cost less than now; $ for one GPU-hour, hours in UTC.")
 

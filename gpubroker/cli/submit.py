@@ -34,7 +34,7 @@ from gpubroker.run.launching import NO_STORE
 from gpubroker.run.leases import alive
 from gpubroker.run.looks import job_folder
 from gpubroker.run.payload import StoreKeys, script
-from gpubroker.run.records import Records, new_job_id
+from gpubroker.run.records import Records
 
 # A job's description has no key for these: whoever runs it would price it without them.
 _NOT_KEPT = {
@@ -70,7 +70,8 @@ def submit(
     with open_context(settings, os.environ, clock) as (store, provider_context):
         spec, ask, known = asked_job(context, words, asked, settings, clock)
         secrets, keys = _checked(spec, ask, known, provider_context)
-        job_id = new_job_id(spec.name)
+        records = Records(store.database, clock)
+        job_id = records.new_job_id(spec.name)
         kept.keep(
             job_folder(settings.jobs_dir, job_id),
             spec,
@@ -79,9 +80,7 @@ def submit(
             out=out or Path("gpubroker-out") / job_id,
             now=clock.now(),
         )
-        Records(store.database, clock).add_job(
-            spec.name, spec.model_dump_json(), unattended=True, job_id=job_id
-        )
+        records.add_job(spec.name, spec.model_dump_json(), unattended=True, job_id=job_id)
         tell_who_runs(job_id, store.database, output)
 
 

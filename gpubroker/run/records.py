@@ -203,19 +203,19 @@ class Records:
         self._database, self._clock, self._supervisor_id = database, clock, supervisor_id
 
     def add_job(self, name: str, spec: str, *, unattended: bool = False, job_id: str | None = None) -> str:
-        """A new job's id: its name and a few letters that nobody else has. `job_id`: made before."""
-        job_id, now = job_id or new_job_id(name), self._clock.now()
-        values = {
-            "id": job_id,
-            "spec": spec,
-            "state": "running",
-            "created_at": now,
-            "unattended": unattended,
-        }
+        """A new job's id. `job_id`: from `new_job_id`, where something is kept under it before that."""
+        now = self._clock.now()
+        values = {"spec": spec, "state": "running", "created_at": now, "unattended": unattended}
         with self._database.write(_LOCK) as connection:
-            connection.execute(insert(tables.jobs).values(values))
+            job_id = job_id or _free_job_id(connection, name)
+            connection.execute(insert(tables.jobs).values({**values, "id": job_id}))
             events.add(connection, now, "submitted", name, job_id=job_id)
         return job_id
+
+    def new_job_id(self, name: str) -> str:
+        """Its name and a few letters that no other job has."""
+        with self._database.read() as connection:
+            return _free_job_id(connection, name)
 
     def end_job(self, job_id: str, state: JobState, reason: str = "") -> None:
         """It is over, for good: a job that has ended stays as it is. What it rented is not ended by this."""
@@ -637,9 +637,12 @@ def midnight_before(now: datetime) -> datetime:
     return now.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
 
 
-def new_job_id(name: str) -> str:
-    """Its name and a few letters that nobody else has."""
-    return f"{name}-{secrets.token_hex(3)}"
+def _free_job_id(connection: Connection, name: str) -> str:
+    """Few letters, as people type them: among a thousand jobs two would draw the same, so it is looked."""
+    while True:
+        job_id = f"{name}-{secrets.token_hex(3)}"
+        if connection.execute(_JOB, {"job": job_id}).first() is None:
+            return job_id
 
 
 def _reserved_h(attempt: Attempt) -> Decimal:
