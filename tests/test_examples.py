@@ -74,7 +74,7 @@ class Training:
     def to_the_end(self, **more):
         """Its weights as bytes, in the order of their names."""
         assert 0 == self.begin(**more).wait(300), (self.folder / "log").read_text()[-3000:]
-        script = "import sys, torch; w = torch.load('out/model.pt'); [sys.stdout.buffer.write(w[n].numpy().tobytes()) for n in sorted(w)]"
+        script = "import sys, torch; w = torch.load('out/model.pt'); [sys.stdout.buffer.write(w[n].cpu().numpy().tobytes()) for n in sorted(w)]"
         return subprocess.run(
             [self.python, "-c", script], cwd=self.folder, capture_output=True, check=True
         ).stdout
@@ -86,8 +86,8 @@ class Training:
     def newest_step(self):
         return max(map(step_of, self.published()), default=-1)
 
-    def wait_for_save(self, process):
-        newest = self.newest_step()
+    def wait_for_save(self, process, newest):
+        """One after that step."""
         while process.poll() is None and self.newest_step() <= newest:
             time.sleep(0.005)
 
@@ -112,7 +112,7 @@ def test_an_example_that_is_killed_again_and_again_ends_with_the_same_weights(tr
     weights, killed = whole.to_the_end(), 0
     for number in range(5):
         process = parts.begin(GPUBROKER_CHECKPOINT_EVERY_S="0.01")
-        parts.wait_for_save(process)
+        parts.wait_for_save(process, parts.newest_step())
         time.sleep(number * 0.01)
         process.send_signal(signal.SIGKILL)
         killed += process.wait() == -signal.SIGKILL
@@ -128,8 +128,9 @@ def test_an_example_saves_when_the_agent_asks_and_goes_on_from_where_it_is_told(
     for _ in range(3):
         while process.poll() is None and not catches(process.pid, signal.SIGUSR1):
             time.sleep(0.005)
+        newest = parts.newest_step()
         process.send_signal(signal.SIGUSR1)
-        parts.wait_for_save(process)
+        parts.wait_for_save(process, newest)
     process.send_signal(signal.SIGKILL)
     assert -signal.SIGKILL == process.wait()
     older, *_, newer = sorted(parts.published(), key=step_of)
