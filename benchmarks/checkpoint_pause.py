@@ -1,9 +1,9 @@
 """How long training stands still for a save in the background, against a save that is waited for.
 
-1 GB of state in eight parts: torch tensors on the CPU where torch is installed (written by torch.save), else
-bytearrays (written by pickle); `detail` says which. Each pair saves the same state both ways into one folder,
-fsync included. Torch copies with one thread, as a machine that trains has no idle ones; two on a busy machine
-wait for each other. A card's memory is copied to the host in the same pause, over PCIe: not measured here.
+1 GB of state in eight parts: torch tensors where torch is installed (written by torch.save), on the GPU where
+there is one, else bytearrays (written by pickle); `detail` says which. Each pair saves the same state both
+ways into one folder, fsync included. Torch copies with one thread, as a machine that trains has no idle ones;
+two on a busy machine wait for each other. A GPU's copy to the host, over PCIe, is in the pause.
 """
 
 from __future__ import annotations
@@ -55,5 +55,7 @@ def _state(size: int) -> tuple[dict[str, Any], str]:
         return {"weights": parts}, "bytearrays by pickle"
     torch = importlib.import_module("torch")
     torch.set_num_threads(1)
-    tensors = [torch.frombuffer(part, dtype=torch.uint8) for part in parts]
-    return {"weights": tensors}, f"torch {torch.__version__} tensors on the CPU by torch.save"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    where = "cpu" if device == "CPU" else "cuda"
+    tensors = [torch.frombuffer(part, dtype=torch.uint8).to(where) for part in parts]
+    return {"weights": tensors}, f"torch {torch.__version__} tensors on the {device} by torch.save"
