@@ -68,7 +68,9 @@ class Checkpointer:
         self.error: BaseException | None = None  # of the last save that failed in the background
         self._clock = clock
         self._last_s = clock()
-        self._asked = False
+        self._asks = 0  # so far
+        self._seen = 0  # of them, by should_save
+        self._answered = 0  # of them, by a save
         self._thread: threading.Thread | None = None
         self._plan = _read_plan()
         self._host = _Host()
@@ -97,7 +99,7 @@ class Checkpointer:
     def saved(self, pause_s: float) -> None:
         """A state is safe from now on, in whatever way; training stood still for so long."""
         self.pause_s = pause_s
-        self._asked = False
+        self._answered = self._seen  # who asked while it was saved is told of another
         self._last_s = self._clock()
 
     def wait(self) -> None:
@@ -111,11 +113,12 @@ class Checkpointer:
 
     def should_save(self) -> bool:
         """Whether the interval is over, or somebody asked: the agent does when the node is about to go."""
-        return self._asked or self._clock() - self._last_s >= self.interval_s
+        self._seen = self._asks
+        return self._seen > self._answered or self._clock() - self._last_s >= self.interval_s
 
     def ask(self) -> None:
-        """The next should_save says yes."""
-        self._asked = True
+        """The next should_save says yes, and goes on to until a save that begins after it."""
+        self._asks += 1
 
     @property
     def interval_s(self) -> float:

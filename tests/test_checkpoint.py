@@ -298,6 +298,18 @@ def test_a_framework_that_saves_by_itself_says_so(tmp_path: Path, monkeypatch) -
     assert best_interval_h(1.0, 2 / 3600) * 3600 == pytest.approx(saver.interval_s)
 
 
+def test_who_asks_while_a_save_is_written_gets_another(tmp_path: Path) -> None:
+    """The agent waits for one that begins after its notice."""
+    saver = Checkpointer(str(tmp_path), clock=HandClock())
+    saver.ask()
+    assert saver.should_save()
+    saver.ask()
+    saver.saved(2.0)
+    assert saver.should_save()
+    saver.saved(2.0)
+    assert not saver.should_save()
+
+
 def test_the_interval_is_five_minutes_until_a_save_is_measured(tmp_path: Path) -> None:
     """And after it where nobody has said how often nodes are lost."""
     clock = HandClock()
