@@ -117,7 +117,7 @@ class Checkpointer:
         return self._seen > self._answered or self._clock() - self._last_s >= self.interval_s
 
     def ask(self) -> None:
-        """The next should_save says yes, and goes on to until a save that begins after it."""
+        """The next should_save says yes, and the next, until a save has begun after it."""
         self._asks += 1
 
     @property
