@@ -55,7 +55,6 @@ def _state(size: int) -> tuple[dict[str, Any], str]:
         return {"weights": parts}, "bytearrays by pickle"
     torch = importlib.import_module("torch")
     torch.set_num_threads(1)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    where = "cpu" if device == "CPU" else "cuda"
-    tensors = [torch.frombuffer(part, dtype=torch.uint8).to(where) for part in parts]
-    return {"weights": tensors}, f"torch {torch.__version__} tensors on the {device} by torch.save"
+    device, name = ("cuda", torch.cuda.get_device_name()) if torch.cuda.is_available() else ("cpu", "CPU")
+    tensors = [torch.frombuffer(part, dtype=torch.uint8).to(device) for part in parts]
+    return {"weights": tensors}, f"torch {torch.__version__} tensors on the {name} by torch.save"

@@ -55,3 +55,12 @@ def context(env=None, clock=None, limiter=None, pool=None, **values):
 def payload(name):
     """tests/payloads/NAME decoded as the HTTP door does: numbers as Decimal."""
     return json.loads((PAYLOADS / name).read_text(), parse_float=Decimal, parse_constant=Decimal)
+
+
+def take_local_node(cache_dir):
+    """As a vendor takes one back: all that runs on this machine's only node is ended, and its folder is gone."""
+    from gpubroker_providers.local import Local
+
+    local = Local(context({}, cache_dir=cache_dir))
+    (node,) = [node for node in local.list_nodes(10) if node.status == "running"]
+    local.terminate(node.id, 60)

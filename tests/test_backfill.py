@@ -144,7 +144,7 @@ def test_a_plugin_that_breaks_costs_its_region_alone(store):
 
 @pytest.fixture
 def cloud(tmp_path, monkeypatch):
-    """The test cloud's AWS, and an empty store. Its clock is ours: what it says of later is what it costs now."""
+    """The test cloud's AWS, and an empty store. Its clock is ours: one ahead would tell what it costs now."""
     with running() as made:
         for name, value in made.env.items():
             monkeypatch.setenv(name, value)

@@ -23,7 +23,7 @@ from gpubroker.gpus import catalogue, resolve
 from gpubroker.node.gpu_use import percents
 from gpubroker.node.preflight_smi import facts as cards
 from gpubroker.run.verdict import Wanted, judge, least_tflops
-from tests.support import context
+from tests.support import take_local_node
 
 REPOSITORY = Path(__file__).parents[1]
 STEPS, TIMES = 1200, 3
@@ -203,7 +203,7 @@ def test_a_job_is_taken_from_it_again_and_again_and_ends_with_the_same_weights(
     try:
         for number in range(1, TIMES + 1):
             _wait_for_saves(watch / str(number), process)
-            _take(tmp_path)
+            take_local_node(tmp_path / "CACHE" / "gpubroker")
         out, _ = process.communicate(timeout=300)
     finally:
         process.kill()
@@ -221,12 +221,3 @@ def _wait_for_saves(told, process):
         assert process.poll() is None
         time.sleep(0.02)
     raise AssertionError("no save within two minutes")
-
-
-def _take(root):
-    """All that runs on the node, and its folder."""
-    from gpubroker_providers.local import Local
-
-    local = Local(context({}, cache_dir=root / "CACHE" / "gpubroker"))
-    (node,) = [node for node in local.list_nodes(10) if node.status == "running"]
-    local.terminate(node.id, 60)

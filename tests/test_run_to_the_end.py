@@ -24,7 +24,7 @@ pytest.importorskip("modal", reason="needs the extra [modal]")
 
 from gpubroker.testcloud.client import running
 from gpubroker.testcloud.world import HostTruth
-from tests.support import EXAMPLES_FACTOR
+from tests.support import EXAMPLES_FACTOR, take_local_node
 from tests.test_checkpoint import python_with_torch
 from tests.test_cli_preflight import fake_gpu
 
@@ -181,12 +181,7 @@ def take(run, cloud, root):
         (node,) = cloud.wait_for(vendor=run.vendor, state="running")
         cloud.preempt(node["id"])
         return time.time()
-    from gpubroker_providers.local import Local
-    from tests.support import context
-
-    local = Local(context({}, cache_dir=root / "CACHE" / "gpubroker"))
-    (node,) = [node for node in local.list_nodes(10) if node.status == "running"]
-    local.terminate(node.id, 60)
+    take_local_node(root / "CACHE" / "gpubroker")
     return time.time()
 
 
