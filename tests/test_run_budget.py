@@ -103,7 +103,8 @@ def test_a_person_hears_of_the_largest_share_that_is_reached(budget, usd, hours,
         pytest.param([node(stopped_at=NOW)], "4.02", "", id="a stopped one adds its disk"),
         pytest.param([node(stopped_at=NOW)], "4.01", r"up to \$0.02", id="and no less"),
         pytest.param([node(0, running_at=None, minimum_s=3600)], "3.9", r"\$0.00 .* \$4.00", id="a minimum"),
-        pytest.param([node(0, minimum_s=3600)], "3.9", r"\$0.00 .* \$4.00", id="a minimum that begins now"),
+        pytest.param([node(0, minimum_s=3600)], "3.9", r"\$4.00 of \$3.90", id="a minimum that begins now"),
+        pytest.param([node(0, minimum_s=3600)], "4.16", "", id="and is counted once"),
         pytest.param([over()], "4.01", "", id="nothing is open"),
         pytest.param([over()], "4.00", r"\$4.00 of \$4.00", id="nothing is open and all is spent"),
         pytest.param([over(), node()], "8.15", r"\$8.00 of \$8.15", id="of all the job's nodes"),
@@ -237,6 +238,13 @@ def test_what_was_used_yesterday_is_in_no_cap_of_today():
     assert [""] == [
         one.provider for one in day_breach(attempts, replace(caps, usd_per_day=D(48)), NOW, ENDING)
     ]
+
+
+def test_a_minimum_that_begins_with_the_day_is_of_that_day():
+    """The vendor charges it at once: no part of it is of the day before."""
+    midnight = NOW.replace(hour=0)
+    rented = node(intended_at=midnight, running_at=midnight, minimum_s=3600)
+    assert D(4) == rented.usd_since(midnight, midnight)
 
 
 # What is kept in a store

@@ -36,6 +36,8 @@ def life(created=0, running=None, stopped=None, until=0):
         pytest.param(HOURLY, life(running=0, stopped=40, until=100), True, "0.01", id="free but for its disk"),
         pytest.param(Terms(usd_per_hour=Decimal(60), billing_increment_s=60), life(running=0, until=61), False, "2", id="minutes begun"),
         pytest.param(Terms(usd_per_hour=Decimal(60), minimum_s=60), life(running=0, until=1), False, "1", id="a minimum"),
+        pytest.param(Terms(usd_per_hour=Decimal(60), minimum_s=60), life(running=9, until=9), False, "1", id="a minimum of less than a second"),
+        pytest.param(Terms(usd_per_hour=Decimal(60), minimum_s=60), life(running=10, until=9), False, "0", id="no minimum before it runs"),
         pytest.param(Terms(usd_per_hour=Decimal(60), minimum_s=60), life(until=9), False, "0", id="no minimum of what never ran"),
         pytest.param(HOURLY, life(running=50, until=20), False, "0.002", id="clocks that disagree"),
     ],

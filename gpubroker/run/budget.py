@@ -165,7 +165,7 @@ def _ending_usd(attempt: Attempt, now: datetime, seconds: Decimal) -> Decimal:
     if attempt.stopped_at is not None:
         return attempt.held_usd_per_hour * seconds / SECONDS_PER_HOUR
     billed_s = seconds + attempt.billing_increment_s
-    if attempt.running_at is None or attempt.running_at >= now:  # its minimum is not in what is spent
+    if attempt.running_at is None or attempt.running_at > now:  # its minimum is not in what is spent
         billed_s = max(billed_s, Decimal(attempt.minimum_s))
     return max(attempt.usd_per_hour, attempt.held_usd_per_hour) * billed_s / SECONDS_PER_HOUR
 

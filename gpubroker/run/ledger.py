@@ -40,14 +40,14 @@ class Life:
 
 def estimate_usd(terms: Terms, life: Life, *, is_free: bool = False) -> Decimal:
     """In whole billing units. `is_free`: its running costs nothing; its disk is paid all the same."""
-    run_s = Decimal(0)
+    run_s, has_run = Decimal(0), life.running is not None and life.running <= life.until
     if life.running is not None:
         run_s = _seconds(life.running, min(life.stopped or life.until, life.until))
     held_s = _seconds(life.created, life.until) - run_s
     usd = terms.held_usd_per_hour * max(held_s, Decimal(0))
     if is_free:
         usd += terms.held_usd_per_hour * run_s
-    elif run_s:
+    elif has_run:  # the minimum is paid for less than a second, too
         usd += terms.usd_per_hour * billed_seconds(run_s, terms.billing_increment_s, terms.minimum_s)
     return round_usd(usd / SECONDS_PER_HOUR)
 

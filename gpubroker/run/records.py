@@ -127,11 +127,12 @@ class Attempt:
 
     def usd_since(self, moment: datetime, now: datetime) -> Decimal:
         """As far as we know; a vendor's figure that is below the estimate of before takes nothing back."""
-        return max(Decimal(0), self.usd_known(now) - self.usd_by(moment))
+        before = self.usd_by(moment) if self.intended_at < moment else Decimal(0)
+        return max(Decimal(0), self.usd_known(now) - before)
 
     def usd_by(self, moment: datetime, *, is_free: bool = False) -> Decimal:
         """Estimated, of what it had cost by then. See ledger.estimate_usd."""
-        if self.node_id is None or moment <= self.intended_at:
+        if self.node_id is None or moment < self.intended_at:
             return Decimal(0)
         terms = Terms(
             usd_per_hour=self.usd_per_hour,
