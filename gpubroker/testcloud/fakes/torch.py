@@ -161,6 +161,8 @@ def _keep_in_memory(torch: Any) -> None:
                 return args[0]
             if function in (torch.matmul, torch.mm, torch.Tensor.__matmul__, torch.Tensor.matmul):
                 _count(args[0], args[1])
+                if args[0].dtype in (torch.bfloat16, torch.float16):  # a CPU may have no units for them
+                    return torch.matmul(args[0].float(), args[1].float()).to(args[0].dtype)
             moved = {name: _moved(torch, value) for name, value in (kwargs or {}).items()}
             if function is torch.Tensor.to:
                 args = tuple(_moved(torch, value) for value in args)
