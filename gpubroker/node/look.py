@@ -18,11 +18,17 @@ from gpubroker.node.files import lock_file, read_json
 
 
 def look(folder: str) -> dict[str, Any]:
-    """Renew the lease; the last heartbeat, whether the agent is alive, and the result."""
+    """Renew the lease; the last heartbeat, whether the agent is alive, and the result.
+
+    The agent may end meanwhile: it writes its last heartbeat, then its result, and is gone. They are read the
+    other way round, so that a result comes with the heartbeat that names the last checkpoint, and an agent
+    that is gone with its result.
+    """
     ask(folder, "lease")
-    beat = read_json(os.path.join(folder, "heartbeat.json")) or {"state": "unknown"}
+    is_alive = is_running(folder)
     result = read_json(os.path.join(folder, "result.json"))
-    return {**beat, "agent": is_running(folder), "result": result}
+    beat = read_json(os.path.join(folder, "heartbeat.json")) or {"state": "unknown"}
+    return {**beat, "agent": is_alive, "result": result}
 
 
 def ask(folder: str, what: str, text: str = "") -> None:
