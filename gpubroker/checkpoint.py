@@ -403,6 +403,7 @@ def _sync_folder(path: str) -> None:
 # One for the process
 
 _made: list[Checkpointer] = []
+_heard: list[tuple[int, Any]] = []  # the agent's signal, and what is to handle it
 
 
 def usual() -> Checkpointer:
@@ -412,10 +413,21 @@ def usual() -> Checkpointer:
         _made.append(made)
         atexit.register(made.wait)
         number = getattr(signal, os.environ.get("GPUBROKER_SAVE_SIGNAL", "SIGUSR1"), None)
-        with contextlib.suppress(ValueError):  # not in the main thread: then only the interval saves
-            if number is not None and signal.getsignal(number) == signal.SIG_DFL:
-                signal.signal(number, lambda *_: made.ask())
+        if number is not None:
+            _heard.append((number, lambda *_: made.ask()))
+            _listen()
     return _made[0]
+
+
+def _listen() -> None:
+    """Handle the agent's signal, unless the training does so itself.
+
+    A library may have taken it without Python's knowing: LLVM does, by which Triton compiles kernels.
+    """
+    with contextlib.suppress(ValueError):  # not in the main thread: then only the interval saves
+        for number, handler in _heard:
+            if signal.getsignal(number) in (signal.SIG_DFL, handler):
+                signal.signal(number, handler)
 
 
 def save(state: Any, step: int, *, wait: bool = False) -> None:
@@ -434,8 +446,10 @@ def load_latest(*, restore_random: bool = True) -> Any:
 
 
 def should_save() -> bool:
-    """See Checkpointer.should_save."""
-    return usual().should_save()
+    """See Checkpointer.should_save. From each call on the agent is heard, whoever took its signal before."""
+    made = usual()
+    _listen()
+    return made.should_save()
 
 
 def wait() -> None:

@@ -271,6 +271,39 @@ print(sorted(os.listdir(checkpoint.usual().folder)), sum(checkpoint.load_latest(
     assert "['step-199', 'step-200'] 200\n" == run_python(script, tmp_path)
 
 
+def test_the_agent_is_heard_though_a_library_took_its_signal(tmp_path: Path) -> None:
+    """As LLVM does: by the system's call, of which Python knows nothing. The next should_save takes it back."""
+    script = """
+import ctypes, os, signal
+from gpubroker import checkpoint
+heard = [checkpoint.should_save()]
+ctypes.CDLL(None).signal(signal.SIGUSR1, ctypes.c_void_p(1))  # ignored
+os.kill(os.getpid(), signal.SIGUSR1)
+heard.append(checkpoint.should_save())
+os.kill(os.getpid(), signal.SIGUSR1)
+heard.append(checkpoint.should_save())
+print(heard)
+"""
+    assert "[False, False, True]\n" == run_python(script, tmp_path)
+
+
+def test_a_handler_of_the_training_s_own_is_left_alone(tmp_path: Path) -> None:
+    """Set before the first should_save or after it."""
+    script = """
+import os, signal
+from gpubroker import checkpoint
+if BEFORE:
+    signal.signal(signal.SIGUSR1, lambda *_: print("mine"))
+checkpoint.should_save()
+signal.signal(signal.SIGUSR1, lambda *_: print("mine"))
+checkpoint.should_save()
+os.kill(os.getpid(), signal.SIGUSR1)
+print(checkpoint.should_save())
+"""
+    for before in (True, False):
+        assert "mine\nFalse\n" == run_python(script.replace("BEFORE", str(before)), tmp_path)
+
+
 def run_python(script: str, folder: Path, *, python: str = sys.executable) -> str:
     """What it prints; it saves below the folder."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "GPUBROKER_CHECKPOINT_DIR": str(folder / "saves")}
