@@ -69,10 +69,11 @@ def run(words):
     env.update({value: os.environ[value] for key, value in values if key == "--env"})
     (STATE / f"{name}.mode").write_text(oct(os.stat(options["--env-file"]).st_mode & 0o777))
     (STATE / f"{name}.env").write_text(json.dumps(env))
+    status = STATE / f"{name}.exit"
+    status.unlink(missing_ok=True)
     if os.fork() == 0:
         os.setsid()
         shim(name, [options["--entrypoint"], *words[1:]], options["--workdir"], env)
-    status = STATE / f"{name}.exit"
     while not status.exists():
         time.sleep(0.01)
     if "--rm" in options:
@@ -81,7 +82,6 @@ def run(words):
 
 
 def shim(name, command, workdir, env):
-    (STATE / f"{name}.exit").unlink(missing_ok=True)
     (STATE / f"{name}.shim").write_text(str(os.getpid()))
     child = os.fork()
     if child == 0:

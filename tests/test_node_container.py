@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -159,11 +160,14 @@ def test_a_program_that_will_not_end_is_removed_with_its_container(docked):
 def test_a_container_of_an_agent_before_is_removed_first(docked):
     """Its name is the same."""
     docked.state.mkdir()
-    (docked.state / f"{CONTAINER}.shim").write_text("1")
-    (docked.state / f"{CONTAINER}.pid").write_text("1")
-    (docked.state / f"{CONTAINER}.exit").write_text("0")
-    docked("exit 0").wait(timeout=30)
-    assert "done" == docked.node.result()["outcome"]
+    with subprocess.Popen(["sleep", "60"], start_new_session=True) as before:
+        try:
+            for kind, text in (("shim", before.pid), ("pid", before.pid), ("exit", 0)):
+                (docked.state / f"{CONTAINER}.{kind}").write_text(str(text))
+            docked("exit 0").wait(timeout=30)
+            assert ("done", -signal.SIGKILL) == (docked.node.result()["outcome"], before.poll())
+        finally:
+            before.kill()
 
 
 @pytest.mark.parametrize(
