@@ -56,7 +56,7 @@ from gpubroker.provider import TAG, Compute, NodeSpec, NodeView, PriceSource, Pr
 
 DEADLINE_S = 10.0
 _HANG_DEADLINE_S = 0.3
-_GRACE_S = 3.0  # how late a busy machine may notice that a deadline has passed
+_GRACE_S = 8.0  # how late a busy machine may notice that a deadline has passed
 _CLOSED_PORT_URL = "http://127.0.0.1:9"
 # Nobody has its private half.
 _PUBLIC_KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIO/fyJgyNa60V4bTqvE8ztGk953rS7HQKioGl2WBR2dP contract"

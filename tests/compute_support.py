@@ -16,7 +16,7 @@ from gpubroker.errors import LaunchUncertain, Refused, Transient, Unreachable
 from gpubroker.model import OfferQuery
 from gpubroker.run.shell import connect
 from gpubroker.testing import ComputeContract
-from tests.support import context
+from tests.support import PATIENCE_S, context
 
 # How a create may end without a whole answer, and what that means: what was never sent is not uncertain.
 WITHOUT_A_WHOLE_ANSWER = pytest.mark.parametrize(
@@ -111,7 +111,7 @@ class LateAnswers(OnTestCloud):
             with pytest.raises(LaunchUncertain) as caught:
                 self.make().create(offer, self.spec(), tag, bid_usd_per_hour=self.bid(offer), deadline_s=0.8)
             assert (tag, (), []) == (caught.value.tag, caught.value.ids, self.at_vendor(tag))
-            self.cloud.wait_for(vendor=self.vendor, tag=tag, within_s=5)
+            self.cloud.wait_for(vendor=self.vendor, tag=tag, within_s=PATIENCE_S)
         finally:
             self.cloud.mend()
         assert tag == self._listed(tag).tag
@@ -168,7 +168,7 @@ def talk_to(cloud, contract, market, *, private_key):
     """Rent through the provider, wait, connect by SSH with the job's key, ask for the user's home."""
     _, tag = contract._rent(market)
     node = contract._running(tag)
-    end_s = time.monotonic() + 20
+    end_s = time.monotonic() + PATIENCE_S
     while True:
         try:
             shell = connect(node.ssh, private_key, host_key=None, deadline_s=10)

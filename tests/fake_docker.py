@@ -4,9 +4,11 @@ what it was asked.
 A container is a shim, which stands for the process that docker makes for itself, and the command in a session of
 its own: no child of `docker run`, which may be killed without it. `state/` beside the program holds `calls`, a line
 of JSON each, and for each container its shim's number, its command's and its exit status. `state/down`: the daemon
-does not answer.
+does not answer. As with the daemon, a name is taken, and its container started, before anybody else is heard.
 """
 
+import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -60,8 +62,6 @@ def run(words):
         options[name] = value
         values.append((name, value))
     name = options["--name"]
-    if (STATE / f"{name}.shim").exists():
-        return fail(f'The container name "/{name}" is already in use', 125)
     env = {"PATH": os.environ["PATH"], "HOME": "/"}
     for line in Path(options["--env-file"]).read_text().splitlines():
         key, _, value = line.partition("=")
@@ -70,25 +70,43 @@ def run(words):
     (STATE / f"{name}.mode").write_text(oct(os.stat(options["--env-file"]).st_mode & 0o777))
     (STATE / f"{name}.env").write_text(json.dumps(env))
     status = STATE / f"{name}.exit"
-    status.unlink(missing_ok=True)
-    if os.fork() == 0:
-        os.setsid()
-        shim(name, [options["--entrypoint"], *words[1:]], options["--workdir"], env)
+    hear, tell = os.pipe()
+    with alone() as lock:
+        if (STATE / f"{name}.shim").exists():
+            return fail(f'The container name "/{name}" is already in use', 125)
+        status.unlink(missing_ok=True)
+        first = os.fork()
+        if first == 0:
+            os.close(lock)
+            os.setsid()
+            shim(name, [options["--entrypoint"], *words[1:]], options["--workdir"], env, tell)
+        os.close(tell)
+        os.read(hear, 1)
     while not status.exists():
         time.sleep(0.01)
+    code = int(status.read_text())
     if "--rm" in options:
-        forget(name)
-    return int(status.read_text())
+        forget(name, first)
+    return code
 
 
-def shim(name, command, workdir, env):
-    (STATE / f"{name}.shim").write_text(str(os.getpid()))
+@contextlib.contextmanager
+def alone():
+    """Yields what must not be held open by what goes on after it."""
+    with (STATE / "lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield lock.fileno()
+
+
+def shim(name, command, workdir, env, tell):
     child = os.fork()
     if child == 0:
         os.setsid()
         os.chdir(workdir)
         os.execvpe(command[0], command, env)  # noqa: S606
     (STATE / f"{name}.pid").write_text(str(child))
+    (STATE / f"{name}.shim").write_text(str(os.getpid()))
+    os.close(tell)
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)
     fresh = STATE / f"{name}.exit.new"
@@ -115,31 +133,43 @@ def inside(name):
 
 
 def inspect(words):
-    sys.stdout.write((STATE / f"{words[-1]}.shim").read_text() + "\n")
+    place = STATE / f"{words[-1]}.shim"
+    with alone():
+        if not place.exists():
+            return fail(f"No such object: {words[-1]}")
+        sys.stdout.write(place.read_text() + "\n")
     return 0
 
 
 def top(words):
-    sys.stdout.write("PID\n" + "".join(f"{pid}\n" for pid in inside(words[0])))
+    with alone():
+        sys.stdout.write("PID\n" + "".join(f"{pid}\n" for pid in inside(words[0])))
     return 0
 
 
 def rm(words):
-    pids = inside(words[-1])
-    for pid in pids[1:]:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    if not pids:
-        return fail(f"No such container: {words[-1]}")
-    while not (STATE / f"{words[-1]}.exit").exists():
-        time.sleep(0.01)
-    forget(words[-1])
+    name = words[-1]
+    with alone():
+        pids = inside(name)
+        if not pids:
+            return fail(f"No such container: {name}")
+        for pid in pids[1:]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        while not (STATE / f"{name}.exit").exists():
+            time.sleep(0.01)
+        remove(name)
     return 0
 
 
-def forget(name):
+def forget(name, first):
+    """That one: its name may be another's by now."""
+    with alone(), contextlib.suppress(FileNotFoundError):
+        if (STATE / f"{name}.shim").read_text() == str(first):
+            remove(name)
+
+
+def remove(name):
     for kind in ("shim", "pid"):
         (STATE / f"{name}.{kind}").unlink(missing_ok=True)
 

@@ -25,6 +25,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from tests.support import PATIENCE_S
+
 ROOT = Path(__file__).resolve().parents[1]
 # The vendors' paces are those of their clocks, and the test cloud's goes faster.
 HURRY = 20.0
@@ -258,7 +260,7 @@ class Killing:
 
     def __exit__(self, *_: object) -> None:
         self.process.stdin.close()
-        self.process.wait(20)
+        self.process.wait(PATIENCE_S)
         self.process.stdout.close()
 
     def start(self, **wish: Any) -> int:

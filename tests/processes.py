@@ -35,21 +35,33 @@ def alive(pids: Iterable[int]) -> set[int]:
     return {pid for pid in pids if state(pid) not in "ZX"}
 
 
-def listening(pids: Iterable[int]) -> set[tuple[IPv4Address | IPv6Address, int]]:
-    """(address, port) of every TCP socket of theirs that listens and every UDP socket that hears anybody."""
+def listening(pids: Iterable[int]) -> dict[str, tuple[IPv4Address | IPv6Address, int]]:
+    """(address, port) of every TCP socket of theirs that listens and every UDP socket that hears anybody.
+
+    By the kernel's number of the socket, which no other has had since: a port may be another process's a moment later.
+    """
     sockets = set()
     for pid in pids:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             for link in Path(f"/proc/{pid}/fd").iterdir():
                 with contextlib.suppress(FileNotFoundError):
                     sockets.add(os.readlink(link).removeprefix("socket:[").removesuffix("]"))
-    found = set()
+    return {number: place for number, place in _listening().items() if number in sockets}
+
+
+def still_listening(numbers: Iterable[str]) -> set[str]:
+    """Those of these sockets that anybody holds."""
+    return set(numbers) & set(_listening())
+
+
+def _listening() -> dict[str, tuple[IPv4Address | IPv6Address, int]]:
+    found = {}
     for table, wanted in (("tcp", _LISTEN), ("tcp6", _LISTEN), ("udp", _UNCONNECTED), ("udp6", _UNCONNECTED)):
         for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
             words = line.split()
-            if words[3] == wanted and words[9] in sockets:
+            if words[3] == wanted:
                 address, _, port = words[1].partition(":")
-                found.add((_address(address), int(port, 16)))
+                found[words[9]] = (_address(address), int(port, 16))
     return found
 
 

@@ -23,6 +23,7 @@ from gpubroker.node.store import FolderStore
 from gpubroker.node.watch import Scanner
 from gpubroker.plan.preempt import best_interval_h
 from tests.checkpoint_support import JOB, publish
+from tests.support import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -432,7 +433,7 @@ def test_a_job_saves_when_the_agent_asks(tmp_path: Path) -> None:
         while not (tmp_path / "ready").exists():
             assert None is job.poll()
         job.send_signal(signal.SIGUSR1)
-        assert 0 == job.wait(timeout=20)
+        assert 0 == job.wait(PATIENCE_S)
     finally:
         job.kill()
         job.wait()

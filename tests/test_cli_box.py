@@ -20,6 +20,7 @@ pytest.importorskip("aiohttp", reason="needs the extra [testcloud]")
 from gpubroker.cli import main, watching
 from gpubroker.run.contact import keys_of
 from gpubroker.testcloud.client import running
+from tests.support import PATIENCE_S
 
 PORT_OF_A_BOX = 8321
 
@@ -149,7 +150,7 @@ def test_the_output_of_exec_comes_while_the_command_runs(home, lab):
     with started(home, "exec", "lab", "--", "echo now; read never") as process:
         assert "now\n" == process.stdout.readline()
         process.send_signal(signal.SIGINT)
-        assert 130 == process.wait(30)
+        assert 130 == process.wait(PATIENCE_S)
 
 
 def test_files_and_folders_go_to_a_box_and_come_back(call, lab, tmp_path, monkeypatch):
@@ -198,7 +199,7 @@ def test_a_server_on_the_box_is_reached_by_a_port_here(call, home, lab):
         with urllib.request.urlopen(f"http://127.0.0.1:{here}/", timeout=20) as answer:
             assert b"hello\n" == answer.read()
         process.send_signal(signal.SIGINT)
-        assert 0 == process.wait(30)
+        assert 0 == process.wait(PATIENCE_S)
     with pytest.raises(OSError, match="refused"):
         urllib.request.urlopen(f"http://127.0.0.1:{here}/", timeout=20)
 

@@ -11,7 +11,7 @@ import pytest
 
 from gpubroker.testing import Answer
 from tests.loopback import vendor
-from tests.support import PAYLOADS
+from tests.support import PATIENCE_S, PAYLOADS
 
 TYPES = Answer(body=(PAYLOADS / "lambda/instance_types.json").read_text())
 ROUTE = ("GET", "/api/v1/instance-types")
@@ -67,7 +67,7 @@ def test_polling_on_ends_cleanly_in_its_first_round(start, number):
         while not server.asked:
             assert process.poll() is None
         process.send_signal(number)
-        _, err = process.communicate(timeout=20)
+        _, err = process.communicate(timeout=PATIENCE_S)
     assert (0, "") == (process.returncode, err)
 
 
@@ -80,7 +80,7 @@ def test_polling_on_ends_cleanly_between_rounds(start, number, tmp_path):
         while "Ctrl-C ends it" not in line:
             line = process.stderr.readline()
         process.send_signal(number)
-        _, err = process.communicate(timeout=20)
+        _, err = process.communicate(timeout=PATIENCE_S)
     assert (0, "") == (process.returncode, err)
     assert [(7, None)] == polls(tmp_path)
 

@@ -17,7 +17,7 @@ from gpubroker.model import OfferQuery, Parsed
 from gpubroker.prices.store import Store
 from gpubroker.testing import Answer
 from tests.loopback import vendor
-from tests.support import PAYLOADS, settings
+from tests.support import PATIENCE_S, PAYLOADS, settings
 
 TYPES = Answer(body=(PAYLOADS / "lambda/instance_types.json").read_text())
 ROUTE = ("GET", "/api/v1/instance-types")
@@ -77,7 +77,7 @@ def test_what_goes_wrong_is_one_line_and_the_next_round_comes(monkeypatch, clock
 
     told = []
     scheduler = start(Upkeep(poll_every_s=1), settings(), SystemClock(), told.append)
-    end_s = time.monotonic() + 20
+    end_s = time.monotonic() + PATIENCE_S
     while len(told) < 2 and time.monotonic() < end_s:
         time.sleep(0.05)
     scheduler.shutdown()
@@ -121,7 +121,7 @@ def wait_for(found, said):
         time.sleep(0.05)
 
 
-def leaves(process, within_s=20):
+def leaves(process, within_s=PATIENCE_S):
     process.send_signal(signal.SIGTERM)
     return process.wait(within_s)
 

@@ -8,6 +8,7 @@ from threading import Event
 import pytest
 
 from gpubroker.doors import SerialPool, ThreadPool
+from tests.support import PATIENCE_S
 
 SOURCES = sorted(
     path
@@ -49,7 +50,7 @@ def test_what_hangs_is_late_and_holds_nobody():
     """A daemon thread is left behind."""
     release = Event()
     try:
-        outcomes = ThreadPool().map(lambda n: release.wait(30) if n else "quick", [1, 0], 0.2)
+        outcomes = ThreadPool().map(lambda n: release.wait(PATIENCE_S) if n else "quick", [1, 0], 0.2)
     finally:
         release.set()
     assert [True, False] == [o.late for o in outcomes]

@@ -4,7 +4,6 @@ tests/test_simulate.py holds the same formulas against draws.
 """
 
 import math
-import time
 
 import pytest
 from hypothesis import given
@@ -280,14 +279,6 @@ def test_a_fee_for_each_checkpoint_is_weighed_as_hours(work_h, hazard, restart_h
 def test_without_a_hazard_nothing_is_ever_written(interval):
     """Infinity; and a free checkpoint is written all the time."""
     assert (math.inf, 0) == (interval(0, 0.1), interval(0.5, 0))
-
-
-def test_twenty_thousand_offers_take_a_fraction_of_a_second():
-    """Each with a hazard of its own, so that nothing is remembered. A tenth of the limit on a quiet machine."""
-    began = time.process_time()
-    for n in range(20_000):
-        expect(8.0, Interruptions(hazard_per_hour=0.01 + n * 1e-5, restart_h=0.1, checkpoint_h=0.02))
-    assert time.process_time() - began < 1.5
 
 
 def test_a_hazard_that_is_hardly_a_number_is_none():

@@ -41,7 +41,7 @@ from gpubroker_providers.aws_nodes import (
     parse_instance,
 )
 from gpubroker_providers.aws_rows import instance_offer
-from tests.support import context
+from tests.support import PATIENCE_S, context
 
 TAG = "gpubroker-0123456789ab"
 TYPE = "g6.xlarge"
@@ -569,7 +569,7 @@ def provider(cloud):
 
 
 def until_it_runs(provider, tag):
-    end_s = time.monotonic() + 30
+    end_s = time.monotonic() + PATIENCE_S
     while time.monotonic() < end_s:
         found = [node for node in provider.list_nodes(30) if node.tag == tag and node.ssh]
         if found:

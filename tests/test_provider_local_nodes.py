@@ -20,7 +20,7 @@ from gpubroker.provider import NodeSpec, NodeView
 from gpubroker.testing import ComputeContract
 from gpubroker_providers.local import Local
 from gpubroker_providers.local_nodes import Process, marked_processes, node_environment, parse_node
-from tests.support import context
+from tests.support import PATIENCE_S, context
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc: Linux")
 
@@ -213,7 +213,7 @@ shell.run(start + "; " + child, deadline_s=10)
     (node,) = later.list_nodes(10)
     assert (TAG, "running") == (node.id, node.status)
     assert 0 == later.shell(node, 5).run("test -d ~", deadline_s=20).status
-    end_s = time.monotonic() + 10
+    end_s = time.monotonic() + PATIENCE_S
     while not (processes_with(b"PROVEN=marked") and processes_with(b"PROVEN=child")):
         assert time.monotonic() < end_s
         time.sleep(0.02)

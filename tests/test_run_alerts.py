@@ -17,7 +17,7 @@ from gpubroker.prices.wanted import Wanted, wanted_of
 from gpubroker.run.alerts import Alerts, usd
 from gpubroker.run.events import Events
 from tests.database import sweep
-from tests.support import EXAMPLES_FACTOR
+from tests.support import EXAMPLES_FACTOR, PATIENCE_S
 from tests.test_bill import offer
 
 MAX_AGE_S = 1800
@@ -239,7 +239,7 @@ def test_processes_that_look_at_once_tell_once(store, empty_url, clock):
         assert [1, 0] * 5 * EXAMPLES_FACTOR == told_each_time
     finally:
         for looker in lookers:
-            looker.communicate(timeout=20)
+            looker.communicate(timeout=PATIENCE_S)
     assert 5 * EXAMPLES_FACTOR == len(Events(store.database, clock).after())
 
 

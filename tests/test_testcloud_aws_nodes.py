@@ -16,9 +16,9 @@ from botocore.config import Config
 
 from gpubroker.testcloud.client import RunningCloud, running
 from gpubroker.testcloud.keys import new_key_pair
+from tests.support import PATIENCE_S
 
 TYPE = "g6.xlarge"
-PATIENCE_S = 30.0
 # What a program on an instance does to learn that it will be taken back (IMDSv2).
 ASK_IMDS = """
 import os, sys, urllib.request as r, urllib.error as e

@@ -20,6 +20,7 @@ from gpubroker.testcloud.nodes import LocalNodes
 from gpubroker.testcloud.nodes_home import build_fakes
 from gpubroker.testcloud.nodes_process import Keeper, KeeperFailed
 from gpubroker.testcloud.world import HostTruth
+from tests.support import PATIENCE_S
 
 REPOSITORY = Path(__file__).parents[1]
 H100 = HostTruth(gpu_name="NVIDIA H100 80GB HBM3", gpu_count=2, memory_mib=81559)
@@ -356,7 +357,7 @@ async def test_everything_dies_with_the_test_cloud(tmp_path, isolation, number):
         keepers = keepers_of(parent.pid)
         assert [] != keepers
         parent.send_signal(number)
-        parent.wait(30)
+        parent.wait(PATIENCE_S)
     await until(lambda: not marked(mark))
     await until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in keepers))
 

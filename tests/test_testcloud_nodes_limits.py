@@ -217,7 +217,7 @@ async def test_an_honest_node_is_not_held_up(tmp_path, isolation):  # noqa: F811
     async with store(5_000_000) as port, a_node(tmp_path, isolation=isolation) as node:
         said, rest = await fetch(node, port, 5_000_000)
         assert ("got", False) == (said, node.network.outward)
-        assert float(rest[2]) < 5  # twenty, were it slow
+        assert float(rest[2]) < 15  # twenty, were it slow
 
 
 @in_loop

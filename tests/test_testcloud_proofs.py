@@ -10,8 +10,6 @@ import hashlib
 import json
 import os
 import signal
-import socket
-import statistics
 import subprocess
 import sys
 import time
@@ -30,8 +28,8 @@ from gpubroker.testcloud.client import RunningCloud
 from gpubroker.testcloud.front import ssh_port
 from gpubroker.testcloud.hosts import LIARS
 from gpubroker.testcloud.nodes import LocalNodes
-from tests.processes import alive, descendants, listening
-from tests.support import EXAMPLES_FACTOR
+from tests.processes import alive, descendants, listening, still_listening
+from tests.support import EXAMPLES_FACTOR, PATIENCE_S
 from tests.test_testcloud_nodes import (
     ESCAPE,
     H100,
@@ -52,21 +50,6 @@ LOOPBACK = IPv4Network("127.0.0.0/8")
 
 
 # Many at once
-
-
-@in_loop
-async def test_a_node_comes_up_in_less_than_three_tenths_of_a_second(tmp_path, isolation):  # noqa: F811
-    """The median of eleven, SSH included; on two idle cores it is a hundredth of that."""
-    took_s = []
-    async with LocalNodes(tmp_path, isolation=isolation) as nodes:
-        await nodes.open()
-        for number in range(11):
-            began_s = time.perf_counter()
-            node = await nodes.start(f"r{number}", H100, [PUBLIC], {})
-            _, writer = await asyncio.open_connection("127.0.0.1", node.ssh_port)
-            took_s.append(time.perf_counter() - began_s)
-            writer.close()
-    assert statistics.median(took_s) < 0.3
 
 
 @in_loop
@@ -174,7 +157,7 @@ class Up(RunningCloud):
         _wait(lambda: len(marked(f"sleep\0{mark}")) == 3 * len(machines))
 
 
-def _wait(condition: Any, within_s: float = 30.0) -> None:
+def _wait(condition: Any, within_s: float = PATIENCE_S) -> None:
     end_s = time.monotonic() + within_s
     while not condition():
         assert time.monotonic() < end_s, "it did not come about"
@@ -210,7 +193,8 @@ def test_it_is_on_loopback_only_and_leaves_nothing_however_it_ends(how: Any, tmp
     with up(tmp_path) as (process, cloud):
         cloud.rent_some(mark)
         family = descendants(process.pid)
-        places = listening(family)
+        sockets = listening(family)
+        places = set(sockets.values())
         assert len(places) >= 5 + 1 + 8  # the APIs, the control URL, the nodes
         assert [] == [place for place in places if place[0] not in LOOPBACK]
         assert [] != [place for place in places if place[1] == ssh_port() and str(place[0]) != "127.0.0.1"]
@@ -221,11 +205,9 @@ def test_it_is_on_loopback_only_and_leaves_nothing_however_it_ends(how: Any, tmp
             os.killpg(process.pid, how)  # as Ctrl-C does
         else:
             process.send_signal(how)
-        status = process.wait(30)
+        status = process.wait(PATIENCE_S)
         assert (-9 if how == signal.SIGKILL else 0) == status
-        _wait(lambda: not marked(mark) and not alive(family), 0.0 if status == 0 else 20.0)
-    for address, port in places:
-        with socket.socket() as client:
-            assert 0 != client.connect_ex((str(address), port))
+        _wait(lambda: not marked(mark) and not alive(family), 0.0 if status == 0 else PATIENCE_S)
+    assert set() == still_listening(sockets)
     assert str(tmp_path) not in Path("/proc/mounts").read_text()
     assert [] == (list(tmp_path.iterdir()) if status == 0 else [])

@@ -21,6 +21,7 @@ from gpubroker.testcloud.client import RunningCloud, running
 from gpubroker.testcloud.publishing import MANIFEST
 from gpubroker.testcloud.volumes import mount
 from gpubroker.testcloud.world import Rental, World
+from tests.support import PATIENCE_S
 from tests.testcloud_aws import AwsRoom, aws_room
 from tests.testcloud_support import HOST, HandClock, NoNodes
 
@@ -216,7 +217,7 @@ def test_a_put_from_a_nodes_own_process_is_that_nodes(cloud: RunningCloud) -> No
     writer = _ask(cloud, "POST", "/v2/pods", **body, name="writer", args=args, env={"SCRIPT": PUT})["id"]
     _ask(cloud, "POST", "/v2/pods", **body, name="idle")
     cloud.wait_for(2, vendor="runpod", state="running")
-    found = cloud.wait_for(1, published_by="writer", within_s=20)
+    found = cloud.wait_for(1, published_by="writer", within_s=PATIENCE_S)
     assert [writer] == [node["id"] for node in found]
     outside = [sys.executable, "-c", PUT, f"{targets[0][0]}/{bucket}/e2/manifest.json", targets[0][2]]
     done = subprocess.run(outside, env=dict(os.environ), check=True, capture_output=True, timeout=30)

@@ -24,7 +24,7 @@ from gpubroker.testcloud.up import follow_traces, read_trace
 from gpubroker.testcloud.world import World
 from gpubroker_providers.vast import Vast
 from tests.processes import alive, descendants, listening
-from tests.support import context
+from tests.support import PATIENCE_S, context
 from tests.testcloud_support import STEADY, HandClock, NoNodes
 
 UP = [sys.executable, "-m", "gpubroker", "testcloud", "up", "--format", "json"]
@@ -85,7 +85,7 @@ def test_nothing_listens_anywhere_but_on_loopback(cloud: RunningCloud) -> None:
     """Not the APIs, not the control URL, not a node's SSH server."""
     number = rent(cloud)
     cloud.wait_for(vendor="vast", id=number, state="running")
-    found = listening(descendants(cloud.pid))
+    found = listening(descendants(cloud.pid)).values()
     assert found
     assert [] == [place for place in found if not place[0].is_loopback or place[0].version != 4]
 
@@ -126,7 +126,7 @@ def test_all_of_it_is_gone_when_it_is_told_to_end(how: object, tmp_path: Path) -
             process.stdin.close()
         else:
             process.send_signal(how)
-        assert 0 == process.wait(30)
+        assert 0 == process.wait(PATIENCE_S)
     assert set() == alive(family)
     assert [] == list(tmp_path.iterdir())
     with pytest.raises(requests.ConnectionError):
@@ -145,7 +145,7 @@ def test_it_ends_when_the_process_that_started_it_is_killed(tmp_path: Path) -> N
         assert json.loads(parent.stdout.readline())["control"]
         family = descendants(pid)
         parent.kill()
-    end_s = time.monotonic() + 20
+    end_s = time.monotonic() + PATIENCE_S
     while alive(family) and time.monotonic() < end_s:
         time.sleep(0.05)
     assert set() == alive(family)
