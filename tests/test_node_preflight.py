@@ -86,7 +86,8 @@ def answers(output, status=0):
 
 
 def codes(facts):
-    return {reason.code for reason in judge(facts, WANTED).reasons}
+    """But for what a busy machine does to its own disk."""
+    return {reason.code for reason in judge(facts, WANTED).reasons} - {"slow-disk"}
 
 
 HANGING = {
