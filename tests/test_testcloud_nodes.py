@@ -335,9 +335,10 @@ CRASHING = textwrap.dedent(
 
     async def main(root, isolation, mark):
         nodes = LocalNodes(Path(root), isolation=isolation)
+        running = []  # the loop alone would let go of them
         for name in "ab":
             node = await nodes.start(name, H100, [], {})
-            asyncio.ensure_future(node.run(["sh", "-c", ESCAPE.format(mark)], {}))
+            running.append(asyncio.ensure_future(node.run(["sh", "-c", ESCAPE.format(mark)], {})))
         await asyncio.sleep(600)
 
     asyncio.run(main(*sys.argv[1:]))
@@ -353,11 +354,14 @@ async def test_everything_dies_with_the_test_cloud(tmp_path, isolation, number):
     python = [sys.executable, "-c", CRASHING, str(tmp_path / mark), isolation, mark]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *sys.path])}
     with subprocess.Popen(python, cwd=REPOSITORY, env=env, stderr=subprocess.DEVNULL) as parent:
-        await until(lambda: len(marked(f"sleep\0{mark}")) == 2 * 3)
-        keepers = keepers_of(parent.pid)
-        assert [] != keepers
-        parent.send_signal(number)
-        parent.wait(PATIENCE_S)
+        try:
+            await until(lambda: len(marked(f"sleep\0{mark}")) == 2 * 3)
+            keepers = keepers_of(parent.pid)
+            assert [] != keepers
+            parent.send_signal(number)
+            parent.wait(PATIENCE_S)
+        finally:
+            parent.kill()
     await until(lambda: not marked(mark))
     await until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in keepers))
 
