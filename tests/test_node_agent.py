@@ -936,7 +936,7 @@ def test_the_bundle_is_one_file_of_the_standard_library_for_python_3_8() -> None
 def test_an_idle_agent_costs_next_to_nothing(node: Node) -> None:
     """At its usual pace no loop is busy; benchmarks/agent_idle.py measures how little it is."""
     usual = {key: Config._field_defaults[key] for key in FAST}
-    node.configure("sleep 60", **usual)
+    node.configure("sleep 90", **usual)
     node.agent("start")
     until(lambda: node.beat().get("state") == "running")
     keeper = read_json(str(node.folder / "keeper.json"))

@@ -137,7 +137,7 @@ def test_a_wish_for_a_checkpoint_and_the_end_reach_the_program_in_the_container(
 
 def test_a_program_without_a_handler_is_not_ended_by_a_wish_for_a_checkpoint(docked):
     """It goes on until the end is asked for."""
-    program = "import time; open('ready', 'w'); time.sleep(0.5); open('alive', 'w'); time.sleep(60)"
+    program = "import time; open('ready', 'w'); time.sleep(0.5); open('alive', 'w'); time.sleep(90)"
     started = docked(("python3", "-c", program), save_wait_s=4.0)
     until((docked.work / "ready").exists)
     docked.node.agent("stop")

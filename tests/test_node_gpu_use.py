@@ -88,7 +88,7 @@ def test_the_heartbeat_says_how_long_the_gpus_have_done_nothing(node: Node) -> N
 @pytest.mark.parametrize(
     "script",
     [
-        pytest.param("exec sleep 60", id="hangs"),
+        pytest.param("exec sleep 90", id="hangs"),
         pytest.param("echo '[N/A]'", id="does not say"),
         pytest.param("echo No devices were found; exit 6", id="no GPU"),
         pytest.param("exit 1", id="fails"),
